@@ -1,0 +1,6059 @@
+#!/usr/bin/env python3
+"""agproxy: lets any AI coding client use any model account its owner has.
+
+One file, standard library only, Python 3.9 to the newest.  Clients speak the Anthropic
+Messages API to it; the tokens come from whichever of the owner's Google accounts or keys
+can serve.  Nothing is phoned home; what leaves the machine is listed in the README.
+
+A request:  17 Handler reads it -> 9 its dialect parses it to a Request (7) -> 16 the conductor
+leases an account (13, token from 14) -> 11 renders the body -> 15 calls over 12 -> 6 splits the
+events -> 11 parses them to deltas (7) -> 9 renders those in the client's dialect -> 17 writes;
+from the first content on the relay (17) moves the stream, and its end settles the lease.
+
+Rooms, in reading order; each uses only rooms above it.  Numbers are addresses and have gaps:
+
+     1. Constants and model catalogue
+     2. Errors
+     3. Small tools
+     4. Config
+     5. Records
+     6. Wire framing
+     7. Neutral form
+     8. Bridges
+     9. Anthropic dialect
+    11. Gemini dialect and envelope
+    12. Connections
+    13. Accounts
+    14. OAuth
+    15. Upstream call
+    16. Conductor
+    17. Relay and server
+    18. Simulated upstream
+    20. Commands
+
+`python3 agproxy.py map` prints them with their present line numbers.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import difflib
+import enum
+import errno
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import json
+import os
+import queue
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import ssl
+import string
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import zlib
+from dataclasses import dataclass, field, replace
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+
+try:
+    import fcntl
+except ImportError:     # Windows locks files by msvcrt
+    fcntl = None
+
+# ── 1. Constants and model catalogue ──────────────────────────────────────
+# Facts about the world outside, each with its unit and source, each in one
+# place.  No logic lives here.  The accounts file may override any provider
+# cell and any setting.
+
+VERSION = "0.1.0"
+
+
+class Setting(NamedTuple):
+    default: Any
+    variable: str       # environment variable; AGPROXY_<NAME> works for each as well
+    about: str          # one line for the README
+
+
+SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
+    "host": Setting("127.0.0.1", "BIND_ADDRESS", "address to listen on"),
+    "port": Setting(8080, "PORT", "port to listen on; 0 takes any free one"),
+    "strategy": Setting("sticky", "", "`sticky` (same account until limited) or `round-robin`"),
+    "max_attempts": Setting(4, "", "tries per request that mark no account"),
+    "max_empty_retries": Setting(2, "", "repeats after an empty answer"),
+    "max_wait_s": Setting(120, "", "longest wait for an account to be released"),
+    "connect_timeout_s": Setting(10, "", "TCP and TLS together"),
+    "first_byte_timeout_s": Setting(150, "", "thinking models stay silent for over a minute"),
+    "idle_timeout_s": Setting(300, "", "silence of the upstream in mid-answer"),
+    "unary_timeout_s": Setting(290, "",
+                               "non-streaming request in all; Claude Code gives up at 300"),
+    "total_timeout_s": Setting(3600, "", "streaming request in all"),
+    "client_head_timeout_s": Setting(10, "", "a client's request head in all"),
+    "client_body_timeout_s": Setting(30, "", "each 64 KiB of a client's body"),
+    "client_idle_timeout_s": Setting(65, "", "a kept connection without a request"),
+    "drain_s": Setting(30, "", "grace for running answers at shutdown"),
+    "max_connections": Setting(2048, "", "client connections"),
+    "max_threads": Setting(256, "", "threads that serve requests"),
+    "max_upstream_calls": Setting(1536, "", "upstream calls in flight"),
+    "max_body_bytes": Setting(32 << 20, "", "request body; the Messages API's own limit"),
+    "hosts": Setting((), "", "further Host names that requests may be addressed to"),
+    "cors_origins": Setting((), "CORS_ORIGINS", "web origins that may call from a browser"),
+}
+
+LAST_TRY_BEGINS_S = 240         # no try begins later into a request (clients give up at 300)
+HOLD_S = 15                     # the status line waits this long for the first content
+PING_EVERY_S = 10               # silence towards a streaming client before a ping
+BEAT_EVERY_S = 45               # ... before an empty delta: Claude Code 2.1.197 ignores pings
+SEND_STALL_S = 30               # a client that reads nothing for so long is dropped
+KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
+MAX_HEAD_BYTES = 32 << 10       # all header lines together
+MAX_LINE_BYTES = 8 << 10        # request line, or one header line
+MAX_HEADERS = 100
+MAX_JSON_DEPTH = 200
+MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic time
+MAX_EVENT_BYTES = 16 << 20      # one upstream event
+MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
+MAX_STATED_DELAY_S = 8 * 86400  # Google's windows are a week at most; more is void
+RECV_BYTES = 64 << 10
+UPSTREAM_IDLE_S = 60            # a kept upstream connection
+UPSTREAM_IDLE_PER_HOST = 64
+TOKEN_TIMEOUT_S = 15
+TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
+WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
+GUESSED_REST_S = {              # rests nobody stated, by consecutive failures of the key
+    "quota": (60, 300, 1800, 7200), "rate": (30,), "soft": (10,),
+    "capacity": (5, 10, 20, 30, 60), "host": (20,), "hour": (3600,), "version": (600,),
+}
+
+
+class Model(NamedTuple):
+    id: str                 # asked for by clients, sent to Cloud Code
+    label: str
+    family: str             # claude, gemini3, gemini25, gpt-oss, image: how its upstream behaves
+    context_tokens: int
+    output_tokens: int
+    min_budget: int         # thinking tokens; min 0 means thinking can be switched off
+    max_budget: int
+    default_budget: int     # -1 lets the model decide
+    on_cloud_code: bool
+    key_id: str             # its id on the Gemini API, "" where that does not serve it
+    levels: str = ""        # thinking levels the Gemini API takes instead of budgets
+
+
+# What models of one line share: family, context, output, least and most thinking tokens
+_CLAUDE = ("claude", 200000, 64000, 1024, 62976)
+_PRO = ("gemini3", 1048576, 65535, 128, 32768)
+_FLASH = ("gemini3", 1048576, 65536, 0, 32768)
+_IMAGE = ("image", 65536, 32768, 0, 0)
+_ALL, _LMH = "minimal low medium high", "low medium high"
+MODELS = {row.id: row for row in (      # Cloud Code and Gemini API catalogues, September 2026
+    # id, label, line, default thinking tokens, on Cloud Code, id on the Gemini API, its levels
+    Model("claude-opus-4-6-thinking", "Claude Opus 4.6", *_CLAUDE, 16000, True, ""),
+    Model("claude-sonnet-4-6", "Claude Sonnet 4.6", *_CLAUDE, 16000, True, ""),
+    Model("gemini-pro-agent", "Gemini 3.1 Pro (High)", *_PRO, 10001, True,
+          "gemini-3.1-pro-preview", _LMH),
+    Model("gemini-3.1-pro-low", "Gemini 3.1 Pro (Low)", *_PRO, 1001, True,
+          "gemini-3.1-pro-preview", _LMH),
+    Model("gemini-3.8-flash-high", "Gemini 3.8 Flash (High)", *_FLASH, -1, True,
+          "gemini-3.8-flash", _ALL),
+    Model("gemini-3.8-flash-medium", "Gemini 3.8 Flash (Medium)", *_FLASH, 4000, True,
+          "gemini-3.8-flash", _ALL),
+    Model("gemini-3.8-flash-low", "Gemini 3.8 Flash (Low)", *_FLASH, 1000, True,
+          "gemini-3.8-flash", _ALL),
+    Model("gemini-3.7-flash-high", "Gemini 3.7 Flash (High)", *_FLASH, -1, True,
+          "gemini-3.7-flash", _LMH),
+    Model("gemini-3.7-flash-medium", "Gemini 3.7 Flash (Medium)", *_FLASH, 4000, True,
+          "gemini-3.7-flash", _LMH),
+    Model("gemini-3.7-flash-low", "Gemini 3.7 Flash (Low)", *_FLASH, 1000, True,
+          "gemini-3.7-flash", _LMH),
+    Model("gemini-3.6-flash-high", "Gemini 3.6 Flash (High)", *_FLASH, -1, True,
+          "gemini-3.6-flash", _ALL),
+    Model("gemini-3.6-flash-medium", "Gemini 3.6 Flash (Medium)", *_FLASH, 4000, True,
+          "gemini-3.6-flash", _ALL),
+    Model("gemini-3.6-flash-low", "Gemini 3.6 Flash (Low)", *_FLASH, 1000, True,
+          "gemini-3.6-flash", _ALL),
+    Model("gemini-3-flash-agent", "Gemini 3.5 Flash (High)", *_FLASH, 10000, True,
+          "gemini-3.5-flash", _ALL),
+    Model("gemini-3.5-flash-low", "Gemini 3.5 Flash (Medium)", *_FLASH, 4000, True,
+          "gemini-3.5-flash", _ALL),
+    Model("gemini-3.5-flash-extra-low", "Gemini 3.5 Flash (Low)", *_FLASH, 1000, True,
+          "gemini-3.5-flash", _ALL),
+    Model("gemini-3-flash", "Gemini 3 Flash", "gemini3", 1048576, 65536, 128, 32768, -1, True,
+          "gemini-3-flash-preview", _ALL),
+    Model("gemini-3.1-flash-lite", "Gemini 3.1 Flash Lite", "gemini3", 1048576, 65535, 0, 32768,
+          0, True,
+          "gemini-3.1-flash-lite", _ALL),
+    Model("gemini-3-pro-preview", "Gemini 3 Pro Preview", *_PRO, -1, False,
+          "gemini-3-pro-preview", "low high"),
+    Model("gemini-2.5-pro", "Gemini 2.5 Pro", "gemini25", 1048576, 65536, 128, 32768, -1, False,
+          "gemini-2.5-pro"),
+    Model("gemini-2.5-flash", "Gemini 2.5 Flash", "gemini25", 1048576, 65536, 0, 24576, 0, False,
+          "gemini-2.5-flash"),
+    Model("gemini-2.5-flash-lite", "Gemini 2.5 Flash Lite", "gemini25", 1048576, 65536, 0, 24576,
+          0, False, "gemini-2.5-flash-lite"),
+    Model("gemini-3.1-flash-image", "Gemini 3.1 Flash Image", *_IMAGE, 0, True,
+          "gemini-3.1-flash-image-preview"),
+    Model("gemini-3-pro-image", "Gemini 3 Pro Image", *_IMAGE, 0, True,
+          "gemini-3-pro-image-preview"),
+    Model("gpt-oss-120b-medium", "GPT-OSS 120B (Medium)", "gpt-oss", 114000, 32768, 0, 8192, 8192,
+          True, ""),
+)}
+
+# Names people and clients use -> models in order of preference; the first that any account
+# can serve is taken.  Patterns as in fnmatch, the first match wins.
+ALIASES = {
+    "gemini-3-pro-low": ("gemini-3.1-pro-low",),
+    "gemini-3*-pro*": ("gemini-pro-agent", "gemini-3-pro-preview"),
+    "gemini-pro-latest": ("gemini-pro-agent",),
+    "gemini-3-flash-preview": ("gemini-3-flash",),
+    "gemini-3.5-flash*": ("gemini-3-flash-agent",),
+    "gemini-3.6-flash*": ("gemini-3.6-flash-high",),
+    "gemini-3.7-flash*": ("gemini-3.7-flash-high",),
+    "gemini-3.8-flash*": ("gemini-3.8-flash-high",),
+    "gemini-flash-latest": ("gemini-3.8-flash-high",),
+    "gemini-*-image*": ("gemini-3.1-flash-image", "gemini-3-pro-image"),
+    "gpt-oss*": ("gpt-oss-120b-medium",),
+}
+TIERS = {       # a word in a Claude name; clients ask for ids that no other upstream knows
+    "opus": ("claude-opus-4-6-thinking", "gemini-pro-agent", "gemini-3-pro-preview"),
+    "fable": ("claude-opus-4-6-thinking", "gemini-pro-agent", "gemini-3-pro-preview"),
+    "haiku": ("gemini-3-flash",),
+    "sonnet": ("claude-sonnet-4-6", "gemini-3-flash-agent"),
+}
+
+
+class Provider(NamedTuple):
+    """An upstream service.  To add one: add a row; the accounts file can do it as well."""
+    id: str
+    dialect: str                    # key of DIALECTS (room 15)
+    base_urls: tuple[str, ...]      # in order of preference
+    auth: str                       # oauth, x-goog-api-key
+    envelope: bool                  # Cloud Code wraps requests and answers
+    catalogue: str                  # column of MODELS: on_cloud_code or key_id
+    user_agent: str                 # {os} and {arch} in Go's naming
+    token_url: str = ""
+    client_id: str = ""             # an OAuth client comes from the owner, never from here
+    client_secret: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    signature_tag: str = ""         # signatures do not travel between upstream services
+    policy: str = ""
+
+
+PROVIDERS = {row.id: row for row in (
+    Provider("antigravity", "gemini",
+             ("https://daily-cloudcode-pa.googleapis.com", "https://cloudcode-pa.googleapis.com"),
+             "oauth", True, "on_cloud_code", "antigravity/hub/2.9.1 {os}/{arch}",
+             "https://oauth2.googleapis.com/token", signature_tag="a",
+             policy="Google's terms do not allow third-party clients on this sign-in; "
+                    "accounts have been disabled for it."),
+    Provider("gemini", "gemini", ("https://generativelanguage.googleapis.com",),
+             "x-goog-api-key", False, "key_id", "agproxy/" + VERSION, signature_tag="k"),
+    Provider("sim", "gemini", (), "oauth", True, "on_cloud_code", "agproxy/" + VERSION,
+             signature_tag="s", policy="The simulated upstream inside this file."),
+)}
+
+EFFORT_BUDGETS = {"minimal": 0, "off": 0, "low": 1024, "medium": 8192, "high": 24576,
+                  "xhigh": 32768, "max": 32768}
+LEVEL_BY_BUDGET = ((512, "minimal"), (1024, "low"), (8192, "medium"), (1 << 30, "high"))
+
+# ── 2. Errors ─────────────────────────────────────────────────────────────
+# One exception, one table.  A kind says what happened; its row says what the
+# client is told, what rests, for how long, and what is done next.
+
+
+class Scope(enum.Enum):
+    """What a failure counts against."""
+    NOTHING = "nothing"
+    CANDIDATE = "account+model"
+    ACCOUNT = "account"
+    CAPACITY = "pool+model"
+    HOST = "host"
+    POOL = "pool"
+
+
+class Step(enum.Enum):
+    """What the conductor does after a failed try."""
+    CLIENT = "answer the client"
+    NEXT = "next candidate"
+    AGAIN = "same candidate once, then next"
+    ONE_MORE = "same candidate once, then one other"
+    HOST = "next host, then next candidate"
+    REFRESH = "refresh the token once, then next"
+    REPAIR = "repair the conversation once"
+
+
+class Rule(NamedTuple):
+    status: int             # towards the client
+    type: str               # Anthropic error.type
+    scope: Scope = Scope.NOTHING
+    rest: str = ""          # row of GUESSED_REST_S; "stop" rests until a person acts
+    step: Step = Step.CLIENT
+    pause_s: float = 0      # before the same candidate is asked again
+
+
+_BAD, _API = "invalid_request_error", "api_error"
+ERRORS = {
+    # the client's own requests
+    "invalid_request": Rule(400, _BAD),
+    "authentication": Rule(401, "authentication_error"),
+    "forbidden": Rule(403, "permission_error"),
+    "not_found": Rule(404, "not_found_error"),
+    "method": Rule(405, _BAD),
+    "slow_client": Rule(408, "timeout_error"),
+    "too_large": Rule(413, "request_too_large"),
+    "line_too_long": Rule(414, _BAD),
+    "media_type": Rule(415, _BAD),
+    "head_too_large": Rule(431, _BAD),
+    "locked_out": Rule(429, "rate_limit_error"),
+    "internal": Rule(500, _API),
+    "busy": Rule(503, _API),
+    "full": Rule(529, "overloaded_error"),
+    # what an upstream's answer means
+    "quota": Rule(429, "rate_limit_error", Scope.CANDIDATE, "quota", Step.NEXT),
+    "rate": Rule(429, "rate_limit_error", Scope.CANDIDATE, "rate", Step.NEXT),
+    "soft_429": Rule(429, "rate_limit_error", Scope.CANDIDATE, "soft", Step.ONE_MORE, 1.0),
+    "capacity": Rule(529, "overloaded_error", Scope.CAPACITY, "capacity", Step.HOST, 1.0),
+    "server": Rule(502, _API, Scope.HOST, "host", Step.HOST),
+    "network": Rule(502, _API, Scope.HOST, "host", Step.HOST),
+    "stall": Rule(504, "timeout_error", Scope.HOST, "host", Step.HOST),
+    "auth_expired": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.REFRESH),
+    "revoked": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
+    "token_endpoint": Rule(502, _API, Scope.ACCOUNT, "host", Step.NEXT),
+    "validation": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
+    "disabled": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
+    "project": Rule(403, "permission_error", Scope.ACCOUNT, "hour", Step.NEXT),
+    "region": Rule(403, "permission_error", Scope.CANDIDATE, "hour", Step.NEXT),
+    "model_missing": Rule(404, "not_found_error", Scope.CANDIDATE, "hour", Step.NEXT),
+    "entitlement": Rule(429, "rate_limit_error", Scope.CANDIDATE, "hour", Step.NEXT),
+    "version": Rule(503, _API, Scope.POOL, "version", Step.NEXT),
+    "signature": Rule(400, _BAD, step=Step.REPAIR),
+    "pairing": Rule(400, _BAD, step=Step.REPAIR),
+    "too_long": Rule(400, _BAD),
+    "bad_request": Rule(400, _BAD),
+    "empty": Rule(529, "overloaded_error", step=Step.AGAIN, pause_s=0.5),
+    "cut": Rule(502, _API, Scope.NOTHING, "", Step.NEXT),
+    "timeout": Rule(504, "timeout_error"),
+    # what the pool as a whole says
+    "exhausted": Rule(429, "rate_limit_error"),
+    "no_capacity": Rule(529, "overloaded_error"),
+    "no_account": Rule(403, "permission_error"),
+    "stopping": Rule(529, "overloaded_error"),
+}
+LOGIN_KINDS = frozenset(("auth_expired", "revoked", "validation", "disabled"))
+
+
+class ProxyError(Exception):
+    """A failure with a name.  `kind` is a key of ERRORS; `delay_s` is what an upstream stated
+    (None where it stated nothing), `retry_after_s` is what the client is told."""
+
+    def __init__(self, kind: str, message: str, retry_after_s: float | None = None,
+                 delay_s: float | None = None, stop_retrying: bool = False):
+        super().__init__(message)
+        self.kind, self.message, self.rule = kind, message, ERRORS[kind]
+        self.retry_after_s, self.delay_s, self.stop_retrying = retry_after_s, delay_s, stop_retrying
+        self.details: dict = {}     # what else the client is to read, in its own words
+
+
+class ConfigError(Exception):
+    """The accounts file or an option is wrong; the text names the field and what is allowed."""
+
+
+class ClientGone(Exception):
+    """The client hung up: nothing is left to answer, nothing is to be retried."""
+
+
+class UpstreamFault(Exception):
+    """An error object inside a 200 stream; `body` is that object, not yet understood."""
+
+    def __init__(self, body: Any):
+        super().__init__("error event in the stream")
+        self.body = body
+
+
+def invalid(path: str, message: str) -> ProxyError:
+    """The 400 for a field of the client's body, worded `path: message` as the real API does."""
+    return ProxyError("invalid_request", f"{path}: {message}" if path else message)
+
+
+# ── 3. Small tools ────────────────────────────────────────────────────────
+# Clock, ids, JSON, files and redaction: pure mechanics that know nothing of
+# what the program is for.
+
+
+class Clock:
+    """The time, handed in everywhere so that tests can play a month in a second."""
+
+    def now(self) -> float:
+        """Wall clock, epoch seconds: for what must outlive a restart."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds that never jump: for deadlines."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+_BASE62 = string.ascii_letters + string.digits
+
+
+def new_id(prefix: str) -> str:
+    """`prefix` and 24 base-62 characters, as the real API's ids look."""
+    number, letters = int.from_bytes(os.urandom(18), "big"), []
+    for _ in range(24):
+        number, digit = divmod(number, 62)
+        letters.append(_BASE62[digit])
+    return prefix + "".join(letters)
+
+
+# ASCII output costs less than UTF-8: no wide string is built, and encode() cannot fail.
+json_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def _json_int(digits: str) -> int:
+    if len(digits) > MAX_JSON_DIGITS:
+        raise ValueError(f"a number of more than {MAX_JSON_DIGITS} digits")
+    return int(digits)
+
+
+def _json_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_int=_json_int, parse_constant=_json_constant)
+_SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+                         r"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
+
+
+def json_decode(raw: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN, bounded integers; lone surrogates become U+FFFD.
+    Raises ValueError with a sentence for whatever is wrong."""
+    try:
+        text = raw.decode("utf-8")
+        if "\\ud" in text or "\\uD" in text:
+            text = _SURROGATES.sub(lambda m: "\\ufffd" if m[1] else m[0], text)
+        return _DECODER.decode(text)
+    except UnicodeDecodeError as err:
+        raise ValueError(f"not UTF-8 at byte {err.start}") from err
+    except RecursionError as err:
+        raise ValueError("nested too deeply") from err
+
+
+def json_depth_exceeds(value: Any, limit: int = MAX_JSON_DEPTH) -> bool:
+    """Whether lists and objects nest deeper than `limit`; level by level, so it cannot overflow."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [item for box in level if isinstance(box, (dict, list))
+                 for item in (box.values() if isinstance(box, dict) else box)]
+        if not level:
+            return False
+    return True
+
+
+# Redaction
+
+_SECRETS: set[str] = set()      # every secret this process has seen; only ever grows
+_SECRET_SHAPES = re.compile(
+    r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
+    r"|(?i:bearer\s+)[\w.~+/=-]{8,}|(?i:[?&](?:api_?)?key=)[^&\s\"']+")
+_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*\w")
+
+
+def remember_secret(secret: str | None) -> None:
+    """From now on `redact` removes this text wherever it turns up."""
+    if secret and len(secret) >= 6:
+        _SECRETS.add(secret)
+
+
+def redact(text: str, limit: int = 600) -> str:
+    """`text` without secrets, e-mail addresses and control characters, cut at `limit`."""
+    for secret in list(_SECRETS):
+        if secret in text:
+            text = text.replace(secret, "[secret]")
+    text = _EMAIL.sub("[e-mail]", _SECRET_SHAPES.sub("[secret]", text))
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# Files
+
+@contextlib.contextmanager
+def file_lock(path: str, wait_s: float = 5) -> Iterator[None]:
+    """Exclusive lock on `path`.lock between processes; the system frees it when we die."""
+    handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                if fcntl:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    import msvcrt
+                    msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+                break
+            except OSError as err:
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, f"{path} is locked by another process") from err
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(handle)        # closing frees the lock, on Windows too
+
+
+def write_atomic(path: str, data: bytes) -> None:
+    """Replaces `path` as a whole or not at all, 0600, on disk when this returns."""
+    path = os.path.realpath(path)       # a symlinked store keeps its link
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with open(os.open(temporary, flags, 0o600), "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):      # the first error is the one to hear of
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def short_trace(err: BaseException) -> str:
+    """Where an exception came from, innermost last, on one line."""
+    steps = traceback.extract_tb(err.__traceback__)[-5:]
+    way = " > ".join(f"{step.name}:{step.lineno}" for step in steps)
+    return f"{type(err).__name__}: {err} at {way}"
+
+
+def human_s(seconds: float) -> str:
+    """A duration as people write it: 8s, 4m 10s, 2h 21m, 3d 4h."""
+    seconds = max(0, int(seconds + 0.5))
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
+                                      (60, "m", 1, "s")):
+        if seconds >= size:
+            rest = seconds % size // smaller
+            return f"{seconds // size}{unit} {rest}{name}" if rest else f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+_DURATION = re.compile(r"(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m(?!s))?\s*(?:(\d+(?:\.\d+)?)s)?"
+                       r"\s*(?:(\d+(?:\.\d+)?)ms)?")
+
+
+def parse_duration_s(text: str) -> float | None:
+    """Seconds of a Go or protobuf duration (`2h21m25.8s`, `754.4ms`), None when it is none."""
+    match = _DURATION.match(text.strip())
+    if not match or not any(match.groups()):
+        return None
+    days, hours, minutes, seconds, ms = (float(g or 0) for g in match.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds + ms / 1000
+
+
+# ── 4. Config ─────────────────────────────────────────────────────────────
+# What a person decides: settings, providers, accounts, aliases.  Read from
+# accounts.json, validated field by field; secrets are resolved when asked for.
+
+ACCOUNT_FIELDS = {          # field -> (types, what is allowed)
+    "name": (str, "a label"), "provider": (str, "the id of a provider"),
+    "email": (str, "text"), "project": (str, "a project id"), "enabled": (bool, "true or false"),
+    "priority": (int, "a whole number, lower is first"), "weight": ((int, float), "a number"),
+    "models": (list, "a list of model names"), "tags": (list, "a list of words"),
+    "max_in_flight": (int, "a whole number"), "soft_limit": ((int, float), "a fraction, 0 is off"),
+    "proxy": (str, "a URL"), "headers": (dict, "names and values"), "user_agent": (str, "text"),
+    "refresh_token": (str, "a secret"), "access_token": (str, "a secret"),
+    "api_key": (str, "a secret"),
+}
+CREDENTIALS = ("refresh_token", "access_token", "api_key")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The validated accounts file with flags and variables applied.
+    `accounts` are plain dicts with the fields of ACCOUNT_FIELDS, secrets still unresolved."""
+    path: str
+    settings: dict[str, Any]
+    providers: dict[str, Provider] = field(default_factory=lambda: dict(PROVIDERS))
+    accounts: tuple[dict, ...] = ()
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    api_key: str = ""           # PROXY_API_KEY; empty serves keyless on loopback
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.settings[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def config_path(flag: str | None, environ: Mapping[str, str]) -> str:
+    """Where accounts.json is: flag, $ACCOUNTS_CONFIG_PATH, else the user's config folder."""
+    if flag or environ.get("ACCOUNTS_CONFIG_PATH"):
+        return os.path.expanduser(flag or environ["ACCOUNTS_CONFIG_PATH"])
+    if os.name == "nt" and environ.get("APPDATA"):
+        return os.path.join(environ["APPDATA"], "agproxy", "accounts.json")
+    base = environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
+    return os.path.join(base, "agproxy", "accounts.json")
+
+
+def resolve_secret(text: str) -> str:
+    """A secret as it is, or from `env:NAME`, `file:PATH`, `cmd:COMMAND`; redacted from now on."""
+    kind, _, rest = text.partition(":")
+    if kind == "env":
+        value = os.environ.get(rest, "")
+    elif kind == "file":
+        try:
+            with open(os.path.expanduser(rest), encoding="utf-8") as handle:
+                value = handle.read().strip()
+        except OSError as err:
+            raise ConfigError(f"secret {text!r}: {err.strerror}") from err
+    elif kind == "cmd":
+        done = subprocess.run(rest, shell=True, capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            raise ConfigError(f"secret {text!r}: the command ended with {done.returncode}")
+        value = done.stdout.strip()
+    else:
+        value = text
+    if not value:
+        raise ConfigError(f"secret {text!r} is empty")
+    remember_secret(value)
+    return value
+
+
+def _setting_value(name: str, value: Any, where: str) -> Any:
+    """`value` in the type of the setting's default; raises ConfigError naming `where` it stood."""
+    default = SETTINGS[name].default
+    if isinstance(default, tuple):
+        value = value.split(",") if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f"{where}: a list of names is required")
+        return tuple(v.strip() for v in value if v.strip())
+    if isinstance(default, int) and not isinstance(value, bool):
+        try:
+            value = float(value) if name.endswith("_s") else int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{where}: a number is required, not {value!r}") from None
+        if value < 0 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
+            raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
+        return value
+    if not isinstance(value, str):
+        wanted = "text" if isinstance(default, str) else "a number"
+        raise ConfigError(f"{where}: {wanted} is required")
+    if name == "strategy" and value not in ("sticky", "fill-first", "round-robin"):
+        raise ConfigError(f"{where}: sticky, fill-first or round-robin is allowed, not {value!r}")
+    return value
+
+
+def config_settings(stored: Mapping, flags: Mapping, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Every setting by precedence: flag, variable, file, default."""
+    for name in stored:
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, 1)
+            print(f"agproxy: settings.{name} is not known" + (f"; {near[0]}?" if near else ""),
+                  file=sys.stderr)
+    found = {}
+    for name, row in SETTINGS.items():
+        variables = [v for v in (row.variable, "AGPROXY_" + name.upper()) if environ.get(v)]
+        if flags.get(name) is not None:
+            found[name] = _setting_value(name, flags[name], "--" + name.replace("_", "-"))
+        elif variables:
+            found[name] = _setting_value(name, environ[variables[0]], variables[0])
+        elif name in stored:
+            found[name] = _setting_value(name, stored[name], f"settings.{name}")
+        else:
+            found[name] = row.default
+    return found
+
+
+def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
+    """A built-in row with cells replaced, or a new row of a known dialect."""
+    if not isinstance(cells, dict):
+        raise ConfigError(f"providers.{name}: an object is required")
+    row = known or Provider(name, "", (), "x-goog-api-key", False, "key_id", "agproxy/" + VERSION,
+                            signature_tag=hashlib.sha256(name.encode()).hexdigest()[:4])
+    for cell, value in cells.items():
+        where = f"providers.{name}.{cell}"
+        if cell == "base_url":
+            urls = [value] if isinstance(value, str) else value
+            if not isinstance(urls, list) or not all(
+                    isinstance(u, str) and u.startswith(("http://", "https://")) for u in urls):
+                raise ConfigError(f"{where}: a http(s) URL, or a list of them, is required")
+            row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
+        elif cell == "headers" and isinstance(value, dict):
+            row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
+        elif cell in ("dialect", "auth", "user_agent", "token_url", "client_id", "client_secret"):
+            if not isinstance(value, str):
+                raise ConfigError(f"{where}: text is required")
+            row = row._replace(**{cell: value})
+        else:
+            raise ConfigError(f"{where} is not a cell that can be set")
+    if row.dialect != "gemini":
+        raise ConfigError(f"providers.{name}.dialect: gemini is required, not {row.dialect!r}")
+    return row
+
+
+def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> dict:
+    """One validated account; raises ConfigError naming the field."""
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: an object is required")
+    for name, value in row.items():
+        types, allowed = ACCOUNT_FIELDS.get(name, (object, ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool
+                                            and types is not object):
+            raise ConfigError(f"{where}.{name}: {allowed} is required")
+    if row.get("provider") not in providers:
+        raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
+    given = [name for name in CREDENTIALS if row.get(name)]
+    if len(given) != 1:
+        raise ConfigError(f"{where}: exactly one of {', '.join(CREDENTIALS)} is required")
+    is_key = given == ["api_key"]
+    if is_key != (providers[row["provider"]].auth != "oauth"):
+        raise ConfigError(f"{where}: {row['provider']} takes "
+                          f"{'a refresh_token or access_token' if is_key else 'an api_key'}")
+    return dict(row)
+
+
+def read_accounts_file(path: str) -> dict:
+    """The stored object, {} when there is no file.  A damaged one is set aside and the last good
+    version is used; without one ConfigError, never an empty pool."""
+    try:
+        with open(path, "rb") as handle:
+            raw = handle.read()
+    except FileNotFoundError:
+        return {}
+    except OSError as err:
+        raise ConfigError(f"{path}: {err.strerror}") from err
+    try:
+        stored = json_decode(raw)
+        if not isinstance(stored, dict):
+            raise ValueError("an object is required")
+        return stored
+    except ValueError as err:
+        aside = f"{path}.corrupt-{int(time.time())}"
+        if not os.path.exists(path + ".bak"):
+            raise ConfigError(f"{path} is damaged ({err}); mend it, nothing was changed") from err
+        os.replace(path, aside)
+        with open(path + ".bak", "rb") as handle:
+            raw = handle.read()
+        write_atomic(path, raw)
+        print(f"agproxy: {path} was damaged ({err}); the last good version is used, "
+              f"the damaged one is {aside}", file=sys.stderr)
+        return json_decode(raw)
+
+
+def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
+                stored: dict | None = None) -> Config:
+    """The whole configuration, from `path` or from `stored`; raises ConfigError with a sentence."""
+    stored = read_accounts_file(path) if stored is None else stored
+    for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
+                       ("aliases", dict)):
+        if not isinstance(stored.get(name, kind()), kind):
+            raise ConfigError(f"{name}: {'a list' if kind is list else 'an object'} is required")
+    providers = dict(PROVIDERS)
+    for name, cells in stored.get("providers", {}).items():
+        providers[name] = _config_provider(name, cells, providers.get(name))
+    accounts, names = [], set()
+    for position, row in enumerate(stored.get("accounts", [])):
+        account = _config_account(row, f"accounts.{position}", providers)
+        account.setdefault("name", f"{account['provider']}-{position + 1}")
+        if account["name"] in names:
+            raise ConfigError(f"accounts.{position}.name: {account['name']!r} is there twice")
+        names.add(account["name"])
+        accounts.append(account)
+    aliases = {}
+    for pattern, target in stored.get("aliases", {}).items():
+        targets = [target] if isinstance(target, str) else target
+        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+            raise ConfigError(f"aliases.{pattern}: a model name, or a list of them, is required")
+        aliases[pattern.lower()] = tuple(targets)
+    api_key = environ.get("PROXY_API_KEY", "")
+    remember_secret(api_key)
+    return Config(path, config_settings(stored.get("settings", {}), flags, environ),
+                  providers, tuple(accounts), aliases, api_key)
+
+
+def save_rotated_token(path: str, account: str, old: str, new: str) -> None:
+    """Writes a rotated refresh token over the old one, on the file as it is now."""
+    with file_lock(path):
+        stored = read_accounts_file(path)
+        for row in stored.get("accounts", []):
+            if row.get("refresh_token") == old:
+                row["refresh_token"] = new
+                data = json.dumps(stored, indent=2, ensure_ascii=False).encode() + b"\n"
+                write_atomic(path, data)
+                write_atomic(path + ".bak", data)
+                return
+    raise OSError(errno.ENOENT, f"{account} is not in {path} with its old token")
+
+
+# ── 5. Records ────────────────────────────────────────────────────────────
+# What happened: one line a request, written by a thread of its own, and
+# counters.  Nobody waits here; secrets do not get past `redact`.
+
+
+@dataclass
+class Record:
+    """One request, filled in as it goes, written when it ends.  Times are monotonic seconds."""
+    id: str
+    client: str = "-"
+    asked: str = "-"
+    used: str = "-"
+    account: str = "-"
+    status: int = 0
+    started_at: float = 0.0
+    first_byte_at: float = 0.0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    failures: list[str] = field(default_factory=list)   # "account: kind" of each failed try
+    attempts: int = 0
+    note: str = ""
+
+
+def request_line(record: Record, now: float) -> str:
+    """client, model asked -> used, account, status, tries, times, tokens: one line."""
+    first_ms = (record.first_byte_at - record.started_at) * 1000 if record.first_byte_at else 0
+    total_ms = (now - record.started_at) * 1000
+    tries = f"{record.attempts} {'try' if record.attempts == 1 else 'tries'}"
+    if record.failures:
+        tries += f" ({'; '.join(record.failures)})"
+    return (f"{record.client}  {record.asked} -> {record.used}  {record.account}  {record.status}"
+            f"  {tries}  first {first_ms:.0f} ms  total {total_ms:.0f} ms  in {record.input_tokens}"
+            f" cached {record.cached_tokens} out {record.output_tokens}"
+            + (f"  {record.note}" if record.note else ""))
+
+
+class Log:
+    """Readable lines on one text stream.  Formatting and writing happen in the log's own thread;
+    `line` only enqueues.  When nobody drains the queue, lines are dropped and counted."""
+
+    def __init__(self, out: Any, debug: bool = False):
+        self.out, self.debug_enabled, self.dropped = out, debug, 0
+        self._lines: queue.Queue = queue.Queue(10_000)
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def line(self, text: str, *values: Any) -> None:
+        try:
+            self._lines.put_nowait((time.time(), text, values))
+        except queue.Full:
+            self.dropped += 1
+
+    def debug(self, text: str, *values: Any) -> None:
+        if self.debug_enabled:
+            self.line(text, *values)
+
+    def request(self, record: Record, now: float) -> None:
+        self.line("", record, now)
+
+    def close(self) -> None:
+        """Writes what is queued, then ends."""
+        self._lines.put(None)
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        while True:
+            item = self._lines.get()
+            if item is None:
+                return
+            at, text, values = item
+            stamp = time.strftime("%H:%M:%S", time.localtime(at))
+            line = text % values if text else request_line(*values)
+            try:
+                self.out.write(f"{stamp} {redact(line)}\n")
+                if self._lines.empty():
+                    self.out.flush()
+            except (OSError, ValueError):
+                self.dropped += 1       # the terminal is gone; serving goes on
+
+
+class Meters:
+    """Counters of this process.  Guarded by one lock: requests, errors, tokens."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._counts: collections.Counter = collections.Counter()
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def snapshot(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+
+class Memory:
+    """A bounded mapping that forgets what was used longest ago; holds thinking signatures."""
+
+    def __init__(self, size: int = 5000):
+        self._lock, self._size = threading.Lock(), size     # guards _items
+        self._items: collections.OrderedDict = collections.OrderedDict()
+
+    def get(self, key: str) -> Any:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+            return self._items.get(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            if len(self._items) > self._size:
+                self._items.popitem(last=False)
+
+
+# ── 6. Wire framing ───────────────────────────────────────────────────────
+# HTTP heads, bodies and server-sent events as machines that are fed bytes and
+# answer; they own no socket and know no dialect.  Anything doubtful is refused.
+
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_LINE_BREAKS = re.compile(rb"[\r\n\0]")
+_TARGET = re.compile(rb"(?:http://[^/\s?#]+(?=[/?]|\Z))?(/[!-~]*)?\Z")
+_ONCE = frozenset(("content-length", "transfer-encoding", "content-type", "authorization",
+                   "x-api-key",
+                   "origin", "content-encoding", "expect", "host"))
+
+
+class Head(NamedTuple):
+    """A message head: `first` is the start line, names are lower-case, repeated values joined."""
+    first: bytes
+    headers: dict[str, str]
+
+
+def parse_head(raw: bytes, is_request: bool) -> Head:
+    """Head of the bytes before the empty line.  Requests are read strictly: RFC 9112 with every
+    tolerance that allows smuggling refused.  Raises ProxyError invalid_request, head_too_large."""
+    first, *lines = raw.split(b"\r\n")
+    if len(lines) > MAX_HEADERS:
+        raise ProxyError("head_too_large", f"more than {MAX_HEADERS} header lines")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if is_request:
+            if len(line) > MAX_LINE_BYTES:
+                raise ProxyError("head_too_large",
+                                 f"a header line of more than {MAX_LINE_BYTES} bytes")
+            if not colon or not _TOKEN.match(name) or _LINE_BREAKS.search(value):
+                raise invalid("", "malformed header line")
+        key, text = name.decode("latin-1").lower(), value.strip(b" \t").decode("latin-1")
+        if key in headers:
+            if is_request and key in _ONCE:
+                raise invalid("", f"header {key} is given twice")
+            headers[key] += ", " + text
+        else:
+            headers[key] = text
+    return Head(first, headers)
+
+
+class RequestLine(NamedTuple):
+    method: str
+    path: str               # raw, as sent: never decoded or normalised
+    query: str
+    is_http_1_0: bool
+
+
+def parse_request_line(first: bytes) -> RequestLine:
+    if len(first) > MAX_LINE_BYTES:
+        raise ProxyError("line_too_long", f"a request line of more than {MAX_LINE_BYTES} bytes")
+    words = first.split(b" ")
+    if len(words) != 3 or words[2] not in (b"HTTP/1.1", b"HTTP/1.0") or not words[0].isalpha():
+        raise invalid("", "malformed request line")
+    method, target, version = words
+    if target == b"*" and method == b"OPTIONS":
+        target = b"/"
+    match = _TARGET.match(target)
+    if not match:
+        raise invalid("", "malformed request target")
+    path, _, query = (match[1] or b"/").decode("ascii").partition("?")
+    return RequestLine(method.decode("ascii"), path, query, version == b"HTTP/1.0")
+
+
+class BodyReader:
+    """Takes a message body out of raw bytes: by length, chunked, or until the connection closes,
+    gzip or deflate undone.  `done` is set when the framing itself says so; what follows is `rest`.
+    Raises ValueError on any doubt.  `limit` holds for the decoded bytes."""
+
+    def __init__(self, framing: str | int, limit: int, encoding: str = "",
+                 is_request: bool = False):
+        self.framing = framing          # a length in bytes, "chunked" or "close"
+        self.limit, self.is_request = limit, is_request
+        self.done, self.rest, self.total = framing == 0, b"", 0
+        self._held = b""                # an incomplete chunk head
+        self._left = framing if isinstance(framing, int) else 0     # bytes of this chunk or body
+        self._state = "size"            # of a chunked body: size, data, end, trailer
+        self._unzip = None
+        if encoding in ("gzip", "x-gzip", "deflate"):
+            self._unzip = zlib.decompressobj(47 if encoding != "deflate" else 15)
+
+    def feed(self, data: bytes) -> bytes:
+        """The decoded body bytes in `data`; may be empty."""
+        if isinstance(self.framing, int):
+            body, self.rest = data[:self._left], data[self._left:]
+            self._left -= len(body)
+            self.done = self._left == 0
+        elif self.framing == "close":
+            body = data
+        else:
+            body = self._feed_chunked(data)
+        if self._unzip is not None:
+            try:
+                body = self._unzip.decompress(body, self.limit + 1)
+            except zlib.error as err:
+                raise ValueError(f"damaged compression: {err}") from err
+        self.total += len(body)
+        if self.total > self.limit:
+            raise OverflowError(f"body of more than {self.limit} bytes")
+        if self._unzip is not None and self.done and not self._unzip.eof:
+            raise ValueError("compressed body is cut")
+        return body
+
+    def end(self) -> bool:
+        """The connection closed: whether the body is complete."""
+        if self.framing == "close" and (self._unzip is None or self._unzip.eof):
+            self.done = True
+        return self.done
+
+    def _feed_chunked(self, data: bytes) -> bytes:
+        if self._held:
+            data, self._held = self._held + data, b""
+        parts, i, n = [], 0, len(data)
+        while i < n and not self.done:
+            if self._state == "data":
+                piece = data[i:i + self._left]
+                parts.append(piece)
+                i += len(piece)
+                self._left -= len(piece)
+                if not self._left:
+                    self._state = "end"
+                continue
+            line_end = data.find(b"\r\n", i)
+            if line_end < 0:
+                if n - i > MAX_LINE_BYTES:
+                    raise ValueError("chunk head too long")
+                self._held, i = data[i:], n
+                break
+            line, i = data[i:line_end], line_end + 2
+            self._chunk_line(line)
+        if self.done:
+            self.rest = data[i:]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _chunk_line(self, line: bytes) -> None:
+        """One line between chunks: the end of a chunk, a size, or a trailer."""
+        if self._state == "end":
+            if line:
+                raise ValueError("chunk longer than its size")
+            self._state = "size"
+        elif self._state == "trailer":
+            if line and self.is_request:
+                raise ValueError("trailers are not accepted")
+            self.done = not line
+        else:
+            size = line.partition(b";")[0].rstrip(b" \t")
+            if not 1 <= len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+                raise ValueError("malformed chunk size")
+            self._left = int(size, 16)
+            self._state = "data" if self._left else "trailer"
+
+
+def body_framing(headers: Mapping[str, str], is_request: bool, no_body: bool = False) -> str | int:
+    """A length, "chunked" or "close".  Raises ValueError where two readers could disagree."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if no_body:
+        return 0
+    if coding is not None:
+        if coding.lower() != "chunked" or (is_request and length is not None):
+            raise ValueError("unusable Transfer-Encoding")
+        return "chunked"
+    if length is not None:
+        if not (length.isascii() and length.isdigit() and len(length) <= 15):
+            raise ValueError("malformed Content-Length")
+        return int(length)
+    return 0 if is_request else "close"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def _events_of(text: str) -> list[str]:
+    events = []
+    for event in text.split("\n\n"):
+        if event.startswith("data: ") and "\n" not in event:
+            events.append(event[6:])
+            continue
+        lines = []
+        for line in event.split("\n"):
+            if line.startswith("data:"):
+                lines.append(line[6:] if line.startswith("data: ") else line[5:])
+            elif line.startswith(("{", "[")):
+                lines.append(line)
+        if lines:
+            events.append("\n".join(lines))
+    return events
+
+
+class SseSplitter:
+    """Bytes of a `text/event-stream` in, the data texts of its complete events out.  Event names
+    are not needed: every dialect repeats them inside the data.  Takes LF, CRLF and CR, comments,
+    several data lines, and bare JSON lines, cut anywhere.  Bad UTF-8 or size: ValueError."""
+
+    def __init__(self):
+        self._held = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        if self._held:
+            data = self._held + data
+        if b"\r" in data:
+            tail = b"\r" if data.endswith(b"\r") else b""   # may be half of a CRLF
+            data = data[:len(data) - len(tail)].replace(b"\r\n", b"\n").replace(b"\r",
+                                                                                b"\n") + tail
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            self._held = data
+            if len(data) > MAX_EVENT_BYTES:
+                raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
+            return []
+        self._held = data[cut:]
+        # whole events only, so a character is never cut; decoded once per read
+        return _events_of(data[:cut].decode("utf-8"))
+
+    def end(self) -> list[str]:
+        """What an upstream left without its last empty line."""
+        held, self._held = self._held.replace(b"\r", b"\n"), b""
+        return _events_of(held.decode("utf-8")) if held.strip() else []
+
+
+# ── 7. Neutral form ───────────────────────────────────────────────────────
+# What every dialect is parsed to and rendered from.  A request is turns of
+# blocks; an answer is a stream of deltas with one grammar:
+#
+#     Begin (BlockStart Piece* BlockEnd)* Finish      or Fault anywhere
+#
+# One block is open at a time, numbered from 0.  The Assembler makes the
+# grammar hold, whatever the upstream sends; renderers rely on it.
+
+
+class Kind(enum.Enum):
+    """Kinds of blocks and pieces; also of the loose pieces that upstream parsers give."""
+    TEXT = "text"
+    THINKING = "thinking"
+    SIGNATURE = "signature"     # loose: of the thinking before it
+    CALL = "call"
+    ARGUMENTS = "arguments"
+    IMAGE = "image"             # loose: (media type, base64)
+    METER = "meter"             # loose: Usage so far
+    FINISH = "finish"           # loose: (Stop | None for "no usable answer", word of the upstream)
+
+
+class Stop(enum.Enum):
+    END = "end"
+    LENGTH = "length"
+    TOOL = "tool"
+    SEQUENCE = "sequence"
+    REFUSAL = "refusal"
+    OVERFLOW = "overflow"
+
+
+STOP_WORDS = {          # neutral -> Anthropic
+    Stop.END: "end_turn", Stop.LENGTH: "max_tokens", Stop.TOOL: "tool_use",
+    Stop.SEQUENCE: "stop_sequence", Stop.REFUSAL: "refusal",
+    Stop.OVERFLOW: "model_context_window_exceeded",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens so far; `input_tokens` excludes the cached ones, `output_tokens` includes thinking."""
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    thinking_tokens: int = 0
+
+
+# Blocks of a request
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image or document, base64 without prefix or line breaks."""
+    media_type: str
+    data: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    text: str
+    signature: str      # as the client sent it: our envelope, a foreign one, or ""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: dict
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    call_id: str
+    blocks: tuple
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str           # user, assistant, or system in mid-conversation
+    blocks: tuple
+
+
+@dataclass(frozen=True)
+class Tool:
+    name: str
+    description: str
+    schema: dict
+
+
+@dataclass(frozen=True)
+class ThinkingWish:
+    """What the client asked for: `is_on` None means it did not say; budget None means by effort."""
+    is_on: bool | None = None
+    budget_tokens: int | None = None
+    effort: str = ""
+    shows_text: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    model: str                          # as the client named it
+    turns: tuple
+    system: tuple = ()                  # texts, one per block
+    tools: tuple = ()
+    tool_choice: tuple = ("auto", "")   # auto, any, none, or tool with its name
+    one_call: bool = False              # no parallel calls wanted
+    max_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: tuple = ()
+    thinking: ThinkingWish = ThinkingWish()
+    json_schema: dict | None = None     # the answer must be JSON of this schema
+    session: str = ""                   # same for all requests of one conversation
+    is_streaming: bool = False
+
+
+# Deltas of an answer
+
+@dataclass(frozen=True)
+class Begin:
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    index: int
+    kind: Kind          # TEXT, THINKING or CALL
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    index: int
+    kind: Kind          # TEXT, THINKING, ARGUMENTS or SIGNATURE
+    text: str
+
+
+@dataclass(frozen=True)
+class BlockEnd:
+    index: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    stop: Stop
+    usage: Usage
+    sequence: str | None = None
+    explanation: str = ""       # of a refusal
+
+
+@dataclass(frozen=True)
+class Fault:
+    error: ProxyError
+
+
+# Counting
+
+def text_tokens(text: str) -> float:
+    """A quick guess: four ASCII characters a token, one and a half of others."""
+    if text.isascii():
+        return len(text) / 4
+    others = sum(1 for c in text if c > "\x7f")
+    return (len(text) - others) / 4 + others / 1.5
+
+
+def _block_tokens(block: Any) -> float:
+    if isinstance(block, Text):
+        return text_tokens(block.text)
+    if isinstance(block, Media):
+        if block.media_type == "application/pdf":
+            return 258 * max(1, base64.b64decode(block.data + "==").count(b"/Type /Page"))
+        return 1000
+    if isinstance(block, ToolCall):
+        return 8 + len(block.name) / 4 + len(json_encode(block.arguments)) / 3.3
+    if isinstance(block, ToolResult):
+        return 8 + sum(map(_block_tokens, block.blocks))
+    return text_tokens(block.text)
+
+
+def estimate_tokens(request: Request) -> int:
+    """Input tokens of a request, for count_tokens and for streams that begin before the upstream
+    says a number.  Deterministic and roughly additive."""
+    total = sum(map(text_tokens, request.system))
+    for tool in request.tools:
+        total += 8 + text_tokens(tool.description) + len(json_encode(tool.schema)) / 3.3
+    for turn in request.turns:
+        total += 4 + sum(map(_block_tokens, turn.blocks))
+    return max(1, int(total * 1.1 + 0.999))
+
+
+# Assembler
+
+class AnswerShape(NamedTuple):
+    """What the client of one request can take, and how names and ids are turned back."""
+    shows_thinking: bool = True         # thinking blocks may be sent at all
+    thinking_text: bool = True          # ... with their text
+    one_call: bool = False
+    wrap_signature: Callable[[str, str], str] = lambda raw, kind: raw
+    remember: Callable[[str, str], None] = lambda call_id, raw: None
+    client_call: Callable[[str, dict], tuple[str, dict]] = lambda name, arguments: (name,
+                                                                                    arguments)
+    estimate_input: Callable[[], int] = lambda: 0       # asked where the upstream reports nothing
+    used_ids: frozenset = frozenset()
+
+
+class Assembler:
+    """Loose pieces (Kind, value) in, deltas of the grammar out.  Owns the open block, the usage
+    and the finish; the answer begins with its first content or its finish, not before."""
+
+    def __init__(self, shape: AnswerShape):
+        self.shape = shape
+        self.open: Kind | None = None
+        self.index = -1
+        self.usage = Usage()
+        self.begun = False
+        self.stop: tuple | None = None      # loose FINISH value
+        self.calls = 0
+        self.has_text = self.has_thinking = False
+        self._signature = ""                # of the open thinking block, sent when it closes
+        self._letters = 0                   # sent so far, for upstreams that report no usage
+        self._ids = set(shape.used_ids)
+        self._actions = {
+            Kind.TEXT: self._text, Kind.THINKING: self._thinking,
+            Kind.SIGNATURE: self._signature_piece,
+            Kind.CALL: self._call, Kind.IMAGE: self._image, Kind.METER: self._meter,
+            Kind.FINISH: self._finish}
+
+    def feed(self, pieces: Iterable[tuple[Kind, Any]]) -> list:
+        out: list = []
+        for kind, value in pieces:
+            self._actions[kind](value, out)
+        return out
+
+    def end(self) -> list:
+        """The upstream's end.  Raises ProxyError `cut` where no finish was seen, `empty` where
+        nothing usable came: a truncated answer never looks complete."""
+        if self.stop is None and not self.calls:
+            raise ProxyError("cut", "the upstream ended its answer without a finish")
+        stop, word = self.stop or (Stop.TOOL, "")
+        has_content = self.has_text or self.calls or self.has_thinking
+        if stop is None and not self.begun:
+            raise ProxyError("empty", f"the upstream gave no usable answer ({word})")
+        if not has_content and stop in (Stop.END, Stop.TOOL, None):
+            raise ProxyError("empty", "the upstream gave an empty answer")
+        out: list = []
+        self._begin(out)
+        if not self.has_text and not self.calls and stop is Stop.END:
+            self._switch(Kind.TEXT, out)        # only thinking came: some clients need a text
+        self._close(out)
+        if self.calls:
+            stop = Stop.TOOL
+        out.append(Finish(stop or Stop.END, self.known_usage(),
+                          explanation=word if stop is Stop.REFUSAL else ""))
+        return out
+
+    def known_usage(self) -> Usage:
+        """The upstream's numbers; estimates where it gave none, since a client that reads 0
+        never compacts its conversation."""
+        usage = self.usage
+        if not usage.input_tokens and not usage.cached_tokens:
+            usage = replace(usage, input_tokens=self.shape.estimate_input())
+        if not usage.output_tokens and self._letters:
+            usage = replace(usage, output_tokens=self._letters // 4 + 1)
+        return usage
+
+    def _begin(self, out: list) -> None:
+        if not self.begun:
+            self.begun = True
+            out.append(Begin(self.known_usage()))
+
+    def _switch(self, kind: Kind, out: list, call_id: str = "", name: str = "") -> None:
+        self._begin(out)
+        self._close(out)
+        self.index += 1
+        self.open = kind
+        out.append(BlockStart(self.index, kind, call_id, name))
+
+    def _close(self, out: list) -> None:
+        if self.open is None:
+            return
+        if self._signature:
+            out.append(Piece(self.index, Kind.SIGNATURE, self._signature))
+            self._signature = ""
+        out.append(BlockEnd(self.index))
+        self.open = None
+
+    def _text(self, text: str, out: list) -> None:
+        if self.open is not Kind.TEXT:
+            if not text or (not self.has_text and text.isspace()):
+                return          # blank text before any other opens no block
+            self._switch(Kind.TEXT, out)
+            self.has_text = True
+        if text:
+            self._letters += len(text)
+            out.append(Piece(self.index, Kind.TEXT, text))
+
+    def _thinking(self, text: str, out: list) -> None:
+        self.has_thinking = True
+        if not self.shape.shows_thinking:
+            return
+        if self.open is not Kind.THINKING:
+            if not text:
+                return
+            self._switch(Kind.THINKING, out)
+        if text and self.shape.thinking_text:
+            out.append(Piece(self.index, Kind.THINKING, text))
+
+    def _signature_piece(self, raw: str, out: list) -> None:
+        # a later one replaces it; elsewhere nobody can carry it
+        if self.open is Kind.THINKING:
+            self._signature = self.shape.wrap_signature(raw, "t")
+
+    def _call(self, call: ToolCall, out: list) -> None:
+        if self.shape.one_call and self.calls:
+            return
+        if call.signature and self.shape.shows_thinking:
+            if self.open is not Kind.THINKING:
+                # a carrier: clients echo thinking blocks only
+                self._switch(Kind.THINKING, out)
+            self._signature = self.shape.wrap_signature(call.signature, "f")
+        call_id = call.id
+        if not re.fullmatch(r"[a-zA-Z0-9_-]+", call_id) or call_id in self._ids:
+            call_id = new_id("toolu_")
+        self._ids.add(call_id)
+        if call.signature:
+            self.shape.remember(call_id, call.signature)
+        name, arguments = self.shape.client_call(call.name, call.arguments)
+        self._switch(Kind.CALL, out, call_id, name)
+        out.append(Piece(self.index, Kind.ARGUMENTS, ""))
+        text = json_encode(arguments)
+        self._letters += len(text)
+        for start in range(0, len(text), 8192):
+            out.append(Piece(self.index, Kind.ARGUMENTS, text[start:start + 8192]))
+        self._close(out)
+        self.calls += 1
+
+    def _image(self, image: tuple[str, str], out: list) -> None:
+        media_type, data = image
+        self._text(f"[{media_type}, {len(data) * 3 // 4096} KB]", out)
+
+    def _meter(self, usage: Usage, out: list) -> None:
+        self.usage = usage
+
+    def _finish(self, value: tuple, out: list) -> None:
+        if self.stop is None or self.stop[0] is Stop.END:
+            self.stop = value
+
+
+class TextGate:
+    """Deltas in, deltas out: ends the answer at a stop sequence, or far beyond `max_tokens` of
+    visible text (thinking counts inside the upstream's own limit), and cuts a repeated `prefill`
+    off its start.  Holds back the longest tail that could still become a stop sequence."""
+
+    def __init__(self, stop_sequences: Iterable[str], max_tokens: int, prefill: str,
+                 usage: Callable[[], Usage]):
+        self.usage, self.prefill = usage, prefill
+        self.sequences = [s for s in stop_sequences if s.strip()]
+        # small limits are meant (probes, classifiers); large ones only guard against a runaway
+        self.budget = max_tokens if max_tokens <= 256 else max_tokens * 1.25
+        self.done = False
+        self._tail, self._tokens = "", 0.0
+        self._longest = max(map(len, self.sequences), default=0)
+
+    def feed(self, deltas: list) -> list:
+        out: list = []
+        for delta in deltas:
+            if self.done:
+                break
+            if type(delta) is Piece and delta.kind is Kind.TEXT:
+                self._text(delta.index, delta.text, out, False)
+            else:
+                if type(delta) is BlockEnd and self._tail:
+                    self._text(delta.index, "", out, True)
+                if not self.done:
+                    out.append(delta)
+        return out
+
+    def _text(self, index: int, text: str, out: list, is_last: bool) -> None:
+        text, self._tail = self._tail + text, ""
+        if self.prefill and not is_last:
+            if len(text) < len(self.prefill) and self.prefill.startswith(text):
+                self._tail = text
+                return
+            text, self.prefill = text[len(self.prefill) * text.startswith(self.prefill):], ""
+        # the earliest match counts, of those the longest; one that may still grow is waited for
+        hit = min(((at, -len(s), s) for s in self.sequences for at in (text.find(s),) if at >= 0),
+                  default=None)
+        keep = 0
+        if self.sequences and not is_last:
+            keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1)
+                         if any(s.startswith(text[-n:]) and s != text[-n:]
+                                for s in self.sequences)), 0)
+        if hit and not (keep and len(text) - keep <= hit[0]):
+            text = text[:hit[0]]
+        else:
+            hit = None
+            text, self._tail = text[:len(text) - keep], text[len(text) - keep:]
+        self._tokens += text_tokens(text)
+        if text:
+            out.append(Piece(index, Kind.TEXT, text))
+        if hit or self._tokens > self.budget:
+            self.done = True
+            out.append(BlockEnd(index))
+            usage = self.usage()
+            usage = replace(usage, output_tokens=max(usage.output_tokens, int(self._tokens), 1))
+            stop = Stop.SEQUENCE if hit else Stop.LENGTH
+            out.append(Finish(stop, usage, hit[2] if hit else None))
+
+
+# Folding
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer: the fold of its stream.  Blocks are Text, Thinking and ToolCall."""
+    blocks: tuple
+    finish: Finish
+
+
+def _whole_block(start: BlockStart, texts: Mapping[Kind, str]) -> Any:
+    if start.kind is Kind.TEXT:
+        return Text(texts.get(Kind.TEXT, ""))
+    if start.kind is Kind.THINKING:
+        return Thinking(texts.get(Kind.THINKING, ""), texts.get(Kind.SIGNATURE, ""))
+    return ToolCall(start.id, start.name, json.loads(texts.get(Kind.ARGUMENTS) or "{}"))
+
+
+def collect(deltas: Iterable) -> Reply:
+    """The Reply of a complete stream; a Fault in it is raised as its error."""
+    blocks, start, parts, finish = [], None, {}, None
+    for delta in deltas:
+        if isinstance(delta, BlockStart):
+            start, parts = delta, collections.defaultdict(list)
+        elif isinstance(delta, Piece):
+            parts[delta.kind].append(delta.text)
+        elif isinstance(delta, BlockEnd):
+            blocks.append(_whole_block(start, {kind: "".join(p) for kind, p in parts.items()}))
+        elif isinstance(delta, Finish):
+            finish = delta
+        elif isinstance(delta, Fault):
+            raise delta.error
+    if finish is None:
+        raise ProxyError("cut", "the answer has no finish")
+    return Reply(tuple(blocks), finish)
+
+
+def check_grammar(deltas: Iterable) -> None:
+    """Raises AssertionError where a stream breaks the grammar of this room."""
+    state, index, open_kind = "new", -1, None
+    allowed = {Kind.TEXT: {Kind.TEXT}, Kind.THINKING: {Kind.THINKING, Kind.SIGNATURE},
+               Kind.CALL: {Kind.ARGUMENTS}}
+    for delta in deltas:
+        if isinstance(delta, Begin):
+            assert state == "new", "a second Begin"
+            state = "between"
+        elif isinstance(delta, BlockStart):
+            assert state == "between" and delta.index == index + 1, f"misplaced {delta}"
+            state, index, open_kind = "open", delta.index, delta.kind
+        elif isinstance(delta, Piece):
+            assert state == "open" and delta.index == index, f"misplaced {delta}"
+            assert delta.kind in allowed[open_kind], f"{delta.kind} in a block of {open_kind}"
+        elif isinstance(delta, BlockEnd):
+            assert state == "open" and delta.index == index, f"misplaced {delta}"
+            state = "between"
+        elif isinstance(delta, Finish):
+            assert state == "between", "Finish inside a block or before Begin"
+            state = "over"
+        elif isinstance(delta, Fault):
+            assert state != "over", "a Fault after the end"
+            state = "over"
+    assert state == "over", f"the stream ends {state}"
+
+
+# ── 8. Bridges ────────────────────────────────────────────────────────────
+# What no two upstreams agree on: tool schemas, tool names and ids, thinking
+# signatures, the order of a conversation.  Pure functions; the sources of the
+# rules are Google's and Anthropic's refusals, quoted where they bite.
+
+# Tool schemas.  Cloud Code takes a small core of JSON Schema for every model; what is dropped is
+# told in the description.  Keywords count only where a schema stands: a property may be *named*
+# `type`, `format` or `$ref` and is data.
+
+SCHEMA_MAX_DEPTH = 15       # deeper: "maximum schema depth exceeded"
+SCHEMA_MAX_REFS = 10
+SCHEMA_MAX_NODES = 4000
+PLACEHOLDER = "_placeholder"    # Claude in VALIDATED mode refuses an empty object schema
+_TYPES = ("object", "array", "string", "number", "integer", "boolean")
+_HINTED = ("minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum",
+           "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "uniqueItems",
+           "minProperties",
+           "maxProperties", "format", "default")
+
+
+class _Cleaning:
+    """One schema being cleaned.  `left` bounds its size: references can multiply without end."""
+
+    def __init__(self, root: dict, is_claude: bool):
+        self.root, self.is_claude, self.left = root, is_claude, SCHEMA_MAX_NODES
+
+
+def _pointer(root: Any, ref: str) -> Any:
+    """The value a `#/a/b` pointer names, None when there is none."""
+    if ref == "#":
+        return root
+    if not ref.startswith("#/"):
+        return None
+    for word in ref[2:].split("/"):
+        word = urllib.parse.unquote(word).replace("~1", "/").replace("~0", "~")
+        if isinstance(root, dict):
+            root = root.get(word)
+        elif isinstance(root, list) and word.isdigit() and int(word) < len(root):
+            root = root[int(word)]
+        else:
+            return None
+    return root
+
+
+def _inline_ref(node: dict, root: dict, refs: tuple) -> tuple[dict, tuple]:
+    """`node` with its $ref put in its place; siblings win.  Cycles end in a plain object."""
+    while isinstance(node.get("$ref"), str):
+        ref = node["$ref"]
+        siblings = {k: v for k, v in node.items() if k != "$ref"}
+        target = _pointer(root, ref)
+        if ref in refs or len(refs) >= SCHEMA_MAX_REFS or not isinstance(target, dict):
+            hint = "See: " + ref.rsplit("/", 1)[-1]
+            return {"type": "object", "description": hint, **siblings}, refs
+        node, refs = {**target, **siblings}, refs + (ref,)
+    return node, refs
+
+
+def _merge_all_of(node: dict, root: dict, refs: tuple) -> dict:
+    """allOf folded in: properties and required united, the first type wins, descriptions joined."""
+    branches = node.get("allOf")
+    if not isinstance(branches, list):
+        return node
+    merged = {k: v for k, v in node.items() if k != "allOf"}
+    for branch in branches:
+        if not isinstance(branch, dict):
+            continue
+        branch, inner = _inline_ref(branch, root, refs)
+        if len(inner) < SCHEMA_MAX_REFS:
+            branch = _merge_all_of(branch, root, inner + ("allOf",))
+        for word, value in branch.items():
+            old = merged.get(word)
+            if word == "properties" and isinstance(old, dict) and isinstance(value, dict):
+                merged[word] = {**value, **old}
+            elif word == "required" and isinstance(old, list) and isinstance(value, list):
+                merged[word] = old + value
+            elif word == "description" and isinstance(old, str) and isinstance(value, str):
+                merged[word] = old + " " + value
+            else:
+                merged.setdefault(word, value)
+    return merged
+
+
+def _branch_worth(branch: dict) -> int:
+    """Objects say most, then arrays, then scalars."""
+    if branch.get("properties") or branch.get("type") == "object":
+        return 3
+    return 2 if branch.get("type") == "array" or "items" in branch else 1
+
+
+def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str], bool, tuple]:
+    """anyOf and oneOf become their richest branch: (schema, hints, whether null was among them,
+    the references followed)."""
+    branches = [b for word in ("anyOf", "oneOf") for b in (node.get(word) or ())
+                if isinstance(node.get(word), list) and isinstance(b, dict)]
+    if not branches:
+        return node, [], False, refs
+    rest = {k: v for k, v in node.items() if k not in ("anyOf", "oneOf")}
+    inlined = [_inline_ref(b, root, refs) for b in branches]
+    nullable = any(b.get("type") == "null" for b, _ in inlined)
+    inlined = [pair for pair in inlined if pair[0].get("type") != "null"]
+    real = [b for b, _ in inlined]
+    if not real:
+        return {"type": "string", **rest}, [], True, refs
+    if all("const" in b or isinstance(b.get("enum"), list) for b in real):
+        values = [v for b in real for v in (b["enum"] if "enum" in b else [b["const"]])]
+        return {**rest, "enum": values}, [], nullable, refs
+    best, refs = max(inlined, key=lambda pair: _branch_worth(pair[0]))
+    names = list(dict.fromkeys(str(b.get("type", "object" if "properties" in b else "any"))
+                               for b in real))
+    hints = ["Accepts: " + ", ".join(names)] if len(names) > 1 else []
+    chosen = {**best, **rest}
+    if isinstance(best.get("properties"), dict) and isinstance(rest.get("properties"), dict):
+        chosen["properties"] = {**best["properties"], **rest["properties"]}
+    if "anyOf" in best or "oneOf" in best or "allOf" in best:
+        chosen = {k: v for k, v in chosen.items() if k not in ("anyOf", "oneOf", "allOf")}
+    return chosen, hints, nullable, refs
+
+
+def enum_word(value: Any) -> str:
+    """An enum value as the text Gemini wants: `only allowed for STRING type`."""
+    return value if isinstance(value, str) else json_encode(value)
+
+
+def _clean_type(node: dict) -> tuple[dict, list[str], bool]:
+    """({"type", "enum"?}, hints, nullable) of a schema whose type may be missing or a list."""
+    kinds, hints, nullable = node.get("type"), [], False
+    if isinstance(kinds, list):
+        nullable = "null" in kinds
+        kinds = [k for k in kinds if k != "null"]
+        if len(kinds) > 1:
+            hints.append("Accepts: " + ", ".join(map(str, kinds)))
+        kinds = kinds[0] if kinds else "string"
+    if kinds == "null":
+        kinds, nullable = "string", True
+    kind = kinds.lower() if isinstance(kinds, str) else ""
+    if kind not in _TYPES:
+        kind = ("object" if isinstance(node.get("properties"), dict) else
+                "array" if "items" in node or "prefixItems" in node else "string")
+    values = [node["const"]] if "const" in node else node.get("enum")
+    if isinstance(values, list) and kind not in ("object", "array"):
+        nullable = nullable or None in values
+        words = list(dict.fromkeys(enum_word(v) for v in values if v is not None and v != ""))
+        if words:
+            if 2 <= len(words) <= 10:
+                hints.append("Allowed: " + ", ".join(words))
+            return {"type": "string", "enum": words}, hints, nullable
+    return {"type": kind}, hints, nullable
+
+
+def _clean_properties(node: dict, out: dict, clean: Callable[[Any], dict], is_claude: bool,
+                      hints: list[str]) -> None:
+    properties = node.get("properties")
+    cleaned = {}
+    optional = set()
+    for name, child in (properties.items() if isinstance(properties, dict) else ()):
+        cleaned[name] = clean(child)
+        if is_claude and cleaned[name].pop("nullable", False):
+            optional.add(name)
+    if cleaned:
+        out["properties"] = cleaned
+    required = node.get("required")
+    if isinstance(required, list):
+        names = list(dict.fromkeys(n for n in required if isinstance(n, str) and n in cleaned
+                                   and n not in optional))
+        if names:
+            out["required"] = names
+    extra = node.get("additionalProperties")
+    if not cleaned and isinstance(extra, dict) and isinstance(extra.get("type"), str):
+        hints.append(f"Map of names to {extra['type']}")
+
+
+def _clean(node: Any, job: _Cleaning, depth: int, refs: tuple) -> dict:
+    """One schema position; `refs` are the references being followed."""
+    job.left -= 1
+    if not isinstance(node, dict) or not node:
+        return {"type": "string"}
+    if depth > SCHEMA_MAX_DEPTH or job.left < 0:
+        return {"type": "object"}
+    node, refs = _inline_ref(node, job.root, refs)
+    node = _merge_all_of(node, job.root, refs)
+    node, hints, nullable, refs = _choose_branch(node, job.root, refs)
+    out, type_hints, type_nullable = _clean_type(node)
+    nullable = nullable or type_nullable or node.get("nullable") is True
+    hints += type_hints
+    if out["type"] == "object":
+        _clean_properties(node, out, lambda child: _clean(child, job, depth + 1, refs),
+                          job.is_claude, hints)
+    elif out["type"] == "array":
+        items = node.get("items", node.get("prefixItems"))
+        if isinstance(items, list):
+            hints.append("Tuple of: " + ", ".join(
+                str(i.get("type", "any")) if isinstance(i, dict) else "any" for i in items))
+            items = items[0] if items else None
+        out["items"] = _clean(items, job, depth + 1, refs)
+        out["items"].pop("nullable", None)
+    limits = ", ".join(f"{word}: {json_encode(node[word])}" for word in _HINTED
+                       if node.get(word) is not None)
+    description = node.get("description")
+    texts = [description] if isinstance(description, str) and description else []
+    texts += hints + ([f"({limits[:200]})"] if limits else [])
+    if texts:
+        out["description"] = " ".join(texts)
+    if nullable:
+        out["nullable"] = True
+    return out
+
+
+@functools.lru_cache(maxsize=2048)
+def _clean_cached(schema_json: str, is_claude: bool) -> dict:
+    root = json.loads(schema_json)
+    if not isinstance(root, dict):
+        root = {}
+    words = {"type", "properties", "$ref", "allOf", "anyOf", "oneOf", "items", "enum", "required"}
+    if root and not words & root.keys() and all(isinstance(v, dict) for v in root.values()):
+        root = {"type": "object", "properties": root}       # a bare property map
+    cleaned = _clean(root, _Cleaning(root, is_claude), 0, ())
+    if cleaned.get("type") != "object":
+        cleaned = {"type": "object", "properties": {}}
+    cleaned.pop("nullable", None)
+    if not cleaned.get("properties") and is_claude:
+        cleaned["properties"] = {PLACEHOLDER: {"type": "boolean", "description": "Set to true."}}
+        cleaned["required"] = [PLACEHOLDER]
+    cleaned.setdefault("properties", {})
+    return cleaned
+
+
+def clean_schema(schema: Any, is_claude: bool) -> dict:
+    """The core-only object schema for `functionDeclarations.parameters`.  Cached by content; the
+    answer is shared and must not be changed."""
+    try:
+        return _clean_cached(json_encode(schema), is_claude)
+    except RecursionError as err:
+        raise invalid("tools", "a schema is nested too deeply") from err
+
+
+def restore_arguments(value: Any, schema: Any) -> Any:
+    """A call's arguments turned back to the client's own schema: enum texts to their numbers or
+    booleans, our placeholder removed."""
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, dict):
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, dict) else {}
+        return {name: restore_arguments(item, properties.get(name)) for name, item in value.items()
+                if name != PLACEHOLDER or name in properties}
+    if isinstance(value, list):
+        return [restore_arguments(item, schema.get("items")) for item in value]
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(value, str) and isinstance(values, list) and value not in values:
+        return next((v for v in values if enum_word(v) == value), value)
+    return value
+
+
+# Tool names and ids
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}\Z")
+_ID = re.compile(r"[a-zA-Z0-9_-]+\Z")
+
+
+def tool_name(name: str) -> str:
+    """A name every upstream takes (Gemini: at most 64, Claude: no dots); stable, collision-safe."""
+    if _NAME.match(name):
+        return name
+    safe = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    safe = safe if safe[:1].isalpha() or safe[:1] == "_" else "_" + safe
+    return safe[:55] + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def tool_id(call_id: str) -> str:
+    """A call id Claude takes."""
+    if _ID.match(call_id):
+        return call_id
+    digest = hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:4]
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) + digest
+
+
+# Thinking signatures travel to the client inside `agp1.<family><kind><tag>.<raw>`: family g or c,
+# kind t (of this block's text) or f (of the next tool call), tag of the provider.  They go back
+# only to the family and provider that minted them, never changed.
+
+_ENVELOPE = re.compile(r"agp1\.([gc])([tf])([a-z0-9]*)\.(.+)\Z", re.S)
+
+
+class Signature(NamedTuple):
+    family: str
+    kind: str
+    tag: str
+    raw: str
+
+
+def wrap_signature(family: str, kind: str, tag: str, raw: str) -> str:
+    return f"agp1.{family}{kind}{tag}.{raw}"
+
+
+def unwrap_signature(text: str) -> Signature | None:
+    match = _ENVELOPE.match(text)
+    return Signature(*match.groups()) if match else None
+
+
+# Conversation repair.  Each function mends one thing that upstreams refuse; all look at most one
+# turn ahead, so the same prefix of a conversation always gives the same bytes (prompt caches).
+
+def fold_system_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
+    """Mid-conversation system turns become reminders in the user turn before them; those before any
+    user turn go to the system texts.  No Gemini upstream has a system role in `contents`."""
+    system, out = [], []
+    for turn in turns:
+        if turn.role != "system":
+            out.append(turn)
+            continue
+        text = "\n".join(b.text for b in turn.blocks if isinstance(b, Text))
+        at = next((i for i in range(len(out) - 1, -1, -1) if out[i].role == "user"), None)
+        if not text.strip():
+            continue
+        if at is None:
+            system.append(text)
+        else:
+            reminder = Text(f"<system-reminder>\n{text}\n</system-reminder>")
+            out[at] = Turn("user", out[at].blocks + (reminder,))
+    return system, out
+
+
+def is_blank(block: Any) -> bool:
+    return isinstance(block, Text) and block.text.strip() in ("", "(no content)")
+
+
+def merge_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """Blank texts and empty assistant turns dropped, neighbours of one role joined: Claude refuses
+    both.  An emptied user turn keeps a dot, so that the order of roles stays."""
+    out: list[Turn] = []
+    for turn in turns:
+        blocks = tuple(b for b in turn.blocks if not is_blank(b))
+        if not blocks and turn.role == "assistant":
+            continue
+        blocks = blocks or (Text("."),)
+        if out and out[-1].role == turn.role:
+            out[-1] = Turn(turn.role, out[-1].blocks + blocks)
+        else:
+            out.append(Turn(turn.role, blocks))
+    return out
+
+
+def pair_tool_results(turns: list[Turn]) -> list[Turn]:
+    """Every call answered in the turn right after it, in the order of the calls: late results move
+    up, the last of two wins, a missing one says so, one without its call becomes text."""
+    called, results = {}, {}
+    for at, turn in enumerate(turns):
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                called.setdefault(block.id, at)
+            elif isinstance(block, ToolResult) and called.get(block.call_id, at) < at:
+                results[block.call_id] = block
+    missing = (Text("no result was recorded for this call"),)
+    out: list[Turn] = []
+    waiting: list[str] = []
+    for turn in turns:
+        if turn.role == "assistant":
+            out.append(turn)
+            waiting = list(dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall)))
+            continue
+        answers = tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)
+        waiting, others = [], []
+        for block in turn.blocks:
+            if not isinstance(block, ToolResult):
+                others.append(block)
+            elif block.call_id not in results:
+                others.append(Text("[result of an earlier tool call]"))
+                others.extend(block.blocks)
+        if answers or others:
+            out.append(Turn("user", answers + tuple(others)))
+    if waiting:
+        out.append(Turn("user",
+                        tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)))
+    return out
+
+
+def close_ends(turns: list[Turn]) -> list[Turn]:
+    """A conversation that begins and ends with the user: Claude allows no prefill."""
+    if turns and turns[0].role == "assistant":
+        turns = [Turn("user", (Text("."),))] + turns
+    if turns and turns[-1].role == "assistant":
+        tail = turns[-1].blocks[-1] if turns[-1].blocks else None
+        prefill = tail.text.rstrip() if isinstance(tail, Text) else ""
+        order = f"Continue exactly after: {prefill}" if 0 < len(prefill) <= 64 else "Continue."
+        turns = turns + [Turn("user", (Text(order),))]
+    return turns
+
+
+def repair_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
+    """All repairs in their order: (texts for the system instruction, alternating turns)."""
+    system, folded = fold_system_turns(turns)
+    return system, close_ends(merge_turns(pair_tool_results(merge_turns(folded))))
+
+
+def short_prefill(turns: tuple) -> str:
+    """The beginning an assistant turn at the end puts into the model's mouth, at most 64 letters:
+    the answer must not repeat it."""
+    if not turns or turns[-1].role != "assistant" or not turns[-1].blocks:
+        return ""
+    tail = turns[-1].blocks[-1]
+    text = tail.text.rstrip() if isinstance(tail, Text) else ""
+    return text if len(text) <= 64 else ""
+
+
+# ── 9. Anthropic dialect ──────────────────────────────────────────────────
+# The Messages API as clients see it (docs.anthropic.com, and Claude Code
+# 2.1.197 and later on the wire).  A stream is
+#
+#     message_start (content_block_start content_block_delta* content_block_stop)*
+#     message_delta message_stop          `ping` anywhere; `error` ends it at any point
+#
+# [A1] The `event:` line is mandatory: without it Claude Code repeats the call unstreamed.
+# [A2] Tool arguments count only as input_json_delta; `input` in the start stays {}.
+# [A3] A signature_delta comes once, last in its block.
+# [A4] No thinking block after the last text: `claude -p` would print nothing.
+# [A5] Claude Code 2.1.197 counts no ping as life, only content and message_delta.
+# [A6] The usage of message_delta is cumulative and corrects that of message_start.
+# [A7] `retry-after` above 60 makes Claude Code stop at once; up to 60 it waits.
+
+IMAGE_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+               (b"%PDF", "application/pdf"))
+_ROLES = ("user", "assistant", "system")
+# Tools that Anthropic's API knows by type only; clients run them themselves.
+CLIENT_TOOLS = {
+    "bash_": {"command": "string", "restart": "boolean"},
+    "text_editor_": {"command": "string", "path": "string", "file_text": "string",
+                     "old_str": "string",
+                     "new_str": "string", "insert_line": "integer", "insert_text": "string",
+                     "view_range": "array"},
+    "memory_": {"command": "string", "path": "string", "file_text": "string", "old_str": "string",
+                "new_str": "string", "insert_line": "integer", "insert_text": "string",
+                "old_path": "string", "new_path": "string", "view_range": "array"},
+    "computer_": {"action": "string", "coordinate": "array", "text": "string",
+                  "duration": "number",
+                  "scroll_direction": "string", "scroll_amount": "integer"},
+}
+
+
+def _list_at(value: Any, path: str) -> list:
+    if not isinstance(value, list):
+        raise invalid(path, "a list is required")
+    return value
+
+
+class _Reading:
+    """One reading of messages: the table of block types, and what tools are mentioned."""
+
+    def __init__(self, parsers: Mapping[str, Callable[[dict, str, _Reading], tuple]]):
+        self.parsers = parsers
+        self.mentioned: dict[str, None] = {}    # in order, for tools whose loading was deferred
+
+    def blocks(self, content: Any, path: str) -> tuple:
+        """Neutral blocks of a `content`: a string, or a list of blocks."""
+        if isinstance(content, str):
+            return (Text(content),)
+        out: list = []
+        for position, block in enumerate(_list_at(content, path)):
+            where = f"{path}.{position}"
+            if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+                raise invalid(where + ".type", "a string is required")
+            parse = self.parsers.get(block["type"])
+            if parse:
+                out.extend(parse(block, where, self))
+        return tuple(out)
+
+
+def _text_at(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(path, "a string is required")
+    return value
+
+
+def _dict_at(value: Any, path: str) -> dict:
+    if not isinstance(value, dict):
+        raise invalid(path, "an object is required")
+    return value
+
+
+def _number_at(body: Mapping, name: str, low: float, high: float) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise invalid(name, f"a number from {low} to {high} is required")
+    return value
+
+
+def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
+    """The block of an image or document source."""
+    source = _dict_at(source, path)
+    kind = source.get("type")
+    if kind == "text":
+        return (Text((title + "\n" if title else "") + _text_at(source.get("data"),
+                                                                path + ".data")),)
+    if kind == "content":
+        content = source.get("content")
+        return (Text(title),) * bool(title) + reading.blocks(content, path + ".content")
+    if kind in ("url", "file"):
+        raise invalid(path, f"a source of type {kind!r} is not supported here; send it as base64")
+    if kind != "base64":
+        raise invalid(path + ".type", "base64 is required")
+    data = _text_at(source.get("data"), path + ".data")
+    media_type = source.get("media_type")
+    if data.startswith("data:"):
+        data = data.partition(",")[2]
+    if any(c in data for c in "\r\n\t "):
+        data = "".join(data.split())
+    head = data[:32].replace("-", "+").replace("_", "/")
+    if not re.fullmatch(r"[A-Za-z0-9+/]{4,}={0,2}", head):
+        raise invalid(path + ".data", "base64 is required")
+    # the declared type is often wrong; the first bytes are not
+    start = base64.b64decode(head[:len(head) // 4 * 4])
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        media_type = "image/webp"
+    media_type = next((name for magic, name in IMAGE_MAGIC if start.startswith(magic)), media_type)
+    return (Media(_text_at(media_type, path + ".media_type"), data, title),)
+
+
+def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
+    call_id = _text_at(block.get("tool_use_id"), path + ".tool_use_id")
+    content = block.get("content")
+    if content is not None and not isinstance(content, (str, list)):
+        raise invalid(path + ".content", "a string or a list of blocks is required")
+    names = [b.get("tool_name") for b in content or () if isinstance(b, dict)
+             and b.get("type") == "tool_reference"] if isinstance(content, list) else []
+    blocks = reading.blocks(content, path + ".content") if content else ()
+    if names:
+        blocks += (Text("Loaded tools: " + ", ".join(map(str, names))),)
+    return (ToolResult(call_id, blocks, block.get("is_error") is True),)
+
+
+def _tool_use(block: dict, path: str, reading: _Reading) -> tuple:
+    name = _text_at(block.get("name"), path + ".name")
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise invalid(path + ".input", "an object is required")
+    if json_depth_exceeds(arguments):
+        raise invalid(path + ".input", f"nested deeper than {MAX_JSON_DEPTH}")
+    reading.mentioned.setdefault(name)
+    return (ToolCall(_text_at(block.get("id"), path + ".id"), name, arguments),)
+
+
+def _reference(block: dict, path: str, reading: _Reading) -> tuple:
+    name = block.get("tool_name") or block.get("name")
+    if isinstance(name, str):
+        reading.mentioned.setdefault(name)
+    return ()
+
+
+def _server_block(block: dict, path: str, reading: _Reading) -> tuple:
+    """A server tool's call or result in the history, told in a few words."""
+    content = block.get("content")
+    links = [f"{b.get('title', '')} {b.get('url', '')}" for b in content if isinstance(b, dict)
+             ] if isinstance(content, list) else []
+    told = "\n".join(links) if links else json_encode(block.get("input") or content or {})
+    return (Text(f"[{block['type'].replace('_', ' ')}: {told}]"[:4096]),)
+
+
+def _search_result(block: dict, path: str, reading: _Reading) -> tuple:
+    texts = [b.text for b in reading.blocks(block.get("content") or [], path + ".content")
+             if isinstance(b, Text)]
+    return (Text("\n".join([str(block.get("title", "")), str(block.get("source", ""))] + texts)),)
+
+
+# type of an input block -> function(block, path, reading) -> neutral blocks.  Types that are not
+# here, and keys nobody reads (cache_control, citations, caller), are dropped.
+ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
+    "text": lambda b, path, _: (Text(_text_at(b.get("text"), path + ".text")),),
+    "image": lambda b, path, reading: _media(b.get("source"), path + ".source", reading),
+    "document": lambda b, path, reading: _media(b.get("source"), path + ".source", reading,
+                                                str(b.get("title") or "")),
+    "tool_use": _tool_use,
+    "tool_result": _tool_result,
+    "thinking": lambda b, path, _: (Thinking(_text_at(b.get("thinking", ""), path + ".thinking"),
+                                             _text_at(b.get("signature") or "",
+                                                      path + ".signature")),),
+    "redacted_thinking": lambda b, path, _: (),
+    "search_result": _search_result,
+    "tool_reference": _reference, "tool_addition": _reference,
+    "compaction": lambda b, path, _: (Text(_text_at(b.get("content") or "", path + ".content")),),
+    **dict.fromkeys(("server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
+                     "code_execution_tool_result", "bash_code_execution_tool_result",
+                     "text_editor_code_execution_tool_result", "mcp_tool_use", "mcp_tool_result"),
+                    _server_block),
+}
+
+
+def _turns(messages: Any, reading: _Reading) -> tuple[tuple, str]:
+    """(turns, effort): the effort is that of the last message that carries one."""
+    if not _list_at(messages, "messages"):
+        raise invalid("messages", "at least one message is required")
+    turns, effort = [], ""
+    for position, message in enumerate(messages):
+        path = f"messages.{position}"
+        message = _dict_at(message, path)
+        if message.get("role") not in _ROLES:
+            raise invalid(path + ".role", "user, assistant or system is required")
+        content = message.get("content")
+        if not isinstance(content, (str, list)):
+            raise invalid(path + ".content", "a string or a list of blocks is required")
+        turns.append(Turn(message["role"], reading.blocks(content, path + ".content")))
+        directive = message.get("output_config")
+        if isinstance(directive, dict) and isinstance(directive.get("effort"), str):
+            effort = directive["effort"]
+    return tuple(turns), effort
+
+
+def _system(value: Any) -> tuple:
+    """System texts, one per block; Claude Code's billing line, which differs from one process to
+    the next, is left out: it would spoil every prompt cache."""
+    if value is None:
+        return ()
+    if not isinstance(value, (str, list)):
+        raise invalid("system", "a string or a list of text blocks is required")
+    texts = [b.text for b in _Reading(ANTHROPIC_BLOCKS).blocks(value, "system")
+             if isinstance(b, Text)]
+    return tuple(t for t in texts if t.strip() and not t.startswith("x-anthropic-billing-header:"))
+
+
+def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
+    """Tools the client runs itself.  Deferred ones count from their first mention on, after the
+    others; server tools are left out.  Of two with one name the last wins."""
+    plain, deferred = {}, {}
+    for position, row in enumerate(_list_at(value, "tools") if value is not None else ()):
+        path = f"tools.{position}"
+        row = _dict_at(row, path)
+        kind = row.get("type")
+        if kind is not None and not isinstance(kind, str):
+            raise invalid(path + ".type", "a string is required")
+        if kind in (None, "custom"):
+            schema = row.get("input_schema")
+            if schema is not None and not isinstance(schema, dict):
+                raise invalid(path + ".input_schema", "an object is required")
+        else:
+            known = next((p for prefix, p in CLIENT_TOOLS.items() if kind.startswith(prefix)),
+                         None)
+            if known is None:
+                continue
+            schema = {"type": "object", "properties": {n: {"type": t} for n, t in known.items()}}
+        name = _text_at(row.get("name"), path + ".name")
+        if not name:
+            raise invalid(path + ".name", "a name is required")
+        description = row.get("description")
+        text = description if isinstance(description, str) else ""
+        examples = row.get("input_examples")
+        if isinstance(examples, list) and examples:
+            text += "\nExamples: " + "; ".join(map(json_encode, examples[:2]))
+        tool = Tool(name, text, schema or {})
+        if not row.get("defer_loading"):
+            plain[name] = tool
+        elif name in mentioned:
+            deferred[name] = tool
+    return tuple(plain.values()) + tuple(deferred[n] for n in mentioned if n in deferred)
+
+
+def _tool_choice(value: Any, tools: tuple) -> tuple[tuple, bool]:
+    """((mode, name), whether parallel calls are unwanted)."""
+    if value is None:
+        return ("auto", ""), False
+    kind = _dict_at(value, "tool_choice").get("type")
+    if kind not in ("auto", "any", "tool", "none"):
+        raise invalid("tool_choice.type", "auto, any, tool or none is required")
+    name = ""
+    if kind == "tool":
+        name = _text_at(value.get("name"), "tool_choice.name")
+        if name not in {tool.name for tool in tools}:
+            raise invalid("tool_choice.name", f"{name!r} is not among the tools")
+    return (kind, name), value.get("disable_parallel_tool_use") is True
+
+
+def _thinking(body: Mapping, effort: str) -> ThinkingWish:
+    config = body.get("output_config")
+    config = _dict_at(config, "output_config") if config is not None else {}
+    effort = effort or config.get("effort") or ""
+    if not isinstance(effort, str):
+        raise invalid("output_config.effort", "a string is required")
+    thinking = body.get("thinking")
+    if thinking is None:
+        return ThinkingWish(None, None, effort)
+    kind = _dict_at(thinking, "thinking").get("type")
+    if kind not in ("enabled", "disabled", "adaptive"):
+        raise invalid("thinking.type", "enabled, disabled or adaptive is required")
+    budget = None
+    if kind == "enabled":
+        budget = thinking.get("budget_tokens")
+        if type(budget) is not int or budget < 1:
+            raise invalid("thinking.budget_tokens", "a positive whole number is required")
+    return ThinkingWish(kind != "disabled", budget, effort, thinking.get("display") != "omitted")
+
+
+def _json_schema(body: Mapping) -> dict | None:
+    config = body.get("output_config")
+    wanted = config.get("format") if isinstance(config, dict) else None
+    wanted = wanted or body.get("output_format")
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+        return _dict_at(wanted.get("schema"), "output_config.format.schema")
+    return None
+
+
+def _session(body: Mapping, headers: Mapping[str, str]) -> str:
+    """What all requests of one conversation share; "" when the client does not say."""
+    if headers.get("x-claude-code-session-id"):
+        return headers["x-claude-code-session-id"]
+    metadata = body.get("metadata")
+    user_id = metadata.get("user_id") if isinstance(metadata, dict) else None
+    if not isinstance(user_id, str):
+        return ""
+    if user_id.startswith("{"):
+        with contextlib.suppress(ValueError):       # not JSON after all: taken as it stands
+            return str(json.loads(user_id).get("session_id") or user_id)
+    return user_id.rpartition("_session_")[2]
+
+
+def anthropic_parse_request(body: Any, headers: Mapping[str, str],
+                            is_count: bool = False) -> Request:
+    """The neutral Request of a Messages body; raises ProxyError invalid_request with the path of
+    the offending field.  Unknown fields are ignored: newer clients send them."""
+    body = _dict_at(body, "body")
+    model = _text_at(body.get("model"), "model")
+    if body.get("thread") is not None:      # the SDK's tool runner goes on without when told so
+        error = invalid("thread", "threads are not supported")
+        error.details = {"error_code": "thread_unsupported_request"}
+        raise error
+    if body.get("mcp_servers"):
+        raise invalid("mcp_servers", "not supported by this model's provider")
+    max_tokens = body.get("max_tokens")
+    if type(max_tokens) is not int or max_tokens < 0:
+        if not is_count:
+            raise invalid("max_tokens", "a whole number is required")
+        max_tokens = 1
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise invalid("stream", "true or false is required")
+    reading = _Reading(ANTHROPIC_BLOCKS)
+    turns, effort = _turns(body.get("messages"), reading)
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and isinstance(choice.get("name"), str):
+        reading.mentioned.setdefault(choice["name"])
+    tools = _tools(body.get("tools"), reading.mentioned)
+    tool_choice, one_call = _tool_choice(choice, tools)
+    stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
+    top_k = _number_at(body, "top_k", 0, 1 << 31)
+    return Request(
+        model=model, turns=turns, system=_system(body.get("system")), tools=tools,
+        tool_choice=tool_choice, one_call=one_call, max_tokens=max_tokens,
+        temperature=_number_at(body, "temperature", 0, 2), top_p=_number_at(body, "top_p", 0, 1),
+        top_k=None if top_k is None else int(top_k),
+        stop_sequences=tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
+        thinking=_thinking(body, effort), json_schema=_json_schema(body),
+        session=_session(body, headers), is_streaming=stream is True)
+
+
+# Answers
+
+@dataclass
+class AnthropicAnswer:
+    """What is remembered between the deltas of one answer; lives as long as the request, over all
+    of its tries, so that a second message_start is never sent."""
+    model: str              # as the client named it
+    id: str = field(default_factory=lambda: new_id("msg_"))
+    begun: bool = False
+    open_index: int = -1    # of the open block
+    open_kind: Kind | None = None
+    usage: Usage = Usage()
+
+
+def anthropic_usage(usage: Usage) -> dict:
+    return {"input_tokens": usage.input_tokens, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.output_tokens}
+
+
+def _message(state: AnthropicAnswer, content: list, stop_reason: str | None, usage: Usage) -> dict:
+    tokens = {**anthropic_usage(usage), "service_tier": "standard",
+              "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}}
+    return {"id": state.id, "type": "message", "role": "assistant", "model": state.model,
+            "content": content, "stop_reason": stop_reason, "stop_sequence": None, "usage": tokens}
+
+
+def _event(name: str, data: dict) -> str:
+    return f"event: {name}\ndata: {json_encode({'type': name, **data})}\n\n"
+
+
+def _begin_event(state: AnthropicAnswer, delta: Begin) -> str:
+    if state.begun:
+        return ""
+    state.begun, state.usage = True, delta.usage
+    usage = replace(delta.usage, output_tokens=max(1, delta.usage.output_tokens))
+    return _event("message_start", {"message": _message(state, [], None, usage)})
+
+
+def _start_event(state: AnthropicAnswer, delta: BlockStart) -> str:
+    state.open_index, state.open_kind = delta.index, delta.kind
+    if delta.kind is Kind.TEXT:
+        block: dict = {"type": "text", "text": ""}
+    elif delta.kind is Kind.THINKING:
+        block = {"type": "thinking", "thinking": "", "signature": ""}
+    else:
+        block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}      # [A2]
+    return _event("content_block_start", {"index": delta.index, "content_block": block})
+
+
+_DELTA = ('event: content_block_delta\ndata: {"type":"content_block_delta","index":%%d,'
+          '"delta":{"type":"%s","%s":%%s}}\n\n')
+_BLOCK_STOP = 'event: content_block_stop\ndata: {"type":"content_block_stop","index":%d}\n\n'
+_DELTA_FORMS = {kind: _DELTA % words for kind, words in {
+    Kind.TEXT: ("text_delta", "text"), Kind.THINKING: ("thinking_delta", "thinking"),
+    Kind.ARGUMENTS: ("input_json_delta", "partial_json"),
+    Kind.SIGNATURE: ("signature_delta", "signature")}.items()}
+
+
+def _piece_event(state: AnthropicAnswer, delta: Piece) -> str:
+    return _DELTA_FORMS[delta.kind] % (delta.index, quote(delta.text))
+
+
+def _end_event(state: AnthropicAnswer, delta: BlockEnd) -> str:
+    state.open_kind = None
+    return _BLOCK_STOP % delta.index
+
+
+def _stop_fields(finish: Finish) -> dict:
+    fields: dict = {"stop_reason": STOP_WORDS[finish.stop], "stop_sequence": finish.sequence}
+    if finish.stop is Stop.REFUSAL:
+        fields["stop_details"] = {"type": "refusal", "category": None,
+                                  "explanation": finish.explanation}
+    return fields
+
+
+def _finish_event(state: AnthropicAnswer, delta: Finish) -> str:
+    return (_event("message_delta",
+                   {"delta": _stop_fields(delta), "usage": anthropic_usage(delta.usage)})
+            + _event("message_stop", {}))
+
+
+def _fault_event(state: AnthropicAnswer, delta: Fault) -> str:
+    error = {"type": delta.error.rule.type, "message": delta.error.message}
+    return _event("error", {"error": error})
+
+
+ANTHROPIC_EVENTS: dict[type, Callable[[AnthropicAnswer, Any], str]] = {
+    Piece: _piece_event, Begin: _begin_event, BlockStart: _start_event, BlockEnd: _end_event,
+    Finish: _finish_event, Fault: _fault_event,
+}
+
+
+def anthropic_render_delta(state: AnthropicAnswer, delta: Any) -> str:
+    """One neutral delta -> the text of its events, ASCII."""
+    return ANTHROPIC_EVENTS[type(delta)](state, delta)
+
+
+def anthropic_keep_alive(state: AnthropicAnswer, is_beat: bool) -> str:
+    """A ping, or where that is not enough ([A5]) an empty delta of the open block."""
+    if not is_beat:
+        return 'event: ping\ndata: {"type":"ping"}\n\n'
+    if state.open_kind in (Kind.TEXT, Kind.THINKING):
+        return _piece_event(state, Piece(state.open_index, state.open_kind, ""))
+    return _event("message_delta", {"delta": {"stop_reason": None, "stop_sequence": None},
+                                    "usage": anthropic_usage(state.usage)})
+
+
+def anthropic_render_reply(state: AnthropicAnswer, reply: Reply) -> dict:
+    """The Message object of a folded answer."""
+    content: list[dict] = []
+    for block in reply.blocks:
+        if isinstance(block, Text):
+            content.append({"type": "text", "text": block.text})
+        elif isinstance(block, Thinking):
+            content.append({"type": "thinking", "thinking": block.text,
+                            "signature": block.signature})
+        else:
+            content.append({"type": "tool_use", "id": block.id, "name": block.name,
+                            "input": block.arguments})
+    return {**_message(state, content, None, reply.finish.usage), **_stop_fields(reply.finish)}
+
+
+def anthropic_render_error(error: ProxyError, request_id: str) -> dict:
+    body = {"type": error.rule.type, "message": error.message}
+    if error.details:
+        body["details"] = error.details
+    return {"type": "error", "error": body, "request_id": request_id}
+
+
+def anthropic_render_model(model: Model) -> dict:
+    """A row of /v1/models.  Claude Code keeps only ids that begin with `claude`."""
+    has_images = model.family != "gpt-oss"
+    return {"type": "model", "id": model.id, "display_name": model.label,
+            "created_at": "2026-01-01T00:00:00Z", "max_input_tokens": model.context_tokens,
+            "max_tokens": model.output_tokens,
+            "capabilities": {"image_input": {"supported": has_images},
+                             "pdf_input": {"supported": has_images},
+                             "thinking": {"supported": model.max_budget > 0}}}
+
+
+# ── 11. Gemini dialect and envelope ───────────────────────────────────────
+# Google's generateContent, bare (API key) or wrapped by Cloud Code in
+# {"project", "model", "request": {...}}, answers in {"response": {...}}.
+# Private and undocumented behind Cloud Code; state of September 2026.
+#
+# [G1] Unknown keys in a request are a 400; nothing of the client's leaks in.
+# [G2] A chunk's parts are to be appended; a functionCall comes whole; usage is cumulative.
+# [G3] finishReason is STOP although calls were made; Claude's calls end in OTHER too.
+# [G4] The number of functionResponses must be that of the calls, all in the next turn.
+# [G5] Gemini 3 demands the signature on the first functionCall of each step of the open turn;
+#      `skip_thought_signature_validator` stands in for one that was lost (Google's docs).
+# [G6] Claude demands signed thoughts first in the open tool loop, or no thinking at all.
+# [G7] Omitting thinkingConfig does not switch thinking off; budget 0 does, where allowed.
+# [G8] Metering and signatures belong to the deployment: they do not travel between providers.
+
+SKIP_SIGNATURE = "skip_thought_signature_validator"
+
+
+class Target(NamedTuple):
+    """Where a request goes."""
+    model: Model
+    provider: Provider
+    upstream_id: str
+    project: str = ""
+
+
+class Rendered(NamedTuple):
+    body: dict
+    headers: dict[str, str]     # beside those of the provider
+    shape: AnswerShape
+
+
+def _family(model: Model) -> str:
+    return "c" if model.family == "claude" else "g"
+
+
+def _wanted_budget(wish: ThinkingWish, model: Model) -> int | None:
+    """Thinking tokens: 0 is off, -1 lets the model decide, None where nothing is to be said."""
+    if model.max_budget == 0:
+        return None
+    if wish.is_on is False:
+        return model.min_budget if model.family.startswith("gemini") else 0
+    if wish.budget_tokens is not None:
+        budget = wish.budget_tokens
+    elif wish.effort in EFFORT_BUDGETS:
+        is_most = wish.effort in ("xhigh", "max")
+        budget = model.max_budget if is_most else EFFORT_BUDGETS[wish.effort]
+    elif wish.is_on:
+        budget = model.default_budget
+    else:
+        return model.min_budget if model.family.startswith("gemini") else 0
+    if budget == 0 and model.family == "claude":
+        return 0
+    return budget if budget < 0 else min(max(budget, model.min_budget), model.max_budget)
+
+
+def _level(budget: int, levels: list[str]) -> str:
+    """The thinking level for a budget, rounded up to one the model has."""
+    budget = budget if budget >= 0 else 1 << 30
+    wanted = next(name for most, name in LEVEL_BY_BUDGET if budget <= most)
+    order = [name for _, name in LEVEL_BY_BUDGET]
+    return next((name for name in order[order.index(wanted):] if name in levels), levels[-1])
+
+
+def _generation_config(request: Request, target: Target, may_think: bool) -> tuple[dict, bool]:
+    """(generationConfig, whether the model will think): limits, sampling and thinking depend on
+    each other, differently for Claude and Gemini."""
+    model, config = target.model, {}
+    budget = _wanted_budget(request.thinking, model)
+    limit, most = model.output_tokens, min(max(request.max_tokens, 1), model.output_tokens)
+    levels = [] if target.provider.envelope else model.levels.split()
+    if model.family == "claude":
+        budget = budget if may_think else 0
+        if budget and most <= budget:       # Claude refuses a limit within the budget
+            most = min(limit, budget + most)
+            budget = min(budget, most - 1024)
+        is_thinking = bool(budget and budget >= 1024)
+        config["maxOutputTokens"] = most
+        config["thinkingConfig"] = {"includeThoughts": is_thinking,
+                                    "thinkingBudget": budget if is_thinking else 0}
+    else:
+        is_thinking = bool(budget)
+        is_open_ended = budget is not None and (budget < 0 or bool(levels))
+        config["maxOutputTokens"] = limit if is_open_ended else min(limit, most + (budget or 0))
+        if budget is not None:
+            config["thinkingConfig"] = {"includeThoughts": request.thinking.is_on is True}
+            config["thinkingConfig"].update({"thinkingLevel": _level(budget, levels)} if levels
+                                            else {"thinkingBudget": budget})
+    is_claude_thinking = model.family == "claude" and is_thinking
+    if request.temperature is not None and not is_claude_thinking:
+        config["temperature"] = request.temperature
+    if request.top_p is not None and not (is_claude_thinking and request.top_p < 0.95):
+        config["topP"] = request.top_p
+    if request.top_k is not None and model.family != "claude":
+        config["topK"] = request.top_k
+    if model.family == "image":
+        config["responseModalities"] = ["TEXT", "IMAGE"]
+    return config, is_thinking
+
+
+class _Contents:
+    """Turns -> `contents` for one target.  `names` maps call ids to the tools' upstream names."""
+
+    def __init__(self, target: Target, signatures: Any, is_thinking: bool, repair: str):
+        self.target, self.signatures = target, signatures
+        self.is_claude = target.model.family == "claude"
+        self.is_thinking, self.repair = is_thinking, repair
+        self.sends_ids = self.is_claude or target.model.family == "gemini3"
+        self.names: dict[str, str] = {}
+
+    def render(self, turns: list[Turn]) -> list[dict]:
+        return [{"role": "model", "parts": self._model_parts(turn)} if turn.role == "assistant"
+                else
+                {"role": "user", "parts": self._user_parts(turn)} for turn in turns]
+
+    def _call_id(self, call_id: str) -> dict:
+        if not self.sends_ids:
+            return {}
+        return {"id": tool_id(call_id) if self.is_claude else call_id}
+
+    def _model_parts(self, turn: Turn) -> list[dict]:
+        thoughts, texts, calls, in_order = [], [], [], []
+        pending = ""            # a carried signature waits for the next call
+        for block in turn.blocks:
+            if isinstance(block, Thinking):
+                signature = unwrap_signature(block.signature)
+                if signature and self._is_ours(signature.family, signature.tag):
+                    if signature.kind == "f":
+                        pending = signature.raw
+                    elif self.is_claude and self.is_thinking and not self.repair:
+                        thoughts.append({"text": block.text, "thought": True,
+                                         "thoughtSignature": signature.raw})
+            elif isinstance(block, ToolCall):
+                part = self._call_part(block, pending, not calls)
+                pending = ""
+                calls.append(part)
+                in_order.append(part)
+            elif isinstance(block, Text):
+                texts.append({"text": block.text})
+                in_order.append(texts[-1])
+            elif isinstance(block, Media):
+                texts.append({"text": f"[{block.media_type}]"})
+                in_order.append(texts[-1])
+        parts = thoughts + texts + calls if self.is_claude else in_order
+        return parts or [{"text": "."}]
+
+    def _is_ours(self, family: str, tag: str) -> bool:
+        return family == _family(self.target.model) and tag == self.target.provider.signature_tag
+
+    def _call_part(self, call: ToolCall, pending: str, is_first: bool) -> dict:
+        name = self.names[call.id] = tool_name(call.name)
+        if self.repair == "pairing":
+            return {"text": f"[called {name} with {json_encode(call.arguments)}]"}
+        part: dict = {"functionCall": {"name": name, "args": call.arguments,
+                                       **self._call_id(call.id)}}
+        if self.is_claude:
+            return part
+        known = self.signatures.get(call.id)
+        raw = pending or (known[2] if known and self._is_ours(known[0], known[1]) else "")
+        if self.repair:
+            raw = ""
+        if not raw and is_first and self.target.model.family == "gemini3":
+            raw = SKIP_SIGNATURE        # [G5]
+        if raw:
+            part["thoughtSignature"] = raw
+        return part
+
+    def _user_parts(self, turn: Turn) -> list[dict]:
+        results, media, others = [], [], []
+        for block in turn.blocks:
+            if isinstance(block, ToolResult):
+                results.append(self._result_part(block, media))
+            elif isinstance(block, Media):
+                others.append(self._media_part(block))
+            elif not is_blank(block):
+                others.append({"text": block.text})
+        return results + media + others or [{"text": "."}]
+
+    def _media_part(self, block: Media) -> dict:
+        if self.target.model.family == "gpt-oss":
+            return {"text": f"[{block.media_type} left out: this model takes no images]"}
+        return {"inlineData": {"mimeType": block.media_type, "data": block.data}}
+
+    def _result_part(self, result: ToolResult, media: list[dict]) -> dict:
+        text = "\n".join(b.text for b in result.blocks if isinstance(b, Text))
+        images = [self._media_part(b) for b in result.blocks if isinstance(b, Media)]
+        name = self.names.get(result.call_id, "unknown")
+        inline = self.target.model.family == "gemini3" and not self.target.provider.envelope
+        if images and not inline:
+            media.extend(images)
+            text += "".join(f"\n[image {n + 1} of {len(images)} follows]"
+                            for n in range(len(images)))
+        if result.is_error:
+            response = {"error": text.strip() or "failed without output"}
+        else:
+            response = {"result": text.strip("\n") or ("(image)" if images else "(no output)")}
+        if self.repair == "pairing":
+            return {"text": f"[{name} answered: {json_encode(response)}]"}
+        answer = {"name": name, "response": response, **self._call_id(result.call_id)}
+        if images and inline:
+            answer["parts"] = images
+        return {"functionResponse": answer}
+
+
+def _has_unsigned_open_loop(turns: list[Turn], target: Target) -> bool:
+    """[G6]: whether a model turn of the open tool loop lacks a thought signed for `target`."""
+    if not turns or not any(isinstance(b, ToolResult) for b in turns[-1].blocks):
+        return False
+    for turn in reversed(turns[:-1]):
+        if turn.role != "assistant":
+            if not any(isinstance(b, ToolResult) for b in turn.blocks):
+                return False
+            continue
+        signatures = [unwrap_signature(b.signature) for b in turn.blocks
+                      if isinstance(b, Thinking)]
+        if not any(s and s.family == "c" and s.kind == "t"
+                   and s.tag == target.provider.signature_tag
+                   for s in signatures):
+            return True
+    return False
+
+
+def _tool_fields(request: Request, target: Target) -> dict:
+    """`tools` and `toolConfig`; neither where no tool may be called: mode NONE is ignored."""
+    mode, name = request.tool_choice
+    if not request.tools or mode == "none" or target.model.family == "image":
+        return {}
+    is_claude = target.model.family == "claude"
+    declarations = [{"name": tool_name(tool.name), "description": tool.description,
+                     "parameters": clean_schema(tool.schema, is_claude)} for tool in request.tools]
+    calling: dict = {"mode": "ANY" if mode in ("any", "tool") else "VALIDATED" if is_claude
+                     else "AUTO"}
+    if mode == "tool":
+        calling["allowedFunctionNames"] = [tool_name(name)]
+    return {"tools": [{"functionDeclarations": declarations}],
+            "toolConfig": {"functionCallingConfig": calling}}
+
+
+def _session_id(request: Request) -> str:
+    """Groups a conversation's turns for the upstream's prompt cache: a signed 63-bit number."""
+    seed = request.session
+    if not seed:
+        first = next((b.text for t in request.turns if t.role == "user"
+                      for b in t.blocks if isinstance(b, Text)), "")
+        seed = "\n".join(request.system) + "\0" + first
+    digest = hashlib.sha256(seed.encode("utf-8", "replace")).digest()
+    return "-" + str(int.from_bytes(digest[:8], "big") & (2 ** 63 - 1))
+
+
+def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerShape:
+    """How the answer's names, ids and signatures are turned back for this client."""
+    family, tag = _family(target.model), target.provider.signature_tag
+    tools = {tool_name(tool.name): tool for tool in request.tools}
+
+    def client_call(name: str, arguments: dict) -> tuple[str, dict]:
+        tool = tools.get(name) or tools.get(re.sub(r"\Adefault_api[:.]", "", name))
+        return (tool.name, restore_arguments(arguments, tool.schema)) if tool else (name,
+                                                                                    arguments)
+
+    def remember(call_id: str, raw: str) -> None:
+        signatures[call_id] = (family, tag, raw)
+
+    return AnswerShape(
+        shows_thinking=request.thinking.is_on is True, thinking_text=request.thinking.shows_text,
+        one_call=request.one_call, remember=remember, client_call=client_call,
+        wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
+        estimate_input=lambda: estimate_tokens(request),
+        used_ids=frozenset(b.id for t in request.turns for b in t.blocks
+                           if isinstance(b, ToolCall)))
+
+
+def gemini_render_request(request: Request, target: Target, signatures: Any,
+                          repair: str = "") -> Rendered:
+    """The upstream body of a request.  `signatures` maps client tool ids to (family, tag, raw);
+    `repair` is the kind of the 400 that is being mended: `signature` or `pairing`."""
+    model = target.model
+    more_system, turns = repair_turns(request.turns)
+    forced = request.tool_choice[0] in ("any", "tool")      # Anthropic forbids both at once
+    may_think = not (model.family == "claude" and (
+        forced or repair or _has_unsigned_open_loop(turns, target)))
+    config, is_thinking = _generation_config(request, target, may_think)
+    inner: dict = {"contents": _Contents(target, signatures, is_thinking, repair).render(turns)}
+    texts = [{"text": text} for text in request.system + tuple(more_system)]
+    if texts and model.family == "image":       # takes no system instruction
+        inner["contents"][0]["parts"][:0] = texts
+    elif texts:
+        inner["systemInstruction"] = {"parts": texts}
+        if target.provider.envelope:
+            inner["systemInstruction"]["role"] = "user"
+    if repair != "pairing":
+        inner.update(_tool_fields(request, target))
+    if request.json_schema is not None:
+        if model.family == "gemini3" or (model.family == "gemini25" and "tools" not in inner):
+            config["responseMimeType"] = "application/json"
+            config["responseSchema"] = clean_schema(request.json_schema, False)
+        else:
+            inner["contents"][-1]["parts"].append({"text": (
+                "Answer with one JSON value of this schema and nothing else: "
+                + json_encode(request.json_schema))})
+    inner["generationConfig"] = config
+    shape = _answer_shape(request, target, signatures)
+    if not target.provider.envelope:
+        return Rendered(inner, {}, shape)
+    inner["sessionId"] = _session_id(request)
+    body = {"project": target.project, "requestId": "agent-" + os.urandom(16).hex(),
+            "model": target.upstream_id, "userAgent": "antigravity",
+            "requestType": "image_gen" if model.family == "image" else "agent", "request": inner}
+    if not target.project:
+        del body["project"]
+    beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
+    return Rendered(body, beta if model.family == "claude" and is_thinking else {}, shape)
+
+
+def gemini_path(target: Target) -> str:
+    if target.provider.envelope:
+        return "/v1internal:streamGenerateContent?alt=sse"
+    return f"/v1beta/models/{urllib.parse.quote(target.upstream_id)}:streamGenerateContent?alt=sse"
+
+
+# Answers
+
+_FINISH = {         # finishReason -> (Stop | None for "nothing usable", explanation)
+    "STOP": Stop.END, "MAX_TOKENS": Stop.LENGTH, "TOOL_USE": Stop.TOOL,
+    "OTHER": Stop.END, "FINISH_REASON_UNSPECIFIED": Stop.END,
+    **dict.fromkeys(("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE",
+                     "MODEL_ARMOR", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
+                     "IMAGE_OTHER", "NO_IMAGE"), Stop.REFUSAL),
+    **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS",
+                     "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE"), None),
+}
+_SCAN = json.JSONDecoder().scan_once
+
+
+def gemini_parse_usage(meta: Mapping) -> Usage | None:
+    """None for a usageMetadata without counters (Vertex sends such chunks first)."""
+    prompt, visible = meta.get("promptTokenCount") or 0, meta.get("candidatesTokenCount") or 0
+    if not prompt and not visible:
+        return None
+    cached, thinking = meta.get("cachedContentTokenCount") or 0, meta.get("thoughtsTokenCount") or 0
+    extra = meta.get("toolUsePromptTokenCount") or 0
+    total = meta.get("totalTokenCount") or 0
+    return Usage(max(0, prompt + extra - cached), cached,
+                 max(visible + thinking, total - prompt - extra), thinking)
+
+
+def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
+    text = part.get("text")
+    if text is not None:
+        if not isinstance(text, str):
+            raise TypeError("text")
+        signature = part.get("thoughtSignature")
+        if part.get("thought"):
+            pieces.append((Kind.THINKING, text))
+        elif text:
+            pieces.append((Kind.TEXT, text))
+        if signature:
+            pieces.append((Kind.SIGNATURE, signature))
+        return
+    call = part.get("functionCall")
+    if call is not None:
+        arguments = call.get("args")
+        pieces.append((Kind.CALL, ToolCall(str(call.get("id") or ""), str(call.get("name") or ""),
+                                           arguments if isinstance(arguments, dict) else {},
+                                           part.get("thoughtSignature") or "")))
+    elif part.get("thoughtSignature"):
+        pieces.append((Kind.SIGNATURE, part["thoughtSignature"]))
+    elif part.get("inlineData"):
+        image = part["inlineData"]
+        pieces.append((Kind.IMAGE, (str(image.get("mimeType")), str(image.get("data") or ""))))
+    elif part.get("executableCode"):
+        pieces.append((Kind.TEXT, f"```\n{part['executableCode'].get('code', '')}\n```\n"))
+    elif part.get("codeExecutionResult"):
+        pieces.append((Kind.TEXT, f"```\n{part['codeExecutionResult'].get('output', '')}\n```\n"))
+
+
+def gemini_parse_event(text: str) -> list[tuple[Kind, Any]]:
+    """Loose pieces of one event.  Raises UpstreamFault for an error object, ValueError for what is
+    not an event at all."""
+    try:
+        event, _ = _SCAN(text, 0)
+    except (StopIteration, RecursionError) as err:
+        raise ValueError("not JSON") from err
+    if isinstance(event, list) and event:
+        event = event[0]
+    if not isinstance(event, dict):
+        raise ValueError("not an object")
+    if "error" in event:
+        raise UpstreamFault(event)
+    body = event.get("response", event)
+    pieces: list[tuple[Kind, Any]] = []
+    try:
+        for candidate in body.get("candidates") or ():
+            for part in (candidate.get("content") or {}).get("parts") or ():
+                _parse_part(part, pieces)
+            word = candidate.get("finishReason")
+            if word:
+                stop = _FINISH.get(word, Stop.END)
+                note = candidate.get("finishMessage") or word
+                pieces.append((Kind.FINISH, (stop, note)))
+            break                   # one candidate is asked for
+        else:
+            blocked = (body.get("promptFeedback") or {}).get("blockReason")
+            if blocked:
+                pieces.append((Kind.FINISH, (Stop.REFUSAL, blocked)))
+        meta = body.get("usageMetadata")
+        usage = gemini_parse_usage(meta) if meta else None
+    except (AttributeError, TypeError) as err:
+        raise ValueError("not of the expected shape") from err
+    if usage:
+        pieces.insert(0, (Kind.METER, usage))
+    return pieces
+
+
+# Errors
+
+class ErrorFacts(NamedTuple):
+    """What an error body says: innermost message, ErrorInfo reasons and violated quota ids
+    (upper-case), stated delay in seconds, link for the owner."""
+    message: str
+    reasons: frozenset
+    delay_s: float | None
+    link: str
+    code: int
+
+
+_IN_PROSE = re.compile(r"(?:reset(?:s)?\s+(?:after|in)|retry\s+(?:in|after)|quotaResetDelay\W+)\s*"
+                       r"((?:\d+d)?\s*(?:\d+h)?\s*(?:\d+m(?!s))?\s*"
+                       r"(?:\d+(?:\.\d+)?m?s(?:econds)?)?)"
+                       r"(\d+(?=\s+seconds))?", re.I)
+_TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+_LOGIN_LINK = re.compile(r"https://accounts\.google\.com/[^\s\"\\]+")
+
+
+def parse_timestamp(text: str) -> float | None:
+    """Epoch seconds of an RFC 3339 time in UTC."""
+    match = _TIMESTAMP.search(text)
+    if not match:
+        return None
+    import calendar
+    return float(calendar.timegm(tuple(int(g) for g in match.groups()) + (0, 0, 0)))
+
+
+def _innermost(error: Any, depth: int = 3) -> tuple[str, dict]:
+    """(message, error object) after unwrapping JSON that stands as text in `message`."""
+    if isinstance(error, list) and error:
+        error = error[0]
+    if not isinstance(error, dict):
+        return str(error), {}
+    inner = error.get("error", error)
+    if not isinstance(inner, dict):
+        return str(inner), error
+    message = str(inner.get("message") or "")
+    if depth and message.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError):       # it only looked like JSON
+            return _innermost(json.loads(message), depth - 1)[0], inner
+    return message, inner
+
+
+def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1),
+                        ("x-ratelimit-reset-after", 1)):
+        value = headers.get(name, "")
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            yield float(value) * scale
+        elif value and name == "retry-after":
+            import email.utils
+            with contextlib.suppress(TypeError, ValueError):    # neither seconds nor a date
+                yield email.utils.parsedate_to_datetime(value).timestamp() - now
+    if re.fullmatch(r"\d{9,}", headers.get("x-ratelimit-reset", "")):
+        yield float(headers["x-ratelimit-reset"]) - now
+
+
+def _link(details: list[dict], metadata: Mapping, message: str) -> str:
+    if isinstance(metadata.get("validation_url"), str):
+        return metadata["validation_url"]
+    for detail in details:
+        for link in detail.get("links") or ():
+            if isinstance(link,
+                          dict) and "learn more" not in str(link.get("description", "")).lower():
+                return str(link.get("url", ""))
+    match = _LOGIN_LINK.search(message.replace("\\u0026", "&"))
+    return match[0] if match else ""
+
+
+def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
+    """The facts of an error body (bytes, or an object from a stream).  A stated reset time wins;
+    of several stated delays the longest counts."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json_decode(raw)
+        except ValueError:
+            text = re.sub(r"<[^>]*>|\s+", " ", raw[:400].decode("utf-8", "replace")).strip()
+            raw = {"error": {"message": text}}
+    message, error = _innermost(raw)
+    details = [d for d in error.get("details") or () if isinstance(d, dict)] \
+        if isinstance(error.get("details"), list) else []
+    reasons, metadata = set(), {}
+    delays = list(_retry_headers_s(headers, now))
+    for detail in details:
+        reasons.add(str(detail.get("reason", "")))
+        if isinstance(detail.get("metadata"), dict):
+            metadata.update(detail["metadata"])
+        reasons.update(str(v.get("quotaId", "")) for v in detail.get("violations") or ()
+                       if isinstance(v, dict))
+        delays.append(parse_duration_s(str(detail.get("retryDelay", ""))))
+    reasons.update(str(e.get("reason", "")) for e in error.get("errors") or ()
+                   if isinstance(e, dict))
+    delays.append(parse_duration_s(str(metadata.get("quotaResetDelay", ""))))
+    for match in _IN_PROSE.finditer(message):
+        delays.append(float(match[2]) if match[2]
+                      else parse_duration_s(match[1].replace("econds", "")))
+    stated = [d for d in delays if d is not None and 0 <= d <= MAX_STATED_DELAY_S]
+    reset_at = parse_timestamp(str(metadata.get("quotaResetTimeStamp", "")))
+    delay = max(stated, default=None)
+    if reset_at is not None and 0 < reset_at - now <= MAX_STATED_DELAY_S:
+        delay = reset_at - now
+    code = error.get("code")
+    return ErrorFacts(message, frozenset(r.upper() for r in reasons if r), delay,
+                      _link(details, metadata, message), code if isinstance(code, int) else 0)
+
+
+# ── 12. Connections ───────────────────────────────────────────────────────
+# Sockets to upstreams: opened by http.client (TCP, TLS, proxy tunnel), kept,
+# reused, and closed.  Foreign exceptions become ProxyError here.  Knows no
+# account and no dialect.
+
+
+def readable(socks: list, timeout_s: float) -> list:
+    """Those of `socks` with something to read (or an end), after at most `timeout_s`.  Bytes that
+    TLS has already taken off the wire count."""
+    ready = [s for s in socks if isinstance(s, ssl.SSLSocket) and s.pending()]
+    if ready:
+        return ready
+    if hasattr(select, "poll"):         # select() cannot watch descriptors above 1,023
+        poll = select.poll()
+        by_number = {s.fileno(): s for s in socks}
+        for number in by_number:
+            poll.register(number, select.POLLIN)
+        return [by_number[number] for number, _ in poll.poll(max(0.0, timeout_s) * 1000)]
+    return select.select(socks, [], [], max(0.0, timeout_s))[0]
+
+
+def network_error(err: BaseException, host: str) -> ProxyError:
+    """What an OSError or http.client's exception means: one sentence, no URL, no secret."""
+    if isinstance(err, (socket.timeout, TimeoutError)):
+        return ProxyError("stall", f"{host} did not answer in time")
+    text = err.strerror if isinstance(err, OSError) and err.strerror else type(err).__name__
+    return ProxyError("network", f"{host} cannot be reached: {text}")
+
+
+class Connection:
+    """One upstream connection.  `sock` blocks with a timeout until a relay takes it over."""
+
+    def __init__(self, key: tuple, sock: socket.socket):
+        self.key, self.sock = key, sock
+        self.is_used = False        # has served a request: a failed write may be its age
+        self.idle_since = 0.0
+
+    @property
+    def host(self) -> str:
+        return self.key[1]
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):      # it may be gone already
+            self.sock.close()
+
+
+class ConnectionCache:
+    """Kept upstream connections by (scheme, host, port, proxy).  The lock guards `_idle` and
+    `opened`, and is never held while a socket is used."""
+
+    def __init__(self, clock: Clock, environ: Mapping[str, str]):
+        self.clock, self.environ = clock, environ
+        self.opened = 0
+        self._lock = threading.Lock()
+        self._idle: dict[tuple, list[Connection]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    def take(self, base_url: str, timeout_s: float, proxy: str = "",
+             fresh: bool = False) -> Connection:
+        """A live connection to `base_url`; raises ProxyError network or stall."""
+        url = urllib.parse.urlsplit(base_url)
+        key = (url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80),
+               proxy or self._environment_proxy(url))
+        while not fresh:
+            with self._lock:
+                kept = self._idle.get(key)
+                connection = kept.pop() if kept else None
+            if connection is None:
+                break
+            # readable while idle means closed, or out of step: neither can be used
+            age_s = self.clock.monotonic() - connection.idle_since
+            if age_s < UPSTREAM_IDLE_S and not readable([connection.sock], 0):
+                return connection
+            connection.close()
+        try:
+            return Connection(key, self._open(key, timeout_s))
+        except (OSError, http.client.HTTPException, ValueError) as err:
+            raise network_error(err, str(url.hostname)) from err
+
+    def give(self, connection: Connection) -> None:
+        """Keeps a connection whose last answer was read to its end, and no byte more."""
+        connection.is_used, connection.idle_since = True, self.clock.monotonic()
+        with self._lock:
+            kept = self._idle.setdefault(connection.key, [])
+            if len(kept) < UPSTREAM_IDLE_PER_HOST:
+                kept.append(connection)
+                return
+        connection.close()
+
+    def close(self) -> None:
+        with self._lock:
+            kept, self._idle = [c for row in self._idle.values() for c in row], {}
+        for connection in kept:
+            connection.close()
+
+    def _environment_proxy(self, url: urllib.parse.SplitResult) -> str:
+        """$HTTPS_PROXY for https hosts that $NO_PROXY does not name."""
+        if url.scheme != "https":
+            return ""
+        env = {name.lower(): value for name, value in self.environ.items()}
+        names = [n.strip().lstrip(".") for n in env.get("no_proxy", "").split(",") if n.strip()]
+        host = url.hostname or ""
+        if any(n == "*" or host == n or host.endswith("." + n) for n in names):
+            return ""
+        return env.get("https_proxy", "") or env.get("all_proxy", "")
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        return self._tls
+
+    def _open(self, key: tuple, timeout_s: float) -> socket.socket:
+        scheme, host, port, proxy = key
+        via = urllib.parse.urlsplit(proxy if "//" in proxy
+                                    else "http://" + proxy) if proxy else None
+        address = (via.hostname, via.port or 8080) if via else (host, port)
+        if scheme == "https":
+            opener: http.client.HTTPConnection = http.client.HTTPSConnection(
+                *address, timeout=timeout_s, context=self._tls_context())
+            if via:
+                headers = {}
+                if via.username:
+                    pair = f"{via.username}:{via.password or ''}".encode()
+                    headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair).decode()
+                opener.set_tunnel(host, port, headers)
+        else:
+            opener = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        opener.connect()            # sets TCP_NODELAY
+        with self._lock:
+            self.opened += 1
+        return opener.sock
+
+
+def simple_call(connections: ConnectionCache, method: str, url: str, headers: Mapping[str, str],
+                body: bytes | None = None,
+                timeout_s: float = TOKEN_TIMEOUT_S) -> tuple[int, dict, bytes]:
+    """(status, lower-case headers, body) of a small call: tokens, projects.  Raises ProxyError."""
+    parts = urllib.parse.urlsplit(url)
+    connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, fresh=True)
+    client = http.client.HTTPConnection(connection.host)
+    client.sock = connection.sock
+    client.sock.settimeout(timeout_s)
+    try:
+        path = parts.path + ("?" + parts.query if parts.query else "")
+        client.request(method, path or "/", body, dict(headers))
+        response = client.getresponse()
+        data = response.read(MAX_REPLY_BYTES)
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, data
+    except (OSError, http.client.HTTPException) as err:
+        raise network_error(err, connection.host) from err
+    finally:
+        connection.close()
+
+
+# ── 13. Accounts ──────────────────────────────────────────────────────────
+# Who may speak upstream, and until when not.  One lock guards the pool;
+# methods decide under it and return, nobody waits or writes holding it.
+# Whether a candidate rests is derived from its times, never stored.
+
+
+@dataclass(eq=False)
+class Account:
+    """One credential with its state.  `lock` guards the token fields; the pool's lock the rest."""
+    name: str
+    provider: Provider
+    credential: str                         # which of CREDENTIALS
+    secret: str                             # unresolved: may be env:, file: or cmd:
+    project: str = ""
+    priority: int = 0                       # lower first
+    models: tuple = ()                      # () serves all of its provider's
+    max_in_flight: int = 0                  # 0 is no limit
+    proxy: str = ""
+    headers: tuple = ()
+    user_agent: str = ""
+    in_flight: int = 0
+    stopped: ProxyError | None = None       # until a person acts
+    lock: Any = field(default_factory=threading.Lock)
+    access_token: str = ""
+    token_expires_at: float = 0.0           # epoch seconds
+    flight: Any = None                      # Event of the refresh under way
+    refresh_failure: tuple | None = None    # (monotonic time, ProxyError), shared for 5 s
+    found_project: str | None = None        # None: not asked yet, "": there is none
+
+    @property
+    def label(self) -> str:
+        """What is shown: never an e-mail address."""
+        return self.name.partition("@")[0]
+
+
+def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
+    """An Account of a validated row of accounts.json."""
+    credential = next(name for name in CREDENTIALS if row.get(name))
+    return Account(
+        name=row["name"], provider=providers[row["provider"]], credential=credential,
+        secret=row[credential], project=row.get("project", ""), priority=row.get("priority", 0),
+        models=tuple(row.get("models", ())), max_in_flight=row.get("max_in_flight", 0),
+        proxy=row.get("proxy", ""), user_agent=row.get("user_agent", ""),
+        headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()))
+
+
+def upstream_id(model: Model, provider: Provider) -> str:
+    """The id `provider` knows the model by, "" where it does not serve it."""
+    if provider.catalogue == "key_id":
+        return model.key_id
+    return model.id if model.on_cloud_code else ""
+
+
+class Candidate(NamedTuple):
+    account: Account
+    model: Model
+    upstream_id: str
+
+
+def account_serves(account: Account, model: Model) -> str:
+    """The upstream id of `model` for this account, "" when it does not serve it."""
+    if account.models and model.id not in account.models:
+        return ""
+    return upstream_id(model, account.provider) or (model.id if model.id in account.models else "")
+
+
+def normal_model_name(name: str) -> str:
+    """Lower case, without vendor prefix, date, and `[1m]`-like endings."""
+    name = re.sub(r"\A(?:models|google|anthropic|antigravity)/", "", name.strip().lower())
+    name = re.sub(r"\[[^\]]*\]\Z", "", name).replace("@", "-")
+    return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
+
+
+def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple]) -> Model:
+    """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
+    own.  Of several that fit, the first any account serves.  Raises ProxyError not_found."""
+    accounts = list(accounts)
+    wanted = normal_model_name(name)
+    patterns = sorted((p for p in aliases if fnmatch.fnmatchcase(wanted, p)), key=len,
+                      reverse=True)
+    if patterns:
+        choices = tuple(normal_model_name(t) for t in aliases[patterns[0]])
+    elif wanted in MODELS:
+        choices = (wanted,)
+    elif wanted.startswith("claude-") and wanted[7:] in MODELS:
+        choices = (wanted[7:],)         # as listed for clients that keep only claude ids
+    else:
+        choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
+        if not choices and (wanted.startswith("claude") or wanted in TIERS):
+            choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
+    known = [MODELS[c] for c in choices if c in MODELS]
+    for account in accounts:
+        for choice in choices or (wanted,):
+            if choice in account.models and choice not in MODELS:
+                family = "claude" if choice.startswith("claude") else "gemini3"
+                known.append(Model(choice, choice, family, 200000, 32000, 1024, 31999, -1, False,
+                                   ""))
+    for model in known:
+        if any(account_serves(account, model) for account in accounts):
+            return model
+    if known:
+        return known[0]
+    near = difflib.get_close_matches(wanted, list(MODELS), 3, 0.0)
+    raise ProxyError("not_found", f"model: {name} is not known; nearest are {', '.join(near)}")
+
+
+# Rests
+
+@dataclass
+class Rest:
+    """Why and until when something is not asked.  Stated times are facts, guesses preferences."""
+    kind: str
+    until: float            # epoch seconds
+    is_stated: bool
+    failures: int
+    failed_at: float
+    message: str
+
+
+class Verdict(NamedTuple):
+    """One candidate at one moment."""
+    candidate: Candidate
+    state: str              # usable, tried, stopped, busy, stated, guessed
+    until: float            # epoch seconds, 0 where that says nothing
+    reason: str             # for people
+
+
+class Choice(NamedTuple):
+    lease: Any              # a Lease, or None
+    wait_s: float | None    # until the soonest release, None when waiting does not help
+    verdicts: tuple
+    reason: str             # why this one: the x-agproxy-route header
+
+
+def candidate_keys(candidate: Candidate) -> tuple:
+    """Everything whose rest makes this candidate rest; hosts count when all of them rest."""
+    name, pool, model = candidate.account.name, candidate.account.provider.id, candidate.model.id
+    return (("account", name), ("candidate", name, pool, model), ("capacity", pool, model),
+            ("pool", pool))
+
+
+def judge(candidate: Candidate, rests: Mapping[tuple, Rest], tried: Iterable,
+          now: float) -> Verdict:
+    """Pure: whether this candidate may be asked now, and if not, why and until when."""
+    account = candidate.account
+    if account.stopped:
+        return Verdict(candidate, "stopped", 0, account.stopped.message)
+    resting = [r for key in candidate_keys(candidate)
+               for r in (rests.get(key),) if r and r.until > now]
+    hosts = [rests.get(("host", url)) for url in account.provider.base_urls]
+    if hosts and all(r and r.until > now for r in hosts):
+        resting.append(min(hosts, key=lambda r: r.until))
+    stated = [r for r in resting if r.is_stated]
+    if stated:
+        rest = max(stated, key=lambda r: r.until)
+        return Verdict(candidate, "stated", rest.until, rest.message)
+    if candidate in tried:
+        rest = max(resting, key=lambda r: r.until, default=None)
+        return Verdict(candidate, "tried", rest.until if rest else 0,
+                       rest.message if rest else "was tried")
+    if account.max_in_flight and account.in_flight >= account.max_in_flight:
+        return Verdict(candidate, "busy", now + 1, f"serves {account.in_flight} requests already")
+    if resting:
+        rest = max(resting, key=lambda r: r.until)
+        return Verdict(candidate, "guessed", rest.until, rest.message)
+    return Verdict(candidate, "usable", 0, "")
+
+
+def choose(verdicts: Iterable[Verdict], strategy: str, last: str, probing: Iterable,
+           now: float) -> tuple[Verdict | None, float | None, str]:
+    """Pure: (the verdict to act on, seconds to wait when there is none, why).  `last` is the
+    account that served this model last, `probing` the candidates a request is already testing."""
+    verdicts = list(verdicts)
+    usable = [v for v in verdicts if v.state == "usable"]
+    if usable:
+        best = min(v.candidate.account.priority for v in usable)
+        usable = [v for v in usable if v.candidate.account.priority == best]
+        names = [v.candidate.account.name for v in verdicts]
+        after = names.index(last) + (strategy == "round-robin") if last in names else 0
+        turn = {name: (i - after) % len(names) for i, name in enumerate(names)}
+        chosen = min(usable, key=lambda v: turn[v.candidate.account.name])
+        return chosen, None, f"{strategy}; {len(usable)} of {len(verdicts)} usable"
+    guessed = [v for v in verdicts if v.state == "guessed"]
+    free = [v for v in guessed if v.candidate not in probing]
+    if free and len(free) == len(guessed):      # one request tests, the others wait for its result
+        return min(free, key=lambda v: v.until), None, "shortest guessed rest; none usable"
+    soon = [max(0.05, v.until - now) for v in verdicts if v.state in ("stated", "busy")]
+    if guessed:
+        soon.append(0.25)
+    return None, min(soon, default=None), ""
+
+
+class Lease:
+    """An account lent to one attempt, settled exactly once.  As a context manager it settles itself
+    (with nothing to blame) unless it was settled or passed on with its open stream."""
+
+    def __init__(self, settle: Callable[[Lease, Any, bool], None], candidate: Candidate,
+                 reason: str):
+        self._settle, self.candidate, self.reason = settle, candidate, reason
+        self.is_settled = self.is_passed_on = False
+
+    def settle(self, error: ProxyError | None = None, is_success: bool = False) -> None:
+        if not self.is_settled:
+            self.is_settled = True
+            self._settle(self, error, is_success)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not self.is_passed_on:
+            self.settle()
+
+
+class AccountPool:
+    """All accounts with their rests.  The lock guards rests, in_flight, stopped, last, probing."""
+
+    def __init__(self, accounts: Iterable[Account], clock: Clock, strategy: str = "sticky",
+                 max_in_flight: int = 1536):
+        self.accounts = sorted(accounts, key=lambda a: a.priority)
+        self.clock, self.strategy, self.max_in_flight = clock, strategy, max_in_flight
+        self.in_flight = 0
+        self._lock = threading.Lock()
+        self._rests: dict[tuple, Rest] = {}
+        self._last: dict[str, str] = {}     # model id -> account name
+        self._probing: set[Candidate] = set()
+
+    def candidates(self, model: Model) -> list[Candidate]:
+        return [Candidate(account, model, served) for account in self.accounts
+                for served in (account_serves(account, model),) if served]
+
+    def lease(self, candidates: Iterable[Candidate], tried: Iterable) -> Choice:
+        """Lends the best candidate, or says how long to wait and why none can be had."""
+        now = self.clock.now()
+        with self._lock:
+            verdicts = tuple(judge(c, self._rests, tried, now) for c in candidates)
+            model = verdicts[0].candidate.model.id if verdicts else ""
+            chosen, wait_s, reason = choose(verdicts, self.strategy, self._last.get(model, ""),
+                                            self._probing, now)
+            if chosen is None:
+                return Choice(None, wait_s, verdicts, "")
+            if self.in_flight >= self.max_in_flight:
+                raise ProxyError("full", "too many upstream calls are in flight", 1)
+            account = chosen.candidate.account
+            account.in_flight += 1
+            self.in_flight += 1
+            self._last[model] = account.name
+            if chosen.state == "guessed":
+                self._probing.add(chosen.candidate)
+        return Choice(Lease(self.settle, chosen.candidate, reason), None, verdicts, reason)
+
+    def verdicts(self, candidates: Iterable[Candidate], tried: Iterable) -> tuple:
+        now = self.clock.now()
+        with self._lock:
+            return tuple(judge(c, self._rests, tried, now) for c in candidates)
+
+    def settle(self, lease: Lease, error: ProxyError | None, is_success: bool) -> None:
+        """Gives a lease back; an error counts against what its rule names."""
+        candidate, now = lease.candidate, self.clock.now()
+        with self._lock:
+            candidate.account.in_flight -= 1
+            self.in_flight -= 1
+            self._probing.discard(candidate)
+            if is_success:
+                for key in candidate_keys(candidate):
+                    self._rests.pop(key, None)
+            elif error is not None:
+                self._punish(candidate, error, now)
+
+    def rest_host(self, url: str, error: ProxyError) -> None:
+        now = self.clock.now()
+        with self._lock:
+            self._note(("host", url), error, now)
+
+    def host_answered(self, url: str) -> None:
+        with self._lock:
+            self._rests.pop(("host", url), None)
+
+    def hosts(self, provider: Provider) -> list[str]:
+        """The provider's base URLs, those that rest last."""
+        now = self.clock.now()
+        with self._lock:
+            return sorted(provider.base_urls, key=lambda url: (
+                ("host", url) in self._rests and self._rests["host", url].until > now))
+
+    def states(self) -> list[tuple[Account, str]]:
+        """Each account with its state in words, for start-up, /health and the models command."""
+        now = self.clock.now()
+        with self._lock:
+            out = []
+            for account in self.accounts:
+                rests = [r for key, r in self._rests.items() if key[0] in ("account", "candidate")
+                         and key[1] == account.name and r.until > now]
+                out.append((account, "stopped" if account.stopped else "resting" if rests
+                            else "ready"))
+            return out
+
+    def _punish(self, candidate: Candidate, error: ProxyError, now: float) -> None:
+        rule, (account, one, capacity, pool) = error.rule, candidate_keys(candidate)
+        if rule.rest == "stop":
+            candidate.account.stopped = error
+            return
+        key = {Scope.ACCOUNT: account, Scope.CANDIDATE: one, Scope.CAPACITY: capacity,
+               Scope.POOL: pool}.get(rule.scope)
+        if key:
+            self._note(key, error, now)
+
+    def _note(self, key: tuple, error: ProxyError, now: float) -> None:
+        """Writes down a rest.  Failures within 2 s are one burst; an hour forgets the count."""
+        old = self._rests.get(key)
+        failures = 1
+        if old and now - old.failed_at < 3600:
+            failures = old.failures + (now - old.failed_at > 2)
+        ladder = GUESSED_REST_S[error.rule.rest]
+        is_stated = error.delay_s is not None and error.kind in ("quota", "rate")
+        if is_stated:
+            rest_s = max(1.0, error.delay_s) + 1.0      # grace: clocks differ
+        else:
+            rest_s = ladder[min(failures, len(ladder)) - 1]
+            if error.rule.rest == "capacity":
+                # so that waiting requests do not return at once
+                rest_s *= 0.9 + 0.2 * random.random()
+        self._rests[key] = Rest(error.kind, now + rest_s, is_stated, failures, now, error.message)
+
+
+def explain(verdicts: Iterable[Verdict], now: float) -> str:
+    """Each candidate, why it was passed over, and when it is free."""
+    lines = []
+    for v in verdicts:
+        until = f", free in {human_s(v.until - now)}" if v.until > now else ""
+        lines.append(f"{v.candidate.account.label} ({v.candidate.account.provider.id}): "
+                     f"{v.reason or v.state}{until}")
+    return "; ".join(lines)
+
+
+def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) -> ProxyError:
+    """The answer when no candidate is left: what failed, for each candidate why, one command."""
+    told = explain(verdicts, now)
+    tip = "run `python3 agproxy.py models` to see which account serves what"
+    if not verdicts:
+        return ProxyError("no_account", f"no account serves {asked}; {tip}")
+    if all(v.state == "stopped" for v in verdicts):
+        return ProxyError("no_account",
+                          f"no account can serve {asked} until a person acts: {told}; {tip}")
+    if last is not None and not any(v.state == "stated" for v in verdicts):
+        rest = min((v.until - now for v in verdicts if v.until > now), default=None)
+        more = f" ({told})" if len(verdicts) > 1 else ""
+        answer = ProxyError(last.kind, last.message + more, last.retry_after_s or rest)
+        return answer
+    soonest = min((v.until for v in verdicts if v.until > now), default=now + 1)
+    at = time.strftime("%H:%M", time.localtime(soonest))
+    error = ProxyError("exhausted", f"all accounts for {asked} are exhausted until {at} "
+                       f"({human_s(soonest - now)}): {told}; {tip}", soonest - now)
+    return error
+
+
+# ── 14. OAuth ─────────────────────────────────────────────────────────────
+# Access tokens out of refresh tokens, and the Cloud Code project behind an
+# account.  A refresh happens once however many requests wait for it.
+
+
+def oauth_client(provider: Provider, environ: Mapping[str, str]) -> tuple[str, str]:
+    """(client id, secret) that issued this provider's refresh tokens: environment, then accounts
+    file.  Raises ProxyError revoked with what to do; this program ships none."""
+    prefix = "AGPROXY_" + provider.id.upper().replace("-", "_")
+    for client, secret in ((prefix + "_CLIENT_ID", prefix + "_CLIENT_SECRET"),
+                           ("GOOGLE_CLIENT_ID", "GOOGLE_CLIENT_SECRET")):
+        if environ.get(client) and environ.get(secret):
+            remember_secret(environ[secret])
+            return environ[client], environ[secret]
+    if provider.client_id and provider.client_secret:
+        return provider.client_id, resolve_secret(provider.client_secret)
+    raise ProxyError("revoked",
+                     f"no OAuth client is known for {provider.id}: set GOOGLE_CLIENT_ID and "
+                     "GOOGLE_CLIENT_SECRET, or client_id and client_secret in "
+                     f"providers.{provider.id}")
+
+
+def oauth_refresh(refresh_token: str, provider: Provider, connections: ConnectionCache) -> dict:
+    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  Raises
+    ProxyError revoked when a person must sign in again, token_endpoint for what passes."""
+    client_id, client_secret = oauth_client(provider, connections.environ)
+    form = urllib.parse.urlencode({"client_id": client_id, "client_secret": client_secret,
+                                   "grant_type": "refresh_token", "refresh_token": refresh_token})
+    status, _, raw = simple_call(connections, "POST", provider.token_url,
+                                 {"Content-Type": "application/x-www-form-urlencoded"},
+                                 form.encode())
+    try:
+        answer = json_decode(raw)
+    except ValueError:
+        answer = None
+    answer = answer if isinstance(answer, dict) else {}
+    if status == 200 and isinstance(answer.get("access_token"), str):
+        return answer
+    error = answer.get("error")
+    error = error.get("status") if isinstance(error, dict) else error
+    if error in ("invalid_grant", "unauthorized_client", "invalid_client"):
+        why = {"invalid_grant": "the sign-in was revoked or has expired",
+               }.get(error, "the refresh token belongs to another OAuth client")
+        raise ProxyError("revoked", f"{why} ({error}); put a new refresh_token into accounts.json")
+    raise ProxyError("token_endpoint", f"the token endpoint answered {status}")
+
+
+def _fly(account: Account, flight: threading.Event, connections: ConnectionCache, clock: Clock,
+         on_rotate: Callable[[Account, str, str], None]) -> str:
+    """The one refresh: asks without the lock, then publishes its result."""
+    failure: ProxyError | None = None
+    token, expires_at = "", 0.0
+    try:
+        old = resolve_secret(account.secret)
+        answer = oauth_refresh(old, account.provider, connections)
+        token = answer["access_token"]
+        remember_secret(token)
+        lifetime = answer.get("expires_in")
+        expires_at = clock.now() + (lifetime if isinstance(lifetime, (int, float)) else 3600)
+        new = answer.get("refresh_token")
+        if isinstance(new, str) and new and new != old:
+            remember_secret(new)
+            on_rotate(account, old, new)        # on disk before it is used
+            account.secret = new
+        return token
+    except ConfigError as err:
+        failure = ProxyError("revoked", str(err))
+        raise failure from err
+    except ProxyError as err:
+        failure = err if err.kind in ("revoked", "token_endpoint") else ProxyError(
+            "token_endpoint", err.message)
+        raise failure from err
+    finally:
+        with account.lock:
+            account.flight = None
+            account.refresh_failure = (clock.monotonic(), failure) if failure else None
+            if token:
+                account.access_token, account.token_expires_at = token, expires_at
+        flight.set()
+
+
+def oauth_access_token(account: Account, connections: ConnectionCache, clock: Clock,
+                       on_rotate: Callable[[Account, str, str], None], refused: str = "") -> str:
+    """A token with life left.  `refused` is one that the upstream answered 401: it is not handed
+    out again.  One caller refreshes, all others wait for its result, a failure included."""
+    while True:
+        with account.lock:
+            if account.credential != "refresh_token":
+                if not account.access_token:
+                    account.access_token = resolve_secret(account.secret)
+                if refused == account.access_token:
+                    raise ProxyError("revoked",
+                                     "the credential is not accepted; put a new one into "
+                                     "accounts.json")
+                return account.access_token
+            fresh = account.token_expires_at - clock.now() > TOKEN_REFRESH_BEFORE_S
+            if account.access_token and fresh and account.access_token != refused:
+                return account.access_token
+            failed = account.refresh_failure
+            if failed and clock.monotonic() - failed[0] < 5:
+                raise failed[1]
+            flight, is_mine = account.flight, account.flight is None
+            if is_mine:
+                flight = account.flight = threading.Event()
+        if is_mine:
+            return _fly(account, flight, connections, clock, on_rotate)
+        flight.wait(3 * TOKEN_TIMEOUT_S)
+
+
+def user_agent(account: Account) -> str:
+    """The provider's fixed User-Agent with this machine's system in Go's naming."""
+    system = {"win32": "windows"}.get(sys.platform, sys.platform)
+    machine = os.uname().machine if hasattr(os,
+                                            "uname") else os.environ.get("PROCESSOR_ARCHITECTURE",
+                                                                         "")
+    arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
+    text = account.user_agent or account.provider.user_agent
+    return text.replace("{os}", system).replace("{arch}", arch)
+
+
+def oauth_project(account: Account, token: str, connections: ConnectionCache) -> str:
+    """The Cloud Code project: the configured one, else asked for once (loadCodeAssist).  "" sends
+    requests without one.  Raises ProxyError validation where Google wants the owner to act."""
+    if account.project or not account.provider.envelope:
+        return account.project
+    if account.found_project is not None:
+        return account.found_project
+    body = json_encode({"metadata": {"ideType": "ANTIGRAVITY", "pluginType": "GEMINI"}}).encode()
+    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
+               "User-Agent": user_agent(account)}
+    found = ""
+    for base_url in account.provider.base_urls:
+        try:
+            status, _, raw = simple_call(connections, "POST",
+                                         base_url + "/v1internal:loadCodeAssist",
+                                         headers, body)
+            answer = json_decode(raw)
+        except (ProxyError, ValueError):
+            continue                # the next host may know
+        if status != 200 or not isinstance(answer, dict):
+            continue
+        project = answer.get("cloudaicompanionProject")
+        project = project.get("id") if isinstance(project, dict) else project
+        found = project if isinstance(project, str) else ""
+        for tier in answer.get("ineligibleTiers") or () if not found else ():
+            if isinstance(tier, dict) and tier.get("validationUrl"):
+                raise ProxyError("validation", "Google wants this account verified: "
+                                 + str(tier["validationUrl"]))
+        account.found_project = found
+        return found
+    return found
+
+
+# ── 15. Upstream call ─────────────────────────────────────────────────────
+# One call to one host: the table of dialects, the pipe that turns upstream
+# bytes into downstream bytes, and what an answer that is not one means.
+# Knows no account and not the client's socket: whoever calls hands in `wait`.
+
+
+class Dialect(NamedTuple):
+    """The functions of a wire language; None on the side it does not play.  All are fed and
+    answer, none waits.  To add a dialect: a room with these functions, and a row here."""
+    parse_request: Any = None       # (body, headers, is_count) -> Request
+    answer_state: Any = None        # (client's model name) -> state for the following
+    render_delta: Any = None        # (state, delta) -> ASCII text
+    render_reply: Any = None        # (state, Reply) -> dict
+    render_error: Any = None        # (ProxyError, request id) -> dict
+    keep_alive: Any = None          # (state, is_beat) -> ASCII text
+    render_request: Any = None      # (Request, Target, signatures, repair) -> Rendered
+    path: Any = None                # (Target) -> path and query of the generating call
+    parse_event: Any = None         # (event text) -> loose pieces
+    parse_error: Any = None         # (raw, headers, now) -> ErrorFacts
+
+
+DIALECTS = {
+    "anthropic": Dialect(
+        anthropic_parse_request, AnthropicAnswer, anthropic_render_delta, anthropic_render_reply,
+        anthropic_render_error, anthropic_keep_alive),
+    "gemini": Dialect(
+        render_request=gemini_render_request, path=gemini_path, parse_event=gemini_parse_event,
+        parse_error=gemini_parse_error),
+}
+
+
+# What an answer means: first row whose parts all match.  Statuses, a reason or quota id, a text.
+# Texts are matched loosely: Google rewords them.  Sources: captures of 2026, Google's API docs.
+class Meaning(NamedTuple):
+    statuses: tuple
+    reason: str             # regular expression on ErrorInfo reasons and quota ids, upper-case
+    text: str               # regular expression on the message
+    kind: str
+
+
+MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile(row.reason))
+                 for row in (
+    Meaning((), "", r"prompt is too long|input token count .* exceeds|request_too_large",
+            "too_long"),
+    Meaning((413,), "", "", "too_long"),
+    Meaning((400,), "", r"thought[ _]?signature|invalid `signature`|signature: field required"
+            r"|expected `thinking`|must start with a thinking block|cannot be modified",
+            "signature"),
+    Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
+            r"|tool_use_id|`tool_use` ids were found", "pairing"),
+    Meaning((400, 401, 403), "API_KEY_INVALID|API_KEY_EXPIRED", "", "revoked"),
+    Meaning((), "", r"version of antigravity is no longer supported|not available on this version",
+            "version"),
+    Meaning((403,), "VALIDATION_REQUIRED", "", "validation"),
+    Meaning((403,), "", r"verify your account", "validation"),
+    Meaning((403,), "", r"violation of terms of service|submit an appeal|reported as leaked",
+            "disabled"),
+    Meaning((403,), "SUBSCRIPTION_REQUIRED|SERVICE_DISABLED|IAM_PERMISSION_DENIED", "", "project"),
+    Meaning((403,), "", r"valid license|lack a gemini code assist|generatechat. denied|named user"
+            r"|no longer supported for gemini code assist", "project"),
+    Meaning((403,), "ACCESS_TOKEN_SCOPE_INSUFFICIENT", "", "revoked"),
+    Meaning((400, 403), "UNSUPPORTED_LOCATION|RESTRICTED_NETWORK", "", "region"),
+    Meaning((400, 403), "", r"location is not supported", "region"),
+    Meaning((403,), "", r"model name is invalid|don't have access to this model", "model_missing"),
+    Meaning((401,), "", "", "auth_expired"),
+    Meaning((403,), "", "", "project"),
+    Meaning((404,), "", "", "model_missing"),
+    Meaning((429, 503, 529), "MODEL_CAPACITY_EXHAUSTED", "", "capacity"),
+    Meaning((503, 529), "", r"no capacity|overloaded", "capacity"),
+    Meaning((400, 429), "", r"overloaded", "capacity"),
+    Meaning((529,), "", "", "capacity"),
+    Meaning((429,), "", r"limit: 0\b", "entitlement"),
+    Meaning((429,), "QUOTA_EXHAUSTED|PERDAY|DAILY|INSUFFICIENT_G1_CREDITS", "", "quota"),
+    Meaning((429,), "", r"exhausted your capacity|individual quota reached|quota will reset",
+            "quota"),
+    Meaning((429,), "RATE_LIMIT_EXCEEDED|RATELIMITEXCEEDED|PERMINUTE", "", "rate"),
+    Meaning((429,), "", r"retry in|try again", "rate"),
+    Meaning((408, 504), "", "", "stall"),
+    Meaning((499, 500, 502, 503), "", "", "server"),
+    Meaning((400, 405, 409, 415, 422), "", "", "bad_request"),
+))
+_TOKEN_COUNTS = re.compile(r"(\d{4,})\D{1,80}?(\d{4,})")
+
+
+def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
+                 counted: Callable[[], int], limit: int) -> ProxyError:
+    """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
+    model's window, for upstreams that say `too long` without numbers."""
+    facts = parse_error(raw, headers, now)
+    status = status if status != 200 else facts.code or 500
+    reasons = " ".join(sorted(facts.reasons))
+    kind = next((row.kind for row in MEANINGS if (not row.statuses or status in row.statuses)
+                 and (not row.reason.pattern or row.reason.search(reasons))
+                 and (not row.text.pattern or row.text.search(facts.message))), "")
+    if not kind:
+        kind = "server" if status >= 500 else "bad_request"
+        if status == 429:
+            kind = "soft_429" if facts.delay_s is None else "rate"
+    if kind == "too_long":
+        # Claude Code compacts on exactly this wording with both numbers
+        match = _TOKEN_COUNTS.search(facts.message)
+        used, most = (int(match[1]), int(match[2])) if match else (counted(), limit)
+        return ProxyError(kind,
+                          f"prompt is too long: {max(used, most + 1)} tokens > {most} maximum")
+    message = redact(facts.message) or f"the upstream answered {status}"
+    if facts.link:
+        message += f" {facts.link}"
+    if kind == "soft_429":
+        message += " (a 429 without details: a burst limit, or the request's content is refused)"
+    delay = facts.delay_s
+    # RetryInfo is short there; the day ends at 08:00 UTC
+    if kind == "quota" and "PERDAY" in reasons:
+        delay = (8 * 3600 - now) % 86400
+    return ProxyError(kind, message, delay_s=delay)
+
+
+# Pipe
+
+class Pipe:
+    """Upstream body bytes in, downstream text out: splitter, parser, Assembler, gate, renderer.
+    Feeds never raise: what went wrong stands in `fault`, after the output that came before it."""
+
+    def __init__(self, parse_event: Any, shape: AnswerShape, request: Request,
+                 render: Callable[[Any], str], understand: Callable[[Any], ProxyError]):
+        self.splitter, self.assembler = SseSplitter(), Assembler(shape)
+        self.parse_event, self.render, self.understand = parse_event, render, understand
+        prefill = short_prefill(request.turns)
+        self.gate = None
+        if request.stop_sequences or prefill or 0 < request.max_tokens:
+            self.gate = TextGate(request.stop_sequences, request.max_tokens, prefill,
+                                 self.assembler.known_usage)
+        self.fault: ProxyError | None = None
+        self.is_done = False            # the answer is over before the upstream's end
+        self.skipped = 0                # events that could not be read
+
+    @property
+    def has_content(self) -> bool:
+        return self.assembler.begun
+
+    def feed(self, data: bytes) -> bytes:
+        out: list[str] = []
+        try:
+            for event in self.splitter.feed(data):
+                self._event(event, out)
+        except UpstreamFault as err:
+            self.fault = self.understand(err.body)
+        except ProxyError as err:
+            self.fault = err
+        except ValueError as err:
+            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
+        return "".join(out).encode("ascii")
+
+    def end(self) -> bytes:
+        """The upstream's end, properly framed."""
+        out: list[str] = []
+        try:
+            for event in self.splitter.end():
+                self._event(event, out)
+            if not self.is_done:
+                self._send(self.assembler.end(), out)
+        except UpstreamFault as err:
+            self.fault = self.understand(err.body)
+        except ProxyError as err:
+            self.fault = err
+        except ValueError as err:
+            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
+        return "".join(out).encode("ascii")
+
+    def _event(self, event: str, out: list[str]) -> None:
+        if self.is_done:
+            return
+        try:
+            pieces = self.parse_event(event)
+        except ValueError:
+            self.skipped += 1
+            return
+        self._send(self.assembler.feed(pieces), out)
+
+    def _send(self, deltas: list, out: list[str]) -> None:
+        if self.gate:
+            deltas = self.gate.feed(deltas)
+            self.is_done = self.gate.done
+        for delta in deltas:
+            out.append(self.render(delta))
+
+
+# Calls
+
+class Call(NamedTuple):
+    """Everything of one call but the network."""
+    base_url: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    proxy: str
+    pipe: Pipe
+    understand: Callable[[int, Mapping, Any], ProxyError]      # (status, headers, raw body)
+
+
+class UpstreamAnswer:
+    """An open answer.  `read` takes one read's bytes through framing and pipe; then `fault` or
+    `is_done` tell whether it is over.  Whoever holds it closes it once."""
+
+    def __init__(self, connection: Connection, body: BodyReader, pipe: Pipe, keeps_alive: bool):
+        self.connection, self.body, self.pipe = connection, body, pipe
+        self.keeps_alive = keeps_alive
+        self.fault: ProxyError | None = None
+        self.is_done = self.is_reusable = False
+
+    def read(self) -> bytes | None:
+        """Output of what one recv brought; None when nothing is there yet (non-blocking)."""
+        try:
+            data = self.connection.sock.recv(RECV_BYTES)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except OSError as err:
+            self.fault = network_error(err, self.connection.host)
+            return b""
+        return self.take(data)
+
+    def take(self, data: bytes) -> bytes:
+        """Output of raw bytes; b"" means the connection ended."""
+        try:
+            body = self.body.feed(data) if data else b""
+        except (ValueError, OverflowError) as err:
+            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
+            return b""
+        out = self.pipe.feed(body)
+        self.fault = self.pipe.fault
+        if self.fault is not None:
+            return out
+        if self.pipe.is_done:
+            self.is_done = True
+        elif self.body.done or (not data and self.body.end()):
+            out += self.pipe.end()
+            self.fault = self.pipe.fault
+            self.is_done = self.fault is None
+            self.is_reusable = self.keeps_alive and self.body.done and not self.body.rest
+        elif not data:
+            self.fault = ProxyError("cut", "the upstream closed the connection in mid-answer")
+        return out
+
+
+def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Config) -> tuple:
+    """(connection, first bytes of the answer).  A kept connection that ends before its first byte
+    is replaced by a fresh one, once."""
+    host = urllib.parse.urlsplit(call.base_url).netloc
+    lines = [f"POST {call.path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(call.body)}"]
+    lines += [f"{name}: {value}" for name, value in call.headers.items()]
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ProxyError("internal", "a header towards the upstream holds a line break")
+    message = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + call.body
+    fresh = False
+    while True:
+        connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
+        try:
+            connection.sock.settimeout(SEND_STALL_S)
+            connection.sock.sendall(message)
+            wait(connection.sock, config.first_byte_timeout_s)
+            data = connection.sock.recv(RECV_BYTES)
+            if data:
+                return connection, data
+            raise ConnectionResetError("closed without an answer")
+        except OSError as err:
+            connection.close()
+            if not connection.is_used or isinstance(err, socket.timeout):
+                raise network_error(err, connection.host) from err
+            fresh = True
+        except BaseException:
+            connection.close()
+            raise
+
+
+def _read_answer_head(connection: Connection, data: bytes, wait: Any, config: Config) -> tuple:
+    """(status, headers, bytes after the head), informational answers skipped."""
+    while True:
+        head, mark, rest = data.partition(b"\r\n\r\n")
+        if not mark:
+            if len(data) > MAX_HEAD_BYTES:
+                raise ProxyError("network", f"{connection.host} sent an endless head")
+            wait(connection.sock, config.idle_timeout_s)
+            more = connection.sock.recv(RECV_BYTES)
+            if not more:
+                raise ProxyError("network", f"{connection.host} closed the connection in its head")
+            data += more
+            continue
+        parsed = parse_head(head, False)
+        words = parsed.first.split(b" ", 2)
+        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+            raise ProxyError("network", f"{connection.host} does not speak HTTP/1.1")
+        if not words[1].startswith(b"1"):
+            return int(words[1]), parsed.headers, rest
+        data = rest
+
+
+def _read_whole(connection: Connection, body: BodyReader, data: bytes, wait: Any) -> bytes:
+    """The body of an error, at most a mebibyte, for at most ten seconds."""
+    parts = [body.feed(data)] if data else []
+    while not body.done:
+        wait(connection.sock, 10)
+        data = connection.sock.recv(RECV_BYTES)
+        if not data:
+            break
+        parts.append(body.feed(data))
+    return b"".join(parts)
+
+
+def upstream_call(connections: ConnectionCache, call: Call,
+                  wait: Callable[[socket.socket, float], None],
+                  config: Config) -> tuple[UpstreamAnswer, bytes]:
+    """(open answer, its output up to the first content).  Raises ProxyError for everything that is
+    not the beginning of a usable answer.  `wait(sock, seconds)` returns when `sock` is readable,
+    raises ProxyError stall after `seconds` and ClientGone when nobody waits any more."""
+    connection, data = _send_call(connections, call, wait, config)
+    host = connection.host
+    try:
+        status, headers, rest = _read_answer_head(connection, data, wait, config)
+        framing = body_framing(headers, False, status in (204, 304))
+        body = BodyReader(framing, MAX_REPLY_BYTES if status != 200 else 1 << 40,
+                          headers.get("content-encoding", "").lower())
+        keeps_alive = framing != "close" and headers.get("connection", "").lower() != "close"
+        if status != 200:
+            raw = _read_whole(connection, body, rest, wait)
+            if keeps_alive and body.done and not body.rest:
+                connections.give(connection)
+                connection = None       # no longer ours to close
+            raise call.understand(status, headers, raw)
+        answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive)
+        out = answer.take(rest) if rest else b""
+        while not (call.pipe.has_content or answer.is_done or answer.fault):
+            wait(connection.sock, config.idle_timeout_s)
+            out += answer.read() or b""
+        if answer.fault and not call.pipe.has_content:
+            raise answer.fault
+        # a refusal told as model text
+        if b"version of Antigravity is no longer supported" in out:
+            raise call.understand(503, headers,
+                                  {"error": {"message": out.decode("ascii", "replace")}})
+        return answer, out
+    except BaseException as err:
+        if connection is not None:
+            connection.close()
+        if isinstance(err, OSError):
+            raise network_error(err, host) from err
+        if isinstance(err, (ValueError, OverflowError)):
+            raise ProxyError("network", f"{host} sent a damaged answer: {err}") from err
+        raise
+
+
+# ── 16. Conductor ─────────────────────────────────────────────────────────
+# One request's attempts over accounts: choose, call, read the meaning,
+# settle, repeat, wait or finish.  Until the first content goes out a failure
+# is somebody else's turn; after it nothing is ever retried.
+
+
+class OpenStream:
+    """An answer under way with all that belongs to it.  The one who holds it, thread or relay,
+    calls `close` exactly once: it settles the lease, keeps or closes the connection, and counts."""
+
+    def __init__(self, answer: UpstreamAnswer, lease: Lease, connections: ConnectionCache,
+                 record: Record):
+        self.answer, self.lease, self.connections, self.record = answer, lease, connections, record
+
+    def close(self, error: ProxyError | None = None, is_gone: bool = False) -> None:
+        usage = self.answer.pipe.assembler.known_usage()
+        self.record.input_tokens = usage.input_tokens
+        self.record.cached_tokens = usage.cached_tokens
+        self.record.output_tokens = usage.output_tokens
+        if self.answer.is_reusable and error is None and not is_gone:
+            self.connections.give(self.answer.connection)
+        else:
+            self.answer.connection.close()
+        if error is not None:
+            self.record.failures.append(f"{self.lease.candidate.account.label}: {error.kind}")
+        self.lease.settle(error, is_success=error is None and not is_gone)
+
+
+@dataclass
+class Services:
+    """What every request needs, made once."""
+    config: Config
+    pool: AccountPool
+    connections: ConnectionCache
+    clock: Clock
+    log: Log
+    meters: Meters
+    signatures: Memory
+    save_token: Callable[[Account, str, str], None]     # (account, old, new)
+
+
+class Conducting:
+    """One request on its way over the accounts.  `client` is who waits for it: it has
+    `wait(sock, seconds)`, `pause(seconds)` and `render(delta)`."""
+
+    def __init__(self, services: Services, request: Request, client: Any, record: Record):
+        self.services, self.request, self.client, self.record = services, request, client, record
+        self.candidates: list[Candidate] = []
+        self.tried: set[Candidate] = set()
+        self.tries_left = services.config.max_attempts
+        self.empties_left = services.config.max_empty_retries
+        self.soft_failures = 0
+        self.began = services.clock.monotonic()
+        self.waited_s = 0.0
+        self.last: ProxyError | None = None
+
+    def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply:
+        """A stream from its first content on, with what is to be sent first; or the whole Reply."""
+        services, model = self.services, self.model()
+        self.candidates = services.pool.candidates(model)
+        self.record.used = model.id
+        while True:
+            choice = services.pool.lease(self.candidates, self.tried)
+            if choice.lease is None:
+                self._wait(choice)
+                continue
+            with choice.lease as lease:
+                try:
+                    return self._try(lease, fold)
+                except ProxyError as err:
+                    self.last = err
+                    lease.settle(err)
+            self._after(lease.candidate, self.last)
+
+    def model(self) -> Model:
+        services = self.services
+        return resolve_model(self.request.model, services.pool.accounts, services.config.aliases)
+
+    def _elapsed_s(self) -> float:
+        return self.services.clock.monotonic() - self.began
+
+    def _refuse(self, verdicts: tuple) -> None:
+        raise refusal(self.request.model, verdicts, self.services.clock.now(), self.last)
+
+    def _wait(self, choice: Choice) -> None:
+        """Waits for the soonest release, or refuses where that is too far away."""
+        wait_s, config = choice.wait_s, self.services.config
+        if (wait_s is None or self.waited_s + wait_s > config.max_wait_s
+                or self._elapsed_s() + wait_s > LAST_TRY_BEGINS_S):
+            self._refuse(choice.verdicts)
+        self.client.pause(wait_s)
+        self.waited_s += wait_s
+
+    def _after(self, candidate: Candidate, error: ProxyError) -> None:
+        """After a candidate failed: the next one, or the answer to the client."""
+        if error.rule.step in (Step.CLIENT, Step.REPAIR):
+            raise error
+        marks = error.kind in LOGIN_KINDS or (error.delay_s is not None
+                                              and error.kind in ("quota", "rate"))
+        if not marks:       # a stated rest blocks it by itself, and may end while we wait
+            self.tried.add(candidate)
+        self.soft_failures += error.kind == "soft_429"
+        if self.tries_left <= 0 or self.soft_failures >= 2 or self._elapsed_s() > LAST_TRY_BEGINS_S:
+            self._refuse(self.services.pool.verdicts(self.candidates, self.tried))
+
+    def _try(self, lease: Lease, fold: bool) -> Any:
+        """All calls one candidate gets: hosts in order, a refreshed token, a repaired conversation,
+        a short wait.  Raises the ProxyError that ended its turn."""
+        candidate, pool = lease.candidate, self.services.pool
+        hosts = pool.hosts(candidate.account.provider)
+        seen: set[str] = set()          # kinds that were answered once already
+        refused = repair = ""
+        while True:
+            self.record.attempts += 1
+            self.record.account = candidate.account.label
+            tokens: list[str] = []
+            try:
+                result = self._call(lease, hosts[0], refused, repair, fold, tokens)
+                pool.host_answered(hosts[0])
+                return result
+            except ProxyError as err:
+                self.record.failures.append(f"{candidate.account.label}: {err.kind}")
+                step, error = err.rule.step, err
+            if error.kind not in LOGIN_KINDS and error.delay_s is None:
+                self.tries_left -= 1
+            if error.rule.scope is Scope.HOST:
+                pool.rest_host(hosts[0], error)
+            if error.kind == "empty" and self.empties_left > 0:
+                self.client.pause(error.rule.pause_s * (2 if "empty" in seen else 1))
+                self.empties_left -= 1
+            elif self.tries_left <= 0 and step is not Step.REPAIR:
+                raise error
+            elif step is Step.HOST and len(hosts) > 1 and error.kind not in seen:
+                hosts = hosts[1:]
+                self.client.pause(error.rule.pause_s)
+            elif error.kind in seen:
+                raise error
+            elif error.kind == "rate" and (error.delay_s or 99) <= WAIT_AT_MOST_IN_PLACE_S:
+                self.client.pause(max(1.0, error.delay_s))
+            elif step is Step.ONE_MORE or error.kind == "capacity":
+                self.client.pause(error.rule.pause_s)
+            elif step is Step.REFRESH and tokens:
+                refused = tokens[0]
+            elif step is Step.REPAIR:
+                repair = error.kind
+            else:
+                raise error
+            if step is not Step.HOST or error.kind == "capacity":
+                seen.add(error.kind)
+
+    def _call(self, lease: Lease, base_url: str, refused: str, repair: str, fold: bool,
+              tokens: list[str]) -> Any:
+        """One call: an open stream, or the folded reply.  The token it used goes to `tokens`."""
+        services, candidate = self.services, lease.candidate
+        account, provider = candidate.account, candidate.account.provider
+        dialect = DIALECTS[provider.dialect]
+        token = oauth_access_token(account, services.connections, services.clock,
+                                   services.save_token,
+                                   refused)
+        tokens.append(token)
+        project = oauth_project(account, token, services.connections)
+        target = Target(candidate.model, provider, candidate.upstream_id, project)
+        rendered = dialect.render_request(self.request, target, services.signatures, repair)
+        auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
+            "Authorization": "Bearer " + token}
+        headers = {"Content-Type": "application/json", "User-Agent": user_agent(account),
+                   "Accept-Encoding": "identity", **auth, **rendered.headers,
+                   **dict(provider.headers), **dict(account.headers)}
+
+        def understand(status: int, head: Mapping[str, str], raw: Any) -> ProxyError:
+            return read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
+                                rendered.shape.estimate_input, candidate.model.context_tokens)
+
+        deltas: list = []
+        render = self.client.render if not fold else lambda delta: deltas.append(delta) or ""
+        pipe = Pipe(dialect.parse_event, rendered.shape, self.request, render,
+                    lambda body: understand(200, {}, body))
+        call = Call(base_url, dialect.path(target), headers,
+                    json_encode(rendered.body).encode("ascii"),
+                    account.proxy, pipe, understand)
+        answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
+        stream = OpenStream(answer, lease, services.connections, self.record)
+        self.client.route = f"{account.label}; {lease.reason}"
+        if fold:
+            return self._fold(stream, deltas)
+        lease.is_passed_on = True
+        return stream, out
+
+    def _fold(self, stream: OpenStream, deltas: list) -> Reply:
+        """Reads the stream to its end; a failure on the way is the attempt's."""
+        answer, config = stream.answer, self.services.config
+        try:
+            while not (answer.is_done or answer.fault):
+                self.client.wait(answer.connection.sock, config.idle_timeout_s)
+                answer.read()
+            if answer.fault:
+                raise answer.fault
+            reply = collect(deltas)
+        except BaseException:
+            answer.connection.close()       # the lease is settled by whoever catches this
+            raise
+        stream.close()
+        return reply
+
+
+# ── 17. Relay and server ──────────────────────────────────────────────────
+# The client's side: heads and bodies read under absolute deadlines, one table
+# of routes, answers in the caller's dialect.  A connection has a thread only
+# while a request may still need a second try; established streams and idle
+# connections live in the relay, one thread with one selector.
+
+
+class Downstream:
+    """One client connection.  Owned by one thread or by the relay, never by both.  `buffer` holds
+    bytes read past what was consumed: the beginning of a pipelined request."""
+
+    def __init__(self, sock: socket.socket, address: tuple):
+        self.sock, self.address, self.buffer = sock, str(address[0]) if address else "-", b""
+        self.is_closed, self.idle_since, self.served = False, time.monotonic(), 0
+
+    def receive(self, deadline: float, what: str) -> bytes:
+        """Some bytes before the monotonic `deadline`, b"" at the end; or ProxyError."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ProxyError("slow_client", f"{what} did not arrive in time")
+        self.sock.settimeout(left)
+        try:
+            return self.sock.recv(RECV_BYTES)
+        except socket.timeout:
+            raise ProxyError("slow_client", f"{what} did not arrive in time") from None
+        except OSError:
+            return b""
+
+    def send(self, data: bytes) -> None:
+        """All of `data`, or ClientGone: one that takes nothing for SEND_STALL_S is gone too."""
+        try:
+            self.sock.settimeout(SEND_STALL_S)
+            self.sock.sendall(data)
+        except OSError as err:
+            raise ClientGone() from err
+
+    def has_left(self) -> bool | None:
+        """After its socket became readable: True for an end, None for bytes of another request."""
+        try:
+            return True if not socket.socket.recv(self.sock, 1, socket.MSG_PEEK) else None
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+    def close(self, linger: bool = False) -> None:
+        """Closes; with `linger` unread bytes are drained first, so that the client sees the answer
+        instead of a reset."""
+        self.is_closed = True
+        with contextlib.suppress(OSError):      # the client may have closed first
+            if linger:
+                self.sock.shutdown(socket.SHUT_WR)
+                self.sock.settimeout(0.2)
+                deadline = time.monotonic() + 1
+                while time.monotonic() < deadline and self.sock.recv(RECV_BYTES):
+                    pass
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+_REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
+            403: b"Forbidden",
+            404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
+            413: b"Content Too Large", 414: b"URI Too Long", 415: b"Unsupported Media Type",
+            429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
+            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable",
+            504: b"Gateway Timeout", 529: b"Overloaded"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(epoch_s: int) -> str:
+    at = time.gmtime(epoch_s)
+    return (f"{'Mon Tue Wed Thu Fri Sat Sun'.split()[at.tm_wday]}, {at.tm_mday:02} "
+            f"{'Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec'.split()[at.tm_mon - 1]} "
+            f"{at.tm_year} {at.tm_hour:02}:{at.tm_min:02}:{at.tm_sec:02} GMT")
+
+
+class Exchange:
+    """One request and its answer, while its thread or the relay works on it."""
+
+    def __init__(self, downstream: Downstream, services: Services, line: RequestLine,
+                 headers: dict[str, str], body: bytes = b""):
+        self.downstream, self.services = downstream, services
+        self.method, self.path, self.query = line.method, line.path, line.query
+        self.headers, self.body, self.dialect = headers, body, DIALECTS["anthropic"]
+        self.record = Record(new_id("req_"), started_at=time.monotonic(),
+                             client=headers.get("user-agent", "-").split(" ")[0][:40])
+        self.is_http_1_0 = line.is_http_1_0
+        wants = headers.get("connection", "").lower()
+        self.keeps_alive = "close" not in wants and (not self.is_http_1_0 or "keep-alive" in wants)
+        self.cors_origin = ""
+        self.is_started = self.is_open = False      # head sent; stream opened
+        self.is_watching = True                     # the client's socket tells when it leaves
+        self.route = ""                             # why this candidate
+        self.state: Any = None                      # of the dialect's renderer
+        self.request: Request | None = None
+        self.last_out_at = self.last_content_at = time.monotonic()
+
+    # Answers
+
+    def send_head(self, status: int, headers: Mapping[str, str], is_stream: bool = False) -> bytes:
+        """The head's bytes; upstream text never becomes a header with a line break in it."""
+        self.is_started, self.record.status = True, status
+        fields = {"request-id": self.record.id, "connection": "keep-alive" if self.keeps_alive
+                  else "close",
+                  "date": http_date(int(time.time())), **headers}
+        if self.cors_origin:
+            fields.update({"access-control-allow-origin": self.cors_origin, "vary": "origin"})
+        if self.record.used != "-":
+            fields["x-agproxy-model"] = self.record.used
+            fields["x-agproxy-account"] = self.record.account
+        if self.route:
+            fields["x-agproxy-route"] = self.route
+        lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n" for name,
+                        value in fields.items())
+        return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, _REASONS.get(status, b"Status"),
+                                              lines.encode("latin-1", "replace"))
+
+    def send_bytes(self, status: int, content_type: str, data: bytes,
+                   headers: Mapping[str, str] | None = None) -> None:
+        head = self.send_head(status,
+                              {"content-type": content_type, "content-length": str(len(data)),
+                                       **(headers or {})})
+        self.downstream.send(head if self.method == "HEAD" else head + data)
+
+    def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        self.send_bytes(status, "application/json", json_encode(value).encode("ascii"), headers)
+
+    def send_error(self, error: ProxyError) -> None:
+        """The dialect's error body; when the head is out already, its error event, then the end."""
+        self.record.note = redact(f"{error.kind}: {error.message}")
+        if self.is_started:
+            self.keeps_alive = False
+            if self.is_open:
+                self.downstream.send(self.frame(self.render(Fault(error)).encode("ascii"))
+                                     + (b"" if self.is_http_1_0 else LAST_CHUNK))
+            return
+        headers = {}
+        if error.retry_after_s is not None:
+            # up to five minutes: "wait with me", at most 59 s at a time [A7]; longer: stop
+            is_long = error.retry_after_s > 300
+            seconds = int(error.retry_after_s + 0.999)
+            headers["retry-after"] = str(max(1, seconds if is_long else min(59, seconds)))
+            if is_long:
+                headers["x-should-retry"] = "false"
+        self.send_json(error.rule.status, self.dialect.render_error(error, self.record.id),
+                       headers)
+
+    # Streams: `frame` bytes for the wire, open with the first content or when the hold is over
+
+    def render(self, delta: Any) -> str:
+        return self.dialect.render_delta(self.state, delta)
+
+    def frame(self, data: bytes) -> bytes:
+        return data if self.is_http_1_0 or not data else chunk(data)
+
+    def open_stream(self) -> bytes:
+        """Head of a stream, once; later b""."""
+        if self.is_open:
+            return b""
+        self.is_open = True
+        if self.is_http_1_0:
+            self.keeps_alive = False
+        fields = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                  "x-accel-buffering": "no"}
+        if not self.is_http_1_0:
+            fields["transfer-encoding"] = "chunked"
+        return self.send_head(200, fields, True)
+
+    def keep_alive(self, now: float) -> bytes:
+        """What a silent stream needs at monotonic `now`: b"", a ping, or a beat."""
+        if now - self.last_content_at >= BEAT_EVERY_S:
+            self.last_content_at = self.last_out_at = now
+            return self.frame(self.dialect.keep_alive(self.state, True).encode("ascii"))
+        if now - self.last_out_at >= PING_EVERY_S:
+            self.last_out_at = now
+            return self.frame(self.dialect.keep_alive(self.state, False).encode("ascii"))
+        return b""
+
+    # What the conductor asks of the one who waits
+
+    def wait(self, sock: socket.socket | None, timeout_s: float) -> None:
+        """Returns when `sock` is readable.  Meanwhile opens a held stream, keeps it alive, notices
+        the client's departure (ClientGone) and the deadlines (ProxyError stall or timeout)."""
+        now = time.monotonic()
+        config, is_streaming = self.services.config, bool(self.request
+                                                          and self.request.is_streaming)
+        total_s = config.total_timeout_s if is_streaming else config.unary_timeout_s
+        deadline, last = now + timeout_s, self.record.started_at + total_s
+        while True:
+            now = time.monotonic()
+            due = min(deadline, last)
+            if is_streaming:
+                due = min(due, self.last_out_at + PING_EVERY_S if self.is_open
+                          else self.record.started_at + HOLD_S)
+            socks = [s for s in (sock, self.downstream.sock if self.is_watching else None)
+                     if s is not None]
+            ready = readable(socks, due - now) if socks else time.sleep(max(0, due - now)) or []
+            if self.is_watching and self.downstream.sock in ready:
+                left = self.downstream.has_left()
+                if left:
+                    raise ClientGone()
+                self.is_watching = left is False
+            if sock is not None and sock in ready:
+                return
+            now = time.monotonic()
+            if now >= last:
+                raise ProxyError("timeout", f"no answer within {human_s(total_s)}")
+            if now >= deadline:
+                if sock is None:
+                    return
+                raise ProxyError("stall", f"the upstream was silent for {human_s(timeout_s)}")
+            if is_streaming and now >= due:
+                self._while_held(now)
+
+    def pause(self, seconds: float) -> None:
+        self.wait(None, seconds)
+
+    def _while_held(self, now: float) -> None:
+        if self.is_open:
+            out = self.keep_alive(now)
+        else:       # the hold is over: open with an estimate, corrected at the end [A6]
+            begin = Begin(Usage(input_tokens=estimate_tokens(self.request)))
+            out = self.open_stream() + self.frame(self.render(begin).encode("ascii"))
+            self.last_out_at = self.last_content_at = now
+        if out:
+            self.downstream.send(out)
+
+    def report(self) -> None:
+        """The request's line and counters, once it is over."""
+        record = self.record
+        if record.asked != "-" or record.status >= 500:
+            self.services.log.request(record, time.monotonic())
+        self.services.meters.add(requests=1, errors=record.status >= 400,
+                                 retries=max(0, record.attempts - 1),
+                                 input_tokens=record.input_tokens,
+                                 output_tokens=record.output_tokens)
+
+
+# The relay
+
+class RelayedStream:
+    """An established stream between its two sockets, both non-blocking, moved by the thread of
+    `relay` (the Relay below)."""
+
+    def __init__(self, relay: Any, exchange: Exchange, stream: OpenStream):
+        self.relay, self.exchange, self.stream = relay, exchange, stream
+        self.client, self.upstream = exchange.downstream.sock, stream.answer.connection.sock
+        self.pending = b""              # not yet taken by a slow client
+        self.is_ending = False
+        self.outcome: ProxyError | None = None
+        self.last_in_at = self.stalled_at = time.monotonic()
+
+    def begin(self) -> None:
+        self.client.setblocking(False)
+        self.upstream.setblocking(False)
+        self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
+        self._watch_client()
+        self.on_upstream(0)             # TLS may hold bytes that no selector sees
+
+    def on_upstream(self, mask: int) -> None:
+        """Everything that is there: one read, one write, until nothing more can be had at once."""
+        answer = self.stream.answer
+        while not self.is_ending and not self.pending:
+            out = answer.read()
+            if out is None:
+                return
+            self.last_in_at = time.monotonic()
+            if out:
+                self.exchange.last_content_at = self.last_in_at
+            if answer.fault:
+                self.end(answer.fault, out)
+                return
+            if answer.is_done:
+                self.end(None, out)
+                return
+            self.push(self.exchange.frame(out))
+            if not (isinstance(self.upstream, ssl.SSLSocket) and self.upstream.pending()):
+                return
+
+    def on_client(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ and not self.exchange.downstream.is_closed:
+            left = self.exchange.downstream.has_left()
+            if left:
+                self.finish(is_gone=True)
+            elif left is None:
+                self.exchange.is_watching = False       # a pipelined request waits for its turn
+                self._watch_client()
+
+    def push(self, data: bytes) -> None:
+        if not data:
+            return
+        self.exchange.last_out_at = time.monotonic()
+        self.pending += data
+        self.flush()
+
+    def flush(self) -> None:
+        had = bool(self.pending)
+        try:
+            while self.pending:
+                sent = self.client.send(self.pending)
+                self.pending = self.pending[sent:]
+                self.stalled_at = time.monotonic()
+        except (BlockingIOError, InterruptedError):
+            self._watch_client()
+            # a slow client slows its upstream
+            self.relay.watch(self.upstream, 0, self.on_upstream)
+            return
+        except OSError:
+            self.finish(is_gone=True)
+            return
+        if self.is_ending:
+            self.finish()
+        elif had and self.relay.events_of(self.upstream) == 0:
+            self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
+            self._watch_client()
+            self.on_upstream(0)
+
+    def end(self, error: ProxyError | None, out: bytes = b"") -> None:
+        """The last bytes: what came, an error event where it failed, the framing's end."""
+        if self.is_ending:
+            return
+        self.is_ending, self.outcome = True, error
+        if error is not None:
+            self.exchange.keeps_alive = False
+            self.exchange.record.note = redact(f"{error.kind}: {error.message}")
+            out += self.exchange.render(Fault(error)).encode("ascii")
+        last = self.exchange.frame(out) + (b"" if self.exchange.is_http_1_0 else LAST_CHUNK)
+        if last:
+            self.push(last)
+        else:
+            self.finish()
+
+    def tick(self, now: float) -> None:
+        """Once a second: keep-alives, a dead upstream, a client that takes nothing, total time."""
+        config = self.exchange.services.config
+        if self.pending:
+            if now - self.stalled_at > SEND_STALL_S:
+                self.finish(is_gone=True)
+        elif now - self.last_in_at > config.idle_timeout_s:
+            self.end(ProxyError("stall",
+                                f"the upstream was silent for {human_s(config.idle_timeout_s)}"))
+        elif now - self.exchange.record.started_at > config.total_timeout_s:
+            self.end(ProxyError("timeout", f"no end within {human_s(config.total_timeout_s)}"))
+        else:
+            self.push(self.exchange.keep_alive(now))
+
+    def finish(self, is_gone: bool = False) -> None:
+        """Lets go of both sockets; the client's connection goes on to its next request."""
+        if not self.relay.forget(self):
+            return
+        exchange = self.exchange
+        if is_gone:
+            exchange.record.note = exchange.record.note or "client left"
+        self.stream.answer.connection.sock.setblocking(True)
+        self.stream.close(self.outcome, is_gone)
+        exchange.report()
+        if is_gone or not exchange.keeps_alive:
+            self.relay.release(exchange.downstream)
+        else:
+            self.relay.resume(exchange.downstream)
+
+    def _watch_client(self) -> None:
+        events = selectors.EVENT_READ if self.exchange.is_watching else 0
+        self.relay.watch(self.client, events | (selectors.EVENT_WRITE if self.pending else 0),
+                         self.on_client)
+
+
+class Relay:
+    """One thread, one selector: moves all established streams and watches idle connections.  Only
+    its thread touches selector, streams and idle; others put calls into the inbox and wake it."""
+
+    def __init__(self, services: Services, serve: Callable[[Downstream], None],
+                 release: Callable[[Downstream], None]):
+        self.services, self.serve, self.release = services, serve, release
+        self.streams: set[RelayedStream] = set()
+        self.idle: dict[Downstream, float] = {}         # -> deadline, monotonic
+        self._selector = selectors.DefaultSelector()
+        self._inbox: collections.deque = collections.deque()
+        # selectors on Windows take sockets only
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        self._is_stopping = False
+        self.thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self.thread.start()
+
+    # From other threads
+
+    def adopt(self, exchange: Exchange, stream: OpenStream) -> None:
+        self._call(self._adopt, exchange, stream)
+
+    def park(self, downstream: Downstream, seconds: float) -> None:
+        self._call(self._park, downstream, seconds)
+
+    def end_all(self, error: ProxyError) -> None:
+        self._call(lambda: [stream.end(error) for stream in list(self.streams)])
+
+    def stop(self) -> None:
+        self._is_stopping = True
+        self._call(lambda: None)
+        self.thread.join(5)
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _call(self, *call: Any) -> None:
+        self._inbox.append(call)
+        with contextlib.suppress(BlockingIOError, OSError):     # a full pipe wakes as well
+            self._wake_out.send(b"\0")
+
+    # In the relay's thread
+
+    def watch(self, sock: socket.socket, events: int, callback: Any) -> None:
+        """Registers, changes or removes (events 0) what is waited for on a socket."""
+        known = self._selector.get_map().get(sock) if sock.fileno() >= 0 else None
+        if known is None:
+            if events:
+                self._selector.register(sock, events, callback)
+        elif not events:
+            self._selector.unregister(sock)
+        elif known.events != events:
+            self._selector.modify(sock, events, callback)
+
+    def events_of(self, sock: socket.socket) -> int:
+        known = self._selector.get_map().get(sock)
+        return known.events if known else 0
+
+    def forget(self, stream: RelayedStream) -> bool:
+        """Whether the stream was still there; its sockets are no longer watched."""
+        if stream not in self.streams:
+            return False
+        self.streams.discard(stream)
+        self.watch(stream.upstream, 0, None)
+        self.watch(stream.client, 0, None)
+        return True
+
+    def resume(self, downstream: Downstream) -> None:
+        if downstream.buffer:       # a pipelined request is here already
+            self.serve(downstream)
+            return
+        self._park(downstream, self.services.config.client_idle_timeout_s)
+
+    def _adopt(self, exchange: Exchange, stream: OpenStream) -> None:
+        relayed = RelayedStream(self, exchange, stream)
+        self.streams.add(relayed)
+        self._guard(relayed, relayed.begin)
+
+    def _park(self, downstream: Downstream, seconds: float) -> None:
+        downstream.sock.setblocking(False)
+        self.idle[downstream] = time.monotonic() + seconds
+        self.watch(downstream.sock, selectors.EVENT_READ, lambda mask: self._wake(downstream))
+
+    def _wake(self, downstream: Downstream) -> None:
+        self.watch(downstream.sock, 0, None)
+        if self.idle.pop(downstream, None) is not None:
+            self.serve(downstream)
+
+    def _guard(self, stream: RelayedStream | None, action: Callable, *values: Any) -> None:
+        """An exception in one stream ends that one only."""
+        try:
+            action(*values)
+        except Exception as err:
+            self.services.log.line("relay: %s", short_trace(err))
+            if stream is not None:
+                stream.outcome = ProxyError("internal", "the stream failed inside the proxy")
+                stream.finish(is_gone=True)
+
+    def _run(self) -> None:
+        next_tick = time.monotonic() + 1
+        while not self._is_stopping:
+            ready = self._selector.select(max(0.0, next_tick - time.monotonic()))
+            for key, mask in ready:
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        self._wake_in.recv(4096)
+                    continue
+                owner = getattr(key.data, "__self__", None)
+                self._guard(owner if isinstance(owner, RelayedStream) else None, key.data, mask)
+            while self._inbox:
+                call, *values = self._inbox.popleft()
+                self._guard(None, call, *values)
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + 1
+                self._guard(None, self._tick, now)
+
+    def _tick(self, now: float) -> None:
+        for stream in list(self.streams):
+            self._guard(stream, stream.tick, now)
+        for downstream in [d for d, deadline in self.idle.items() if deadline < now]:
+            del self.idle[downstream]
+            self.watch(downstream.sock, 0, None)
+            self.release(downstream)
+
+
+class Workers:
+    """Threads that serve connections: a few wait, more start when needed, at most `limit`.
+    The lock guards the two counts."""
+
+    def __init__(self, limit: int, work: Callable[[Downstream], None]):
+        self.limit, self.work = limit, work
+        self.threads = self.waiting = 0
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+
+    def submit(self, downstream: Downstream) -> None:
+        self._jobs.put(downstream)
+        with self._lock:
+            is_needed = self.waiting < self._jobs.qsize() and self.threads < self.limit
+            self.threads += is_needed
+        if is_needed:
+            threading.Thread(target=self._run, name="worker", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self.waiting += 1
+            try:
+                job = self._jobs.get(timeout=10)
+            except queue.Empty:
+                job = None
+            with self._lock:
+                self.waiting -= 1
+                if job is None and self._jobs.empty():
+                    self.threads -= 1
+                    return
+            if job is not None:
+                self.work(job)
+
+
+# Routes
+
+class Route(NamedTuple):
+    methods: str
+    pattern: Any            # of the raw path, whole
+    access: str             # public, or api: needs the key
+    handle: Callable[[Any, Exchange, Any], Any]     # (handler, exchange, match of the path)
+
+
+class KeyGuard:
+    """Slows guessing: after 20 wrong keys one a second is looked at.  A right key always passes."""
+
+    def __init__(self, key: str):
+        self.key = key.encode()
+        self._lock = threading.Lock()       # guards the two below
+        self._wrong, self._next_at = 0, 0.0
+
+    def check(self, headers: Mapping[str, str], now: float) -> None:
+        """Raises ProxyError authentication or locked_out; of several keys one right one will do."""
+        given = [headers.get("x-api-key", ""), headers.get("x-goog-api-key", "")]
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given.append(token.strip() if scheme.lower() == "bearer" else "")
+        if any([hmac.compare_digest(g.encode("utf-8", "replace"), self.key) for g in given]):
+            return
+        with self._lock:
+            self._wrong += 1
+            if self._wrong > 20 and now < self._next_at:
+                raise ProxyError("locked_out", "too many wrong keys", 1)
+            self._next_at = now + 1
+        raise ProxyError("authentication", "invalid x-api-key")
+
+
+class Handler:
+    """Serves one connection of `server` (the ProxyServer below) while it has requests: reads,
+    checks, routes, answers.  Every exception ends as one error in the caller's dialect, or in
+    silence when the client is gone."""
+
+    def __init__(self, server: Any, downstream: Downstream):
+        self.server, self.services, self.downstream = server, server.services, downstream
+
+    def run(self) -> None:
+        """Requests of this connection until it idles (back to the relay), is handed over, ends."""
+        downstream = self.downstream
+        while not downstream.is_closed:
+            exchange = None
+            try:
+                exchange = self._read_request()
+                if exchange is None:
+                    return
+                is_handed_over = self._answer(exchange)
+            except ClientGone:
+                self.server.release(downstream)
+                return
+            except ProxyError as err:       # before a request could be understood
+                self._refuse_damaged(err)
+                return
+            if is_handed_over:
+                return
+            downstream.served += 1
+            if not exchange.keeps_alive or self.server.is_stopping:
+                downstream.close(linger=True)
+                self.server.release(downstream)
+                return
+            if not downstream.buffer and not readable([downstream.sock], KEPT_BY_THREAD_S):
+                self.server.relay.park(downstream, self.services.config.client_idle_timeout_s)
+                return
+
+    # Reading
+
+    def _read_request(self) -> Exchange | None:
+        """The next request with its body; None when the connection ended between requests."""
+        downstream, config = self.downstream, self.services.config
+        deadline = time.monotonic() + config.client_head_timeout_s
+        data = downstream.buffer
+        while data.startswith(b"\r\n"):
+            data = data[2:]
+        while b"\r\n\r\n" not in data:
+            if b"\r\n" not in data and len(data) > MAX_LINE_BYTES:
+                raise ProxyError("line_too_long",
+                                 f"a request line of more than {MAX_LINE_BYTES} bytes")
+            if len(data) > MAX_HEAD_BYTES:
+                raise ProxyError("head_too_large", f"a head of more than {MAX_HEAD_BYTES} bytes")
+            more = downstream.receive(deadline, "the request's head")
+            if not more:
+                self.server.release(downstream)
+                return None
+            data = (data + more).lstrip(b"\r\n") if not data else data + more
+        raw, _, downstream.buffer = data.partition(b"\r\n\r\n")
+        if len(raw) > MAX_HEAD_BYTES:
+            raise ProxyError("head_too_large", f"a head of more than {MAX_HEAD_BYTES} bytes")
+        head = parse_head(raw, True)
+        line = parse_request_line(head.first)
+        if "host" not in head.headers and not line.is_http_1_0:
+            raise invalid("", "a Host header is required")
+        if line.is_http_1_0 and "transfer-encoding" in head.headers:
+            raise invalid("", "HTTP/1.0 has no Transfer-Encoding")
+        return Exchange(downstream, self.services, line, head.headers)
+
+    def _read_body(self, exchange: Exchange) -> None:
+        """The whole body, within its limits.  Unread bytes would be taken for a request, so every
+        error here closes the connection."""
+        config, headers, downstream = self.services.config, exchange.headers, self.downstream
+        keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
+        encoding = headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+            raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
+        too_large = ProxyError("too_large",
+                               f"the body is larger than {config.max_body_bytes} bytes")
+        try:
+            framing = body_framing(headers, True)
+            if isinstance(framing, int) and framing > config.max_body_bytes:
+                raise too_large
+            if framing and headers.get("expect", "").lower() == "100-continue":
+                downstream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = BodyReader(framing, config.max_body_bytes, encoding, True)
+            parts, data = [], downstream.buffer
+            while True:
+                if data:
+                    parts.append(body.feed(data))
+                if body.done:
+                    break
+                # a fresh deadline for each 64 KiB at most: one byte a second does not hold a thread
+                deadline = time.monotonic() + config.client_body_timeout_s
+                data = downstream.receive(deadline, "the request's body")
+                if not data:
+                    raise ClientGone()
+        except OverflowError:
+            raise too_large from None
+        except ValueError as err:
+            raise invalid("", str(err)) from None
+        downstream.buffer = body.rest if parts or framing else downstream.buffer
+        exchange.body, exchange.keeps_alive = b"".join(parts), keeps_alive
+
+    def _refuse_damaged(self, error: ProxyError) -> None:
+        """An answer to bytes that are no request; the connection cannot be trusted after it."""
+        line = RequestLine("GET", "/", "", False)
+        exchange = Exchange(self.downstream, self.services, line, {"connection": "close"})
+        with contextlib.suppress(ClientGone):
+            exchange.send_error(error)
+        self.downstream.close(linger=True)
+        self.server.release(self.downstream)
+
+    # Checking and routing
+
+    def _answer(self, exchange: Exchange) -> bool:
+        """Whether the answer was handed over to the relay."""
+        is_handed_over = False
+        try:
+            route, match = self._find_route(exchange)
+            self._admit(exchange, route)
+            self._read_body(exchange)
+            is_handed_over = bool(route.handle(self, exchange, match))
+        except ProxyError as err:
+            exchange.send_error(err)
+        except ClientGone:
+            exchange.record.note = "client left"
+            exchange.report()
+            raise
+        except Exception as err:
+            self.services.log.line("%s failed: %s", exchange.record.id, short_trace(err))
+            exchange.send_error(ProxyError("internal",
+                                           "the proxy failed on this request; its log says why"))
+        if not is_handed_over:
+            exchange.report()
+        return is_handed_over
+
+    def _find_route(self, exchange: Exchange) -> tuple[Route, Any]:
+        exchange.keeps_alive, kept = False, exchange.keeps_alive    # its body is still unread
+        allowed: list[str] = []
+        for route in self.server.routes:
+            match = route.pattern.fullmatch(exchange.path)
+            if match and exchange.method in route.methods.split():
+                exchange.keeps_alive = kept
+                return route, match
+            allowed += route.methods.split() if match and route.methods != "OPTIONS" else []
+        if allowed:
+            raise ProxyError("method", f"{exchange.method} is not allowed here; "
+                             f"{', '.join(dict.fromkeys(allowed))} is")
+        raise ProxyError("not_found", f"{exchange.path[:200]} is not a route of this proxy")
+
+    def _admit(self, exchange: Exchange, route: Route) -> None:
+        """Key, Host and Origin.  The latter two protect a keyless loopback from web pages: any page
+        can send a simple POST to it, or be rebound to its address."""
+        kept, exchange.keeps_alive = exchange.keeps_alive, False
+        headers, config, server = exchange.headers, self.services.config, self.server
+        origin = headers.get("origin", "")
+        own = (f"http://{name}:{server.server_port}"
+               for name in ("127.0.0.1", "localhost", "[::1]"))
+        if origin and origin not in own:
+            if origin not in config.cors_origins:
+                raise ProxyError("forbidden", "requests from this web origin are not allowed")
+            exchange.cors_origin = origin
+        elif headers.get("sec-fetch-site") == "cross-site":
+            raise ProxyError("forbidden", "requests from other web sites are not allowed")
+        has_key = False
+        if route.access == "api" and server.guard is not None:
+            server.guard.check(headers, time.monotonic())
+            has_key = True
+        host = headers.get("host", "").lower()
+        name, _, port = host.rpartition(":") if re.search(r":\d+\Z", host) else (host, "", "")
+        names = ("127.0.0.1", "localhost", "[::1]", *config.hosts)
+        is_own = name in names and (not port or int(port) == server.server_port
+                                    or name in config.hosts)
+        if not (is_own or has_key or exchange.path == "/health" or not host):
+            raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
+        exchange.keeps_alive = kept
+
+    # Routes
+
+    def messages(self, exchange: Exchange, match: Any) -> bool:
+        request = self._parse(exchange, False)
+        if request.max_tokens == 0:
+            usage = Usage(input_tokens=estimate_tokens(request))
+            return self._reply_whole(exchange, Reply((), Finish(Stop.LENGTH, usage)))
+        conducting = Conducting(self.services, request, exchange, exchange.record)
+        if not request.is_streaming:
+            reply = conducting.run(fold=True)
+            return self._reply_whole(exchange, reply)
+        stream, out = conducting.run(fold=False)
+        return self._stream(exchange, stream, out)
+
+    def _parse(self, exchange: Exchange, is_count: bool) -> Request:
+        try:
+            body = json_decode(exchange.body)
+        except ValueError as err:
+            raise invalid("", f"the body is not valid JSON: {err}") from None
+        request = exchange.dialect.parse_request(body, exchange.headers, is_count)
+        exchange.request = request
+        exchange.record.asked = request.model[:80]
+        exchange.state = exchange.dialect.answer_state(request.model)
+        return request
+
+    def _reply_whole(self, exchange: Exchange, reply: Reply) -> bool:
+        exchange.record.first_byte_at = time.monotonic()
+        message = exchange.dialect.render_reply(exchange.state, reply)
+        if not (exchange.request and exchange.request.is_streaming):
+            exchange.send_json(200, message)
+            return False
+        usage = reply.finish.usage          # a stream that needs no upstream
+        out = "".join(map(exchange.render, (Begin(usage), reply.finish))).encode("ascii")
+        head = exchange.open_stream()
+        exchange.downstream.send(head + exchange.frame(out) + (b"" if exchange.is_http_1_0
+                                                               else LAST_CHUNK))
+        return False
+
+    def _stream(self, exchange: Exchange, stream: OpenStream, out: bytes) -> bool:
+        """Sends what is there; an answer that is still going on is handed over."""
+        answer = stream.answer
+        exchange.record.first_byte_at = time.monotonic()
+        error = answer.fault
+        if error is not None:
+            exchange.keeps_alive = False
+            exchange.record.note = redact(f"{error.kind}: {error.message}")
+            out += exchange.render(Fault(error)).encode("ascii")
+        is_over = answer.is_done or error is not None
+        data = exchange.open_stream() + exchange.frame(out)
+        try:
+            exchange.downstream.send(data + (LAST_CHUNK if is_over and not exchange.is_http_1_0
+                                             else b""))
+        except ClientGone:
+            stream.close(is_gone=True)
+            raise
+        exchange.last_out_at = exchange.last_content_at = time.monotonic()
+        if is_over:
+            stream.close(error)
+            return False
+        self.server.relay.adopt(exchange, stream)
+        return True
+
+    def count_tokens(self, exchange: Exchange, match: Any) -> None:
+        request = self._parse(exchange, True)
+        resolve_model(request.model, self.services.pool.accounts, self.services.config.aliases)
+        exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
+        exchange.send_json(200, {"input_tokens": estimate_tokens(request)},
+                           {"x-agproxy-token-count": "estimate"})
+
+    def models(self, exchange: Exchange, match: Any) -> None:
+        rows = self.server.model_rows()
+        if match["id"]:
+            name = urllib.parse.unquote(match["id"])
+            row = next((r for r in rows if r["id"] == name), None)
+            if row is None:
+                pool, config = self.services.pool, self.services.config
+                row = {**anthropic_render_model(resolve_model(name, pool.accounts,
+                                                              config.aliases)),
+                       "id": name}
+            exchange.send_json(200, row)
+            return
+        query = dict(urllib.parse.parse_qsl(exchange.query))
+        limit, after, before = query.get("limit",
+                                         "20"), query.get("after_id"), query.get("before_id")
+        if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
+            raise invalid("limit", "a whole number from 1 to 1000 is required")
+        if after and before:
+            raise invalid("after_id", "cannot be combined with before_id")
+        ids, size = [r["id"] for r in rows], int(limit)
+        for name, value in (("after_id", after), ("before_id", before)):
+            if value and value not in ids:
+                raise invalid(name, f"{value!r} is not in the list")
+        start = ids.index(after) + 1 if after else 0
+        end = ids.index(before) if before else len(ids)
+        page = rows[max(start, end - size):end] if before else rows[start:min(end, start + size)]
+        has_more = end - size > 0 if before else start + size < end
+        exchange.send_json(200, {"data": page, "has_more": has_more,
+                                 "first_id": page[0]["id"] if page else None,
+                                 "last_id": page[-1]["id"] if page else None})
+
+    def root(self, exchange: Exchange, match: Any) -> None:
+        exchange.send_json(200, {"name": "agproxy", "version": VERSION})
+
+    def health(self, exchange: Exchange, match: Any) -> None:
+        server = self.server
+        exchange.send_json(200, {"status": "ok", "version": VERSION, "uptime_s": int(
+            time.monotonic() - server.started_at), "streams": len(server.relay.streams),
+            "threads": server.workers.threads, **self.services.meters.snapshot()})
+
+    def discard(self, exchange: Exchange, match: Any) -> None:
+        """Telemetry that clients aim at their base URL; it goes nowhere."""
+        exchange.send_json(200, {})
+
+    def not_offered(self, exchange: Exchange, match: Any) -> None:
+        raise ProxyError("not_found", f"{exchange.path[:60]} is not offered by this proxy")
+
+    def preflight(self, exchange: Exchange, match: Any) -> None:
+        headers = {"content-length": "0"}
+        if exchange.cors_origin:
+            headers.update({"access-control-allow-methods": "GET, POST, OPTIONS",
+                            "access-control-allow-headers": exchange.headers.get(
+                                "access-control-request-headers", "*"),
+                            "access-control-max-age": "600"})
+        exchange.downstream.send(exchange.send_head(204, headers))
+
+
+ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
+    # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
+    Route("POST", r"(/v1|/anthropic)?/v1/messages", "api", Handler.messages),
+    Route("POST", r"(/v1|/anthropic)?/v1/messages/count_tokens", "api", Handler.count_tokens),
+    Route("GET HEAD", r"/v1/models(?:/(?P<id>[^/]+))?", "api", Handler.models),
+    Route("GET HEAD", r"/", "public", Handler.root),
+    Route("GET HEAD", r"/api/hello", "public", Handler.root),
+    Route("GET HEAD", r"/health", "public", Handler.health),
+    Route("GET POST", r"/api/(?:event_logging|claude_code|claude_cli|oauth)/.*", "public",
+          Handler.discard),
+    Route("GET POST DELETE", r"/v1/(?:messages/batches|files|complete|skills)(?:/.*)?", "api",
+          Handler.not_offered),
+    Route("OPTIONS", r"/.*", "public", Handler.preflight),
+))
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """The listener: accepted connections wait in the relay for their first byte, then get a thread.
+    The lock guards `connections`."""
+    request_queue_size = 256
+    # on Windows it would let two programs share the port
+    allow_reuse_address = os.name != "nt"
+    daemon_threads = True
+
+    def __init__(self, services: Services, host: str, port: int):
+        self.services, self.routes = services, ROUTES
+        self.guard = KeyGuard(services.config.api_key) if services.config.api_key else None
+        self.connections: set[Downstream] = set()
+        self._lock = threading.Lock()
+        self.is_stopping, self.started_at = False, time.monotonic()
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), Handler)
+        self.workers = Workers(services.config.max_threads, self._work)
+        self.relay = Relay(services, self.workers.submit, self.release)
+
+    def server_bind(self) -> None:
+        """Binds without http.server's reverse look-up of the host name, which may take seconds."""
+        if os.name == "nt":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        elif self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        downstream = Downstream(request, client_address)
+        with self._lock:
+            is_full = len(self.connections) >= self.services.config.max_connections
+            if not is_full:
+                self.connections.add(downstream)
+        if is_full:
+            with contextlib.suppress(OSError):      # refusing is best effort
+                request.settimeout(0.1)
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+                                b"Connection: close\r\nContent-Length: 0\r\n\r\n")
+            downstream.close()
+            return
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.relay.park(downstream, self.services.config.client_head_timeout_s)
+
+    def release(self, downstream: Downstream) -> None:
+        """Forgets and closes a connection."""
+        with self._lock:
+            self.connections.discard(downstream)
+        downstream.close()
+
+    def _work(self, downstream: Downstream) -> None:
+        try:
+            Handler(self, downstream).run()
+        except ClientGone:
+            self.release(downstream)
+        except Exception as err:        # a thread's top: log, close this connection, go on
+            self.services.log.line("worker: %s", short_trace(err))
+            self.release(downstream)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.services.log.line("accept: %s", short_trace(sys.exc_info()[1]))
+
+    def model_rows(self) -> list[dict]:
+        """What /v1/models lists: each served model, under a claude- name too where it has none."""
+        rows = []
+        pool = self.services.pool
+        for model in MODELS.values():
+            if any(account_serves(account, model) for account in pool.accounts):
+                row = anthropic_render_model(model)
+                rows.append(row)
+                if not model.id.startswith("claude"):
+                    rows.append({**row, "id": "claude-" + model.id})
+        return rows
+
+    def drain(self, grace_s: float) -> None:
+        """Stops accepting, lets running answers finish for `grace_s`, ends the rest with an error
+        event.  Idle connections are closed at once."""
+        self.is_stopping = True
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline and (self.relay.streams or self.services.pool.in_flight):
+            time.sleep(0.05)
+        self.relay.end_all(ProxyError("stopping", "the proxy is stopping"))
+        ended = time.monotonic() + 1
+        while time.monotonic() < ended and self.relay.streams:
+            time.sleep(0.02)
+        self.relay.stop()
+        with self._lock:
+            left = list(self.connections)
+        for downstream in left:
+            self.release(downstream)
+        self.services.connections.close()
+
+
+# ── 18. Simulated upstream ────────────────────────────────────────────────
+# A real HTTP server that plays Google: token endpoint, project discovery,
+# Cloud Code and the Gemini API.  It refuses what the real one refuses, drains
+# quota, misbehaves when told, and given tools works as a small scripted agent.
+# Demo, tests and bench share it: it is the executable specification.
+# It knows nothing of the proxy.
+
+_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
+
+
+def sim_error(status: int, word: str, message: str, reason: str = "", retry: str = "",
+              **metadata: str) -> tuple:
+    """(status, body) as Google writes errors."""
+    details: list[dict] = []
+    if reason:
+        details.append({"@type": _INFO, "reason": reason, "domain": "cloudcode-pa.googleapis.com",
+                        "metadata": metadata})
+    if retry:
+        details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": retry})
+    error = {"code": status, "message": message, "status": word,
+             **({"details": details} if details else {})}
+    return status, {"error": error}
+
+
+_SPENT = "You have exhausted your capacity on this model. Your quota will reset after 2h21m25s."
+SIM_FAULTS = {          # name -> (status, body) of a refusal; other names misbehave in the stream
+    "quota": sim_error(429, "RESOURCE_EXHAUSTED", _SPENT, "QUOTA_EXHAUSTED", "8485.8s",
+                       quotaResetDelay="2h21m25.831582438s"),
+    "quota_unknown": sim_error(429, "RESOURCE_EXHAUSTED", "Individual quota reached.",
+                               "QUOTA_EXHAUSTED"),
+    "rate": sim_error(429, "RESOURCE_EXHAUSTED", "Rate limited.", "RATE_LIMIT_EXCEEDED", "40s"),
+    "rate_short": sim_error(429, "RESOURCE_EXHAUSTED", "Rate limited.", "RATE_LIMIT_EXCEEDED",
+                            "0.4s"),
+    "soft": sim_error(429, "RESOURCE_EXHAUSTED",
+                      "Resource has been exhausted (e.g. check quota)."),
+    "capacity": sim_error(503, "UNAVAILABLE", "No capacity available for model on the server",
+                          "MODEL_CAPACITY_EXHAUSTED", "40s"),
+    "server": sim_error(500, "INTERNAL", "Internal error encountered."),
+    "503": sim_error(503, "UNAVAILABLE", "The service is currently unavailable."),
+    "auth": sim_error(401, "UNAUTHENTICATED", "Request had invalid authentication credentials."),
+    "validation": sim_error(403, "PERMISSION_DENIED", "Verify your account to continue.",
+                            "VALIDATION_REQUIRED",
+                            validation_url="https://accounts.google.com/verify"),
+    "disabled": sim_error(403, "PERMISSION_DENIED", "Gemini has been disabled in this account for "
+                          "violation of Terms of Service. You may submit an appeal."),
+    "project": sim_error(403, "PERMISSION_DENIED",
+                         "Cloud Code Private API has not been used in project P "
+                         "before or it is disabled.", "SERVICE_DISABLED"),
+    "region": sim_error(400, "FAILED_PRECONDITION",
+                        "User location is not supported for the API use."),
+    "missing": sim_error(404, "NOT_FOUND", "Requested entity was not found."),
+    "version": sim_error(503, "UNAVAILABLE",
+                         "This version of Antigravity is no longer supported."),
+    "too_long": sim_error(400, "INVALID_ARGUMENT",
+                          "The input token count (1250000) exceeds the maximum "
+                          "number of tokens allowed (1048576)."),
+    "signature": sim_error(400, "INVALID_ARGUMENT", "Corrupted thought signature."),
+    "bad": sim_error(400, "INVALID_ARGUMENT", "Request contains an invalid argument."),
+}
+SIM_STREAM_FAULTS = ("stall", "cut", "empty", "malformed", "error_event", "html", "reset",
+                     "garbage",
+                     "thoughts_only", "mid_error", "mid_cut", "blocked", "safety")
+_INNER_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig",
+               "safetySettings", "cachedContent", "labels", "sessionId"}
+_SCHEMA_KEYS = {"type", "description", "nullable", "enum", "items", "properties", "required"}
+_SIM_UNKNOWN = "Invalid JSON payload received. Unknown name \"%s\" at '%s': Cannot find field."
+_PART_KINDS = ("text", "inlineData", "functionCall", "functionResponse", "fileData")
+
+
+# What the real service refuses: each check gives the refusal's text, or None
+
+def sim_check_schema(schema: Any, where: str, depth: int = 0) -> str | None:
+    """The first thing the service would not take in a tool's parameters."""
+    if not isinstance(schema, dict):
+        return f"Invalid value at '{where}'"
+    unknown = schema.keys() - _SCHEMA_KEYS
+    if unknown:
+        return _SIM_UNKNOWN % (min(unknown), where)
+    if depth > 16:
+        return f"{where}: maximum schema depth exceeded"
+    kind = schema.get("type")
+    if kind not in ("object", "array", "string", "number", "integer", "boolean"):
+        return f"Proto field is not repeating, cannot start list. ({where}.type)"
+    if "enum" in schema and (kind != "string" or not schema["enum"]
+                             or not all(isinstance(v, str) and v for v in schema["enum"])):
+        return f"{where}.enum: only allowed for STRING type"
+    if kind == "array":
+        return (sim_check_schema(schema["items"], where + ".items", depth + 1) if "items" in schema
+                else f"{where}.items: missing field")
+    properties = schema.get("properties", {})
+    if any(name not in properties for name in schema.get("required", ())):
+        return f"{where}.required[0]: property is not defined"
+    return next((text for name, child in properties.items()
+                 for text in (sim_check_schema(child, f"{where}.properties[{name}]", depth + 1),)
+                 if text), None)
+
+
+def _sim_check_contents(contents: Any) -> str | None:
+    if not isinstance(contents, list) or not contents:
+        return "contents is not specified"
+    calls = 0
+    for position, content in enumerate(contents):
+        if content.get("role") not in ("user", "model"):
+            return "Please use a valid role: user, model."
+        parts = content.get("parts") or []
+        for part in parts:
+            if sum(kind in part for kind in _PART_KINDS) != 1:
+                return "required oneof field 'data' must have one initialized field"
+            if part.get("text") == "" and not part.get("thought"):
+                return "text content blocks must be non-empty"
+        answers = sum("functionResponse" in p for p in parts)
+        if answers != calls:
+            return ("Please ensure that the number of function response parts is equal to the "
+                    "number of function call parts of the function call turn.")
+        calls = sum("functionCall" in p for p in parts)
+        if calls and (not position or contents[position - 1]["role"] != "user"):
+            return ("Please ensure that function call turn comes immediately after a user turn or "
+                    "after a function response turn.")
+    return None
+
+
+def _sim_open_steps(contents: list) -> list[dict]:
+    """Model turns with calls after the last user turn that holds text."""
+    steps: list[dict] = []
+    for content in reversed(contents):
+        if content["role"] == "user" and not any("functionResponse" in p
+                                                 for p in content["parts"]):
+            break
+        if content["role"] == "model" and any("functionCall" in p for p in content["parts"]):
+            steps.insert(0, content)
+    return steps
+
+
+def _sim_check_signatures(contents: list, family: str, is_thinking: bool) -> str | None:
+    for step in _sim_open_steps(contents):
+        if family == "gemini3":
+            call = next(p for p in step["parts"] if "functionCall" in p)
+            signature = call.get("thoughtSignature")
+            if not signature:
+                return ("Function call is missing a thought_signature in functionCall parts. This "
+                        "is required for tools to work correctly. function call "
+                        f"`default_api:{call['functionCall'].get('name')}`, position 1.")
+            if signature != "skip_thought_signature_validator" and not signature.startswith("simg"):
+                return "Corrupted thought signature."
+        elif family == "claude" and is_thinking:
+            first = step["parts"][0]
+            if not first.get("thought"):
+                return ("messages.1.content.0.type: Expected `thinking` or "
+                        "`redacted_thinking`, but found `text`.")
+            if not str(first.get("thoughtSignature", "")).startswith("Rsim"):
+                return "messages.1.content.0: Invalid `signature` in `thinking` block"
+    return None
+
+
+def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str | None:
+    """Why the service would answer 400 to this request, None when it would not."""
+    unknown = inner.keys() - _INNER_KEYS
+    if unknown or ("sessionId" in inner and not is_enveloped):
+        return _SIM_UNKNOWN % (min(unknown, default="sessionId"), "request")
+    family = model.family if model else "gemini3"
+    config = inner.get("generationConfig", {})
+    thinking = config.get("thinkingConfig", {})
+    budget, most = thinking.get("thinkingBudget", 0), config.get("maxOutputTokens", 1)
+    if "thinkingBudget" in thinking and "thinkingLevel" in thinking:
+        return "thinking_budget and thinking_level cannot both be set"
+    if model and not 0 < most <= model.output_tokens:
+        return f"maxOutputTokens must be from 1 to {model.output_tokens}"
+    if family == "claude":
+        if budget and most <= budget:
+            return "`max_tokens` must be greater than `thinking.budget_tokens`"
+        if inner["contents"] and inner["contents"][-1].get("role") != "user":
+            return ("This model does not support assistant message prefill. The conversation must "
+                    "end with a user message.")
+    text = _sim_check_contents(inner.get("contents"))
+    if text:
+        return text
+    for tool in inner.get("tools", ()):
+        for position, row in enumerate(tool.get("functionDeclarations", ())):
+            where = f"request.tools[0].function_declarations[{position}]"
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", row.get("name", "")):
+                return f"Invalid function name at '{where}'"
+            text = sim_check_schema(row.get("parameters"), where + ".parameters")
+            if text:
+                return text
+    return _sim_check_signatures(inner["contents"], family, bool(budget))
+
+
+# The scripted agent
+
+_VERBS = re.compile(r"\b(?:(create|write|make)|(run|execute)|(edit|change|modify|replace)"
+                    r"|(read|show))\b", re.I)
+_VERB_KINDS = ("write", "run", "edit", "read")
+_VERB_TOOLS = {"write": ("write", "create_file"), "run": ("bash", "shell", "exec", "run"),
+               "edit": ("edit", "replace"), "read": ("read", "view")}
+_FILE_NAME = re.compile(r"(?<![\w/])[\w./-]*\w\.\w{1,5}\b")
+_FOLDER = re.compile(r"working directory:\s*(\S+)", re.I)
+_SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
+
+
+def _sim_texts(content: Mapping) -> list[str]:
+    """What a person wrote in a user turn: its texts without the client's reminders."""
+    return [p["text"] for p in content["parts"]
+            if p.get("text", "").strip() not in ("", ".")
+            and not p["text"].lstrip().startswith("<system-reminder>")]
+
+
+def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
+    for word in _VERB_TOOLS[kind]:
+        named = [t for t in tools if t["name"].lower() == word] or [
+            t for t in tools if word in t["name"].lower().split("_")]
+        if named:
+            return named[0]
+    return None
+
+
+def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
+    """Arguments for a tool whose schema only its client knows: by the names of its properties."""
+    schema = tool.get("parameters", {})
+    meant = {
+        "path": path, "file_path": path, "filepath": path, "file": path, "filename": path,
+        "absolute_path": path, "filePath": path,
+        "content": _SIM_PROGRAM, "contents": _SIM_PROGRAM, "file_text": _SIM_PROGRAM,
+        "text": _SIM_PROGRAM,
+        "command": "python3 " + path, "cmd": "python3 " + path,
+        "old_string": "hello", "old_str": "hello", "oldString": "hello",
+        "new_string": "goodbye", "new_str": "goodbye", "newString": "goodbye"}
+    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [],
+              "object": {}}
+    required = schema.get("required", ())
+    arguments = {}
+    for name, child in schema.get("properties", {}).items():
+        if name in meant and (name in required or kind):
+            arguments[name] = meant[name]
+        elif name in required:
+            arguments[name] = child["enum"][0] if child.get("enum") else values[child.get("type",
+                                                                                          "string")]
+    if kind == "read":
+        arguments = {n: v for n, v in arguments.items() if v == path or n in required}
+    return arguments
+
+
+def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
+    """(tool name, arguments) of every call the prompt asks for, in its order."""
+    tools = [row for tool in inner.get("tools", ())
+             for row in tool.get("functionDeclarations", ())]
+    calling = inner.get("toolConfig", {}).get("functionCallingConfig", {})
+    if calling.get("mode") == "ANY":
+        allowed = calling.get("allowedFunctionNames")
+        tool = next((t for t in tools if not allowed or t["name"] in allowed), None)
+        return [(tool["name"], _sim_arguments(tool, "", "demo.py"))] if tool else []
+    named = _FILE_NAME.search(prompt)
+    path = named[0] if named else "demo.py"
+    folder = _FOLDER.search(json_encode(inner).replace("\\n", "\n"))
+    if folder and not path.startswith("/"):
+        path = folder[1].rstrip("/\\\"") + "/" + path
+    found = [(m.start(), next(k for k, g in zip(_VERB_KINDS, m.groups()) if g))
+             for m in _VERBS.finditer(prompt)]
+    steps = []
+    for at, kind in found:
+        tool = _sim_find_tool(kind, tools)
+        if tool:
+            steps.append((at, tool["name"], _sim_arguments(tool, kind, path)))
+    used = {name for _, name, _ in steps}
+    for tool in tools:
+        mention = re.search(rf"\b{re.escape(tool['name'])}\b", prompt)
+        if mention and tool["name"] not in used:
+            steps.append((mention.start(), tool["name"], _sim_arguments(tool, "", path)))
+    return [(name, arguments) for _, name, arguments in sorted(steps, key=lambda s: s[0])]
+
+
+def _sim_value(schema: Mapping, prompt: str) -> Any:
+    """A JSON value of a schema, for requests that want structured output."""
+    kind = schema.get("type", "string")
+    if schema.get("enum"):
+        return schema["enum"][0]
+    if kind == "object":
+        return {name: _sim_value(child, prompt) for name,
+                child in schema.get("properties", {}).items()}
+    return {"string": prompt[:40] or "demo", "integer": 1, "number": 1, "boolean": True,
+            "array": []}[kind]
+
+
+def sim_agent(inner: Mapping) -> list[list[dict]]:
+    """The answer's chunks of parts: the next calls, or a text.  Deterministic."""
+    contents = inner["contents"]
+    last = max((i for i, c in enumerate(contents) if c["role"] == "user" and _sim_texts(c)),
+               default=0)
+    prompt = (_sim_texts(contents[last]) or [""])[-1]
+    results = [p["functionResponse"] for c in contents[last:] for p in c["parts"]
+               if "functionResponse" in p]
+    schema = inner.get("generationConfig", {}).get("responseSchema")
+    wanted = prompt.partition("JSON value of this schema and nothing else: ")[2]
+    if schema or wanted:
+        with contextlib.suppress(ValueError):       # the prompt only spoke of a schema
+            return [[{"text": json_encode(_sim_value(schema or json.loads(wanted), prompt))}]]
+    steps = _sim_steps(prompt, inner)
+    if len(results) < len(steps):
+        batch = steps if "parallel" in prompt.lower() and not results else [steps[len(results)]]
+        return [[{"functionCall": {"name": name, "args": arguments}} for name, arguments in batch]]
+    if results:
+        told = [str(next(iter(r["response"].values()), ""))[:400] for r in results]
+        text = "Done. The tools answered:\n" + "\n".join(f"- {t}" for t in told)
+    else:
+        count = re.search(r"\bcount to (\d+)", prompt)
+        images = sum("inlineData" in p for c in contents[last:] for p in c["parts"])
+        text = ("".join(f"{n} " for n in range(1, int(count[1]) + 1)) if count else
+                f"This is the simulated upstream. {f'I see {images} image(s). ' if images else ''}"
+                f"You said: {prompt[:200]}")
+    words = re.findall(r"\S+\s*|\s+", text)
+    return [[{"text": "".join(words[i:i + 3])}]
+            for i in range(0, len(words), 3)] or [[{"text": "."}]]
+
+
+# The server
+
+class SimAccount:
+    def __init__(self, name: str, calls_left: int | None = None):
+        self.name, self.calls_left = name, calls_left
+        self.refresh_token = f"1//sim-refresh-{name}"
+        self.access_token = f"ya29.sim-{name}-0"
+        self.generation = 0         # of the access token
+        self.faults: collections.deque = collections.deque()
+        self.calls = 0
+
+
+class SimHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Any         # the SimUpstream below
+
+    def log_message(self, *args: Any) -> None:
+        pass        # the proxy's log is the one to read
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        path = self.path.partition("?")[0]
+        if path == "/token":
+            return self._token(urllib.parse.parse_qs(raw.decode()))
+        if path == "/sim/faults":
+            order = json.loads(raw)
+            self.server.plan(order["account"], *order["faults"])
+            return self._json(200, {})
+        account = self._account()
+        if account is None:
+            return self._json(*SIM_FAULTS["auth"])
+        body = json.loads(raw)
+        if path == "/v1internal:loadCodeAssist":
+            return self._json(200, {"currentTier": {"id": "free-tier"},
+                                    "cloudaicompanionProject": "sim-project-" + account.name})
+        match = re.fullmatch(r"/v1internal:streamGenerateContent"
+                             r"|/v1beta/models/([^:]+):streamGenerateContent",
+                             path)
+        if not match:
+            return self._json(*SIM_FAULTS["missing"])
+        self._generate(account, body, match[1])
+
+    def _account(self) -> SimAccount | None:
+        bearer = (self.headers.get("authorization") or "").partition(" ")[2]
+        key = self.headers.get("x-goog-api-key")
+        with self.server.lock:
+            return next((a for a in self.server.accounts.values()
+                         if bearer == a.access_token or key == "sim-key-" + a.name), None)
+
+    def _token(self, form: Mapping[str, list[str]]) -> None:
+        server, token = self.server, (form.get("refresh_token") or [""])[0]
+        with server.lock:
+            server.refreshes += 1
+            account = next((a for a in server.accounts.values() if a.refresh_token == token), None)
+            if account is not None:
+                account.generation += 1
+                account.access_token = f"ya29.sim-{account.name}-{account.generation}"
+                answer = {"access_token": account.access_token, "expires_in": 3599,
+                          "token_type": "Bearer"}
+                if server.rotates_tokens:
+                    account.refresh_token = f"1//sim-refresh-{account.name}-{account.generation}"
+                    answer["refresh_token"] = account.refresh_token
+        if account is None:
+            return self._json(400, {"error": "invalid_grant", "error_description": "Bad Request"})
+        self._json(200, answer)
+
+    def _json(self, status: int, value: Any) -> None:
+        data = json_encode(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _generate(self, account: SimAccount, body: dict, key_model: str | None) -> None:
+        server, is_enveloped = self.server, key_model is None
+        inner = body.get("request") if is_enveloped else body
+        name = body.get("model") if is_enveloped else urllib.parse.unquote(key_model)
+        model = next((m for m in MODELS.values() if name == (m.id if is_enveloped else m.key_id)),
+                     None)
+        with server.lock:
+            server.requests.append((account.name, body))
+            account.calls += 1
+            fault = account.faults.popleft() if account.faults else ""
+            if not fault and account.calls_left is not None:
+                account.calls_left -= 1
+                fault = "quota" if account.calls_left < 0 else ""
+        if fault in SIM_FAULTS:
+            return self._json(*SIM_FAULTS[fault])
+        refused = "Request contains an invalid argument." if not isinstance(inner, dict) else (
+            sim_refuses(inner, model, is_enveloped))
+        if refused:
+            return self._json(*sim_error(400, "INVALID_ARGUMENT", refused))
+        self._stream(fault, inner, model, name, is_enveloped)
+
+    def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,
+                is_enveloped: bool) -> None:
+        if fault in ("html", "garbage"):
+            data = b"<html>502 Bad Gateway</html>" if fault == "html" else b"\xff\xfe{]["
+            self.send_response(502 if fault == "html" else 200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return
+        if fault == "stall":
+            self.server.stop_event.wait(3600)
+            return
+        self.close_connection = fault in ("cut", "mid_cut", "reset")
+        if fault == "reset":
+            return
+        with self.server.lock:
+            self.server.open_streams += 1
+        try:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for event in self._events(fault, inner, model, name):
+                if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
+                    return
+                data = json_encode({"response": event} if is_enveloped and "error" not in event
+                                   else event)
+                self.wfile.write(chunk(b"data: " + data.encode() + b"\r\n\r\n"))
+            if not self.close_connection:
+                self.wfile.write(LAST_CHUNK)
+        except OSError:
+            with self.server.lock:
+                self.server.cancelled += 1
+            raise
+        finally:
+            with self.server.lock:
+                self.server.open_streams -= 1
+
+    def _events(self, fault: str, inner: Mapping, model: Model | None,
+                name: str) -> Iterator[dict]:
+        """The chunks of one answer, usage cumulative in each."""
+        prompt = len(json_encode(inner)) // 4
+        session = str(inner.get("sessionId", ""))
+        with self.server.lock:
+            cached = min(self.server.cached.get(session, 0), prompt)
+            self.server.cached[session] = prompt
+        usage = {"promptTokenCount": prompt, "cachedContentTokenCount": cached,
+                 "candidatesTokenCount": 0,
+                 "thoughtsTokenCount": 0}
+
+        def event(parts: list[dict], finish: str = "") -> dict:
+            usage["candidatesTokenCount"] += sum(1 + len(json_encode(p)) // 8 for p in parts)
+            usage["totalTokenCount"] = (prompt + usage["candidatesTokenCount"]
+                                        + usage["thoughtsTokenCount"])
+            candidate: dict = {"content": {"role": "model", "parts": parts}, "index": 0}
+            if finish:
+                candidate["finishReason"] = finish
+            return {"candidates": [candidate], "usageMetadata": dict(usage), "modelVersion": name,
+                    "responseId": "sim-response"}
+
+        if fault == "blocked":
+            yield {"promptFeedback": {"blockReason": "SAFETY"},
+                   "usageMetadata": {"promptTokenCount": prompt}}
+        elif fault in ("empty", "malformed"):
+            yield event([], "STOP" if fault == "empty" else "MALFORMED_FUNCTION_CALL")
+        elif fault == "error_event":
+            yield SIM_FAULTS["capacity"][1]
+        elif fault != "cut":
+            yield from self._content(fault, inner, model, event, usage)
+
+    def _content(self, fault: str, inner: Mapping, model: Model | None, event: Any,
+                 usage: dict) -> Iterator[dict]:
+        family = model.family if model else "gemini3"
+        signature = ("Rsim" if family == "claude" else "simg") + os.urandom(30).hex()
+        if inner.get("generationConfig", {}).get("thinkingConfig", {}).get("includeThoughts"):
+            usage["thoughtsTokenCount"] = 12
+            yield event([{"text": "Thinking about ", "thought": True}])
+            yield event([{"text": "the request.", "thought": True}])
+            if family == "claude":
+                yield event([{"thought": True, "text": "", "thoughtSignature": signature}])
+        if fault == "thoughts_only":
+            yield event([], "STOP")
+            return
+        for position, parts in enumerate(sim_agent(inner)):
+            calls = [p for p in parts if "functionCall" in p]
+            for call in calls if family in ("claude", "gemini3") else ():
+                call["functionCall"]["id"] = ("toolu_vrtx_" if family == "claude"
+                                              else "fc_") + os.urandom(8).hex()
+            if calls and family == "gemini3":
+                calls[0]["thoughtSignature"] = signature
+            yield event(parts)
+            if fault == "mid_error" and position == 1:
+                yield SIM_FAULTS["quota"][1]
+                return
+            if fault == "mid_cut" and position == 1:
+                return
+        yield event([{"text": ""}], "SAFETY" if fault == "safety" else "STOP")
+
+
+class SimUpstream(http.server.ThreadingHTTPServer):
+    """Google's part on a free port of 127.0.0.1.  `accounts` maps names to how many generating
+    calls are left before a quota 429 (None: no end).  `pace_s` is the time between events.
+    Keys of the Gemini API are `sim-key-<account>`.  The lock guards everything mutable."""
+    request_queue_size = 256
+    daemon_threads = True
+
+    def __init__(self, accounts: Mapping[str, int | None], pace_s: float = 0.0):
+        self.lock = threading.Lock()
+        self.accounts = {name: SimAccount(name, left) for name, left in accounts.items()}
+        self.pace_s, self.refreshes = pace_s, 0
+        self.rotates_tokens = False
+        # (account, envelope or body)
+        self.requests: collections.deque = collections.deque(maxlen=500)
+        self.open_streams = self.cancelled = 0
+        self.cached: dict[str, int] = {}        # session id -> tokens of its last prompt
+        self.stop_event = threading.Event()
+        super().__init__(("127.0.0.1", 0), SimHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.05,), name="sim", daemon=True).start()
+
+    def plan(self, account: str, *faults: str) -> None:
+        """The next calls of `account` fail so, one fault a call."""
+        unknown = [f for f in faults if f not in SIM_FAULTS and f not in SIM_STREAM_FAULTS]
+        if unknown:
+            raise ValueError(f"no such fault: {unknown[0]}")
+        with self.lock:
+            self.accounts[account].faults.extend(faults)
+
+    def stop(self) -> None:
+        self.stop_event.set()
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass        # clients hang up on purpose here
+
+    def server_bind(self) -> None:      # no reverse look-up of the host name
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+
+def sim_config(sim: SimUpstream, config: Config) -> Config:
+    """`config` with the simulated accounts in place of the owner's."""
+    provider = config.providers["sim"]._replace(
+        base_urls=(sim.url,), token_url=sim.url + "/token", client_id="sim-client",
+        client_secret="sim-secret")
+    accounts = tuple({"name": a.name, "provider": "sim", "refresh_token": a.refresh_token}
+                     for a in sim.accounts.values())
+    return replace(config, providers={**config.providers, "sim": provider}, accounts=accounts)
+
+
+# ── 20. Commands ──────────────────────────────────────────────────────────
+# A command parses, calls one function of a room above, prints, and returns an
+# exit code: 0 fine, 1 failure, 2 usage, 4 needs an account.
+
+DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
+DEMO_PACE_S = 0.02
+CLIENT_ENVIRONMENT = {      # variables a client is started with; {url} and {key} are filled in
+    "claude": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}"},
+    "": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}",
+         "ANTHROPIC_API_KEY": "{key}"},
+}
+_WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "example")
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def check_bind(config: Config) -> None:
+    """No address beyond loopback without a key that is worth the name."""
+    if config.host in ("127.0.0.1", "localhost", "::1"):
+        return
+    key = config.api_key
+    if len(key) < 16 or any(word in key.lower() for word in _WEAK_KEYS):
+        raise ConfigError(f"listening on {config.host} needs PROXY_API_KEY: at least 16 "
+                          "characters, not from documentation")
+
+
+def keep_token(path: str, log: Log, account: Account, old: str, new: str, is_demo: bool) -> None:
+    """Stores a rotated refresh token.  Where that fails it is used from memory and said so."""
+    if is_demo:
+        return
+    try:
+        save_rotated_token(path, account.label, old, new)
+    except (OSError, ConfigError) as err:
+        log.line("%s: its new refresh token could not be stored (%s); it is kept in memory only",
+                 account.label, err)
+
+
+@contextlib.contextmanager
+def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServer]:
+    """A listening server with everything behind it; drained on the way out."""
+    flags = {name: getattr(args, name, None) for name in SETTINGS}
+    path = config_path(args.accounts, os.environ)
+    config = load_config(path, flags, os.environ, {} if args.demo else None)
+    sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
+    if sim:
+        config = sim_config(sim, config)
+    check_bind(config)
+    clock = Clock()
+    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts
+                        if row.get("enabled", True)], clock, config.strategy,
+                        config.max_upstream_calls)
+    log = Log(log_out, args.debug)
+    services = Services(config, pool, ConnectionCache(clock, os.environ), clock, log, Meters(),
+                        Memory(),
+                        lambda account, old,
+                        new: keep_token(path, log, account, old, new, bool(sim)))
+    try:
+        server = ProxyServer(services, config.host, config.port)
+    except OSError as err:
+        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
+                          "choose another with --port") from err
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.drain(config.drain_s)
+        if sim:
+            sim.stop()
+        log.close()
+
+
+def client_variables(client: str, url: str, key: str) -> dict[str, str]:
+    rows = CLIENT_ENVIRONMENT.get(os.path.basename(client), CLIENT_ENVIRONMENT[""])
+    return {name: value.format(url=url, key=key or "agproxy") for name, value in rows.items()}
+
+
+def server_url(server: ProxyServer) -> str:
+    host = server.services.config.host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{server.server_port}"
+
+
+def needs_account(args: argparse.Namespace) -> str:
+    """What to do when no account can serve, "" when one can."""
+    if args.demo:
+        return ""
+    path = config_path(args.accounts, os.environ)
+    config = load_config(path, {}, os.environ)
+    if any(row.get("enabled", True) for row in config.accounts):
+        return ""
+    return (f"No account in {path}. Copy accounts.example.json there and fill one in,\n"
+            "or try everything without an account: python3 agproxy.py serve --demo")
+
+
+def raise_descriptor_limit() -> None:
+    """Each stream holds two descriptors; the usual soft limit of 1,024 is too low."""
+    try:
+        import resource
+    except ImportError:
+        return              # Windows has no such limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def command_serve(args: argparse.Namespace) -> int:
+    missing = needs_account(args)
+    if missing:
+        say(missing)
+        return 4
+    raise_descriptor_limit()
+    out = open(args.log_file, "a", encoding="utf-8") if args.log_file else sys.stdout
+    stopping = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping.is_set():
+            os._exit(130)       # the second signal ends at once
+        stopping.set()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    with running_proxy(args, out) as server:
+        config, url = server.services.config, server_url(server)
+        say(f"agproxy {VERSION} listens on {url}" + ("  (demo: simulated accounts)" if args.demo
+                                                     else ""))
+        say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
+        say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
+                                     for a, state in server.services.pool.states()))
+        key = "$PROXY_API_KEY" if config.api_key else "agproxy"
+        say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
+        while not stopping.wait(0.5):
+            pass
+        say("stopping: running answers are finished first, a second signal ends at once")
+    return 0
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """The client's own exit code; the proxy lives exactly as long as the client."""
+    import shutil
+    missing = needs_account(args)
+    if missing:
+        say(missing)
+        return 4
+    client = shutil.which(args.client)
+    if not client:
+        raise ConfigError(f"{args.client} is not installed or not on PATH")
+    args.port = 0 if args.port is None else args.port
+    with open(args.log_file or os.devnull, "a", encoding="utf-8") as out:
+        with running_proxy(args, out) as server:
+            key = server.services.config.api_key
+            environment = {**os.environ, **client_variables(args.client, server_url(server), key)}
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C belongs to the client
+            child = subprocess.Popen([client, *args.arguments], env=environment)
+            if hasattr(signal, "SIGTERM"):
+                signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+            code = child.wait()
+            server.services.config.settings["drain_s"] = 1.0    # nobody is left to wait for
+    return code if code >= 0 else 128 - code
+
+
+def command_models(args: argparse.Namespace) -> int:
+    """Every model with the accounts that serve it."""
+    if args.demo:
+        rows = [{"name": name, "provider": "sim", "refresh_token": "demo"}
+                for name in DEMO_ACCOUNTS]
+        config = load_config("", {}, os.environ, {"accounts": rows})
+    else:
+        config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
+    accounts = [account_from_row(row, config.providers) for row in config.accounts
+                if row.get("enabled", True)]
+    if not accounts:
+        say(needs_account(args))
+        return 4
+    for model in MODELS.values():
+        labels = [a.label for a in accounts if account_serves(a, model)]
+        if labels:
+            say(f"{model.id:28} {model.label:26} {model.context_tokens:>9,}  {', '.join(labels)}")
+    return 0
+
+
+def rooms(path: str) -> list[tuple[int, int, str]]:
+    """(line, number, title) of each banner of a source file."""
+    banner = re.compile(r"# ── (\d+)\. (.+?) ─+$")
+    with open(path, encoding="utf-8") as handle:
+        return [(line, int(m[1]), m[2]) for line, text in enumerate(handle, 1)
+                for m in (banner.match(text.rstrip("\n")),) if m]
+
+
+def command_map(args: argparse.Namespace) -> int:
+    for line, number, title in rooms(os.path.abspath(__file__)):
+        say(f"{number:>3}. {title:32} line {line}")
+    return 0
+
+
+def command_version(args: argparse.Namespace) -> int:
+    say(f"agproxy {VERSION} on Python {sys.version.split()[0]}")
+    return 0
+
+
+COMMANDS = {        # name -> (function, help, whether it takes the options of a server)
+    "serve": (command_serve, "serve clients until stopped (the default)", True),
+    "run": (command_run, "start a client with the proxy behind it: run claude ...", True),
+    "models": (command_models, "list models and the accounts that serve them", False),
+    "map": (command_map, "print the rooms of this file with their lines", False),
+    "version": (command_version, "print the version", False),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agproxy.py", description="Any AI coding client on any model account you own.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python3 agproxy.py serve --demo\n"
+               "  python3 agproxy.py run --demo claude -p hello")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, about, is_server) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("--accounts", metavar="FILE", help="accounts.json to use")
+        command.add_argument("--demo", action="store_true", help="simulated accounts, no network")
+        command.add_argument("--debug", action="store_true", default=bool(os.environ.get("DEBUG")),
+                             help="more lines in the log, traces on errors")
+        if is_server:
+            command.add_argument("--port", "-p", type=int, help="8080; 0 takes any free port")
+            command.add_argument("--host", help="127.0.0.1; others need PROXY_API_KEY")
+            command.add_argument("--strategy", help="sticky or round-robin")
+            command.add_argument("--max-empty-retries", type=int, metavar="N")
+            command.add_argument("--log-file", metavar="FILE",
+                                 help="log here instead of the terminal")
+        if name == "run":
+            command.add_argument("client", help="program to start, for example claude")
+            command.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["serve", *arguments]
+    args = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[args.command][0](args)
+    except (ConfigError, ProxyError, OSError) as err:
+        if args.debug:
+            traceback.print_exc()
+        print(f"agproxy: {redact(str(err))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

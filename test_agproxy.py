@@ -1,0 +1,1717 @@
+#!/usr/bin/env python3
+"""Tests of agproxy.  `python3 test_agproxy.py [pytest options]` fetches pytest into a private venv
+when it is missing; plain `pytest` works too.  Banners and numbers mirror the rooms of agproxy.py.
+No test has a time limit; nothing leaves 127.0.0.1."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def run_in_private_venv(arguments):
+    """Runs the tests in a venv under the user's cache folder, made once per Python version.
+    AGPROXY_TEST_SDKS=1 installs the vendors' SDKs there as well."""
+    import venv
+    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or os.path.join(
+        os.path.expanduser("~"), ".cache")
+    packages = ["pytest"] + (["anthropic"] if os.environ.get("AGPROXY_TEST_SDKS") else [])
+    folder = os.path.join(base, "agproxy", "tests-%d.%d%s" % (*sys.version_info[:2], "-sdk" * (len(packages) > 1)))
+    python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
+    marker = os.path.join(folder, "ready")
+    if not os.path.exists(marker):
+        print("fetching", *packages, "into", folder, flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages], check=True)
+        open(marker, "w", encoding="utf-8").close()
+    return subprocess.run([python, "-m", "pytest", "-q", os.path.abspath(__file__), *arguments]).returncode
+
+
+if __name__ == "__main__" and os.environ.get("AGPROXY_TEST_SDKS"):
+    sys.exit(run_in_private_venv(sys.argv[1:]))
+try:
+    import pytest
+except ImportError:
+    if __name__ == "__main__":
+        sys.exit(run_in_private_venv(sys.argv[1:]))
+    raise
+
+import ast
+import base64
+import contextlib
+import http.client
+import json
+import random
+import re
+import signal
+import socket
+import threading
+import time
+
+sys.path.insert(0, HERE)
+import agproxy as ag  # noqa: E402
+from agproxy import Kind, Stop  # noqa: E402
+
+# Tools ---------------------------------------------------------------------
+
+
+class FakeClock(ag.Clock):
+    def __init__(self, at=1_800_000_000.0):
+        self.at = at
+
+    def now(self):
+        return self.at
+
+    def monotonic(self):
+        return self.at
+
+    def sleep(self, seconds):
+        self.at += seconds
+
+
+def every_split(data):
+    """Lists of pieces of `data`: whole, byte by byte, and cut once at each place."""
+    yield [data]
+    yield [data[i:i + 1] for i in range(len(data))]
+    for i in range(1, len(data)):
+        yield [data[:i], data[i:]]
+
+
+class Proxy:
+    """A proxy with its simulated upstream, both in this process on free ports."""
+
+    def __init__(self, accounts, tmp_path, provider=None, env=None, **settings):
+        self.sim = ag.SimUpstream(accounts)
+        stored = {"settings": {"port": 0, **settings}}
+        config = ag.load_config(str(tmp_path / "accounts.json"), {}, env or {}, stored)
+        config = ag.sim_config(self.sim, config)
+        if provider == "gemini":
+            row = config.providers["gemini"]._replace(base_urls=(self.sim.url,))
+            config = ag.replace(config, providers={**config.providers, "gemini": row}, accounts=tuple(
+                {"name": n, "provider": "gemini", "api_key": "sim-key-" + n} for n in accounts))
+        clock = ag.Clock()
+        self.pool = ag.AccountPool([ag.account_from_row(r, config.providers) for r in config.accounts],
+                                   clock, config.strategy, config.max_upstream_calls)
+        self.lines = open(tmp_path / "log.txt", "w+", encoding="utf-8")
+        self.log = ag.Log(self.lines, True)
+        self.services = ag.Services(config, self.pool, ag.ConnectionCache(clock, {}), clock, self.log,
+                                    ag.Meters(), ag.Memory(), lambda *a: self.rotated.append(a))
+        self.rotated = []
+        self.server = ag.ProxyServer(self.services, "127.0.0.1", 0)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self):
+        self.server.drain(1)
+        self.sim.stop()
+        self.log.close()
+        self.lines.close()
+
+    def call(self, method, path, body=None, headers=None):
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
+        client.request(method, path, data, headers or {})
+        response = client.getresponse()
+        raw = response.read()
+        client.close()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}, raw
+
+    def ask(self, text="hello", **fields):
+        body = {"model": "gemini-3-flash", "max_tokens": 4096,
+                "messages": [{"role": "user", "content": text}], **fields}
+        status, headers, raw = self.call("POST", "/v1/messages", body)
+        if fields.get("stream") and status == 200:
+            return status, headers, events_of(raw)
+        return status, headers, json.loads(raw)
+
+    def raw(self, data, wait=True):
+        """Bytes sent as they are; all bytes of the answer."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as sock:
+            sock.sendall(data)
+            if wait:
+                sock.shutdown(socket.SHUT_WR)
+            out = b""
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    more = sock.recv(65536)
+                    if not more:
+                        return out
+                    out += more
+            return out
+
+    def log_text(self):
+        while self.log._lines.qsize():
+            time.sleep(0.01)
+        time.sleep(0.02)
+        self.lines.flush()
+        with open(self.lines.name, encoding="utf-8") as lines:
+            return lines.read()
+
+
+@pytest.fixture
+def make_proxy(tmp_path):
+    made = []
+
+    def make(accounts=None, **options):
+        made.append(Proxy(accounts or {"a": None, "b": None, "c": None}, tmp_path, **options))
+        return made[-1]
+    yield make
+    for proxy in made:
+        proxy.stop()
+
+
+def until(condition):
+    while not condition():
+        time.sleep(0.005)
+
+
+def events_of(raw):
+    """(event name, data) of an Anthropic stream; checks the framing on the way."""
+    out = []
+    for event in raw.decode().split("\n\n")[:-1]:
+        name, data = event.split("\n")
+        assert name.startswith("event: ") and data.startswith("data: ")
+        out.append((name[7:], json.loads(data[6:])))
+        assert out[-1][1]["type"] == name[7:]
+    return out
+
+
+def check_anthropic_stream(events):
+    """The grammar of anthropic.md 5.1; returns (blocks as text by type, stop reason or error type)."""
+    names = [n for n, _ in events]
+    assert names[0] == "message_start" and names.count("message_start") == 1
+    open_index, blocks = None, []
+    for name, data in events[1:]:
+        if name == "content_block_start":
+            assert open_index is None and data["index"] == len(blocks)
+            open_index = data["index"]
+            blocks.append([data["content_block"], ""])
+        elif name == "content_block_delta":
+            assert data["index"] == open_index
+            delta = data["delta"]
+            fits = {"text": ("text_delta",), "thinking": ("thinking_delta", "signature_delta"),
+                    "tool_use": ("input_json_delta",)}
+            assert delta["type"] in fits[blocks[-1][0]["type"]]
+            if delta["type"] == "signature_delta":
+                blocks[-1][0]["signature"] = delta["signature"]
+            else:
+                blocks[-1][1] += next(v for k, v in delta.items() if k != "type")
+        elif name == "content_block_stop":
+            assert data["index"] == open_index
+            open_index = None
+    if names[-1] == "error":
+        assert "message_stop" not in names
+        return blocks, events[-1][1]["error"]["type"]
+    assert names[-1] == "message_stop" and names[-2] == "message_delta" and names.count("message_stop") == 1
+    assert open_index is None
+    return blocks, events[-2][1]["delta"]["stop_reason"]
+
+
+def neutral(messages, **fields):
+    return ag.anthropic_parse_request({"model": "m", "max_tokens": 1000, "messages": messages, **fields}, {})
+
+
+def target(model_id="gemini-3-flash", provider="sim"):
+    model = ag.MODELS[model_id]
+    row = ag.PROVIDERS[provider]
+    return ag.Target(model, row, ag.upstream_id(model, row), "p")
+
+
+def rendered(messages, model_id="gemini-3-flash", provider="sim", memory=None, repair="", **fields):
+    request = neutral(messages, **fields)
+    out = ag.gemini_render_request(request, target(model_id, provider), memory or {}, repair)
+    inner = out.body["request"] if provider != "gemini" else out.body
+    assert ag.sim_refuses(inner, ag.MODELS[model_id], provider != "gemini") is None
+    return inner
+
+
+# ── 2. Errors ─────────────────────────────────────────────────────────────
+
+def test_every_kind_of_error_is_complete():
+    for kind, rule in ag.ERRORS.items():
+        assert 400 <= rule.status <= 599 and rule.type.endswith("_error") or rule.type == "request_too_large"
+        assert not rule.rest or rule.rest == "stop" or rule.rest in ag.GUESSED_REST_S, kind
+        body = ag.anthropic_render_error(ag.ProxyError(kind, "text"), "req_1")
+        assert body["error"]["type"] == rule.type and body["request_id"] == "req_1"
+    assert {row.kind for row in ag.MEANINGS} <= set(ag.ERRORS)
+
+
+# ── 3. Small tools ────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("raw, expected", [
+    (b'{"a":"\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+    (b'{"a":"\\ud83d x"}', {"a": "\ufffd x"}),
+    (b'{"a":"\\\\ud83d"}', {"a": "\\ud83d"}),
+    (b'{"a":"\\udc00\\ud83d\\ude00"}', {"a": "\ufffd\U0001f600"}),
+])
+def test_lone_surrogates_become_the_replacement_character(raw, expected):
+    assert ag.json_decode(raw) == expected
+
+
+@pytest.mark.parametrize("raw", [
+    b"{", b"", b"\xff{}", b'{"a":NaN}', b'{"a":Infinity}', b'{"a":' + b"9" * 41 + b"}", b"[" * 100_000])
+def test_json_that_is_not_strict_is_refused_with_a_sentence(raw):
+    with pytest.raises(ValueError) as caught:
+        ag.json_decode(raw)
+    assert str(caught.value)
+
+
+def test_secrets_and_addresses_do_not_survive_redaction():
+    ag.remember_secret("a-very-secret-thing")
+    text = ag.redact("x a-very-secret-thing ya29.abc-DEF 1//0gabcdefgh Bearer abcdefghijk me@example.org "
+                     "?key=abc123\n\x1b[31m")
+    for planted in ("very-secret", "ya29", "0gabc", "abcdefghijk", "example.org", "abc123", "\n", "\x1b"):
+        assert planted not in text
+
+
+def test_a_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    ag.write_atomic(str(path), b"old")
+    assert path.stat().st_mode & 0o777 == 0o600 or os.name == "nt"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ag.os, "fsync", full)
+    with pytest.raises(OSError):
+        ag.write_atomic(str(path), b"new")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("2h21m25.831582438s", 8485.831582438), ("754.431528ms", 0.754431528), ("8485.8s", 8485.8), ("3d4h", 273600),
+    ("", None), ("soon", None), ("5m", 300)])
+def test_durations(text, seconds):
+    assert ag.parse_duration_s(text) == (pytest.approx(seconds) if seconds is not None else None)
+
+
+# ── 4. Config ─────────────────────────────────────────────────────────────
+
+GOOD = {"name": "a", "provider": "gemini", "api_key": "k" * 20}
+
+
+@pytest.mark.parametrize("stored, where", [
+    ({"accounts": {}}, "accounts"), ({"accounts": [7]}, "accounts.0"),
+    ({"accounts": [{**GOOD, "provider": "nope"}]}, "accounts.0.provider"),
+    ({"accounts": [{"name": "a", "provider": "gemini"}]}, "exactly one of"),
+    ({"accounts": [{**GOOD, "refresh_token": "x"}]}, "exactly one of"),
+    ({"accounts": [{"provider": "antigravity", "api_key": "x"}]}, "antigravity takes"),
+    ({"accounts": [GOOD, GOOD]}, "accounts.1.name"),
+    ({"accounts": [{**GOOD, "priority": True}]}, "accounts.0.priority"),
+    ({"settings": {"port": "x"}}, "settings.port"), ({"settings": {"strategy": "best"}}, "settings.strategy"),
+    ({"settings": {"drain_s": 0}}, "settings.drain_s"), ({"aliases": {"x": 1}}, "aliases.x"),
+    ({"providers": {"p": {"dialect": "cobol"}}}, "providers.p.dialect"),
+    ({"providers": {"gemini": {"base_url": "ftp://x"}}}, "providers.gemini.base_url"),
+])
+def test_a_wrong_field_of_the_accounts_file_is_named(stored, where):
+    with pytest.raises(ag.ConfigError) as caught:
+        ag.load_config("x", {}, {}, stored)
+    assert where in str(caught.value)
+
+
+def test_a_flag_beats_a_variable_beats_the_file():
+    stored = {"settings": {"port": 1, "max_attempts": 2, "drain_s": 3}}
+    config = ag.load_config("x", {"port": 7}, {"PORT": "8", "AGPROXY_MAX_ATTEMPTS": "9"}, stored)
+    assert (config.port, config.max_attempts, config.drain_s, config.host) == (7, 9, 3, "127.0.0.1")
+
+
+def test_secrets_come_from_environment_file_and_command(tmp_path, monkeypatch):
+    (tmp_path / "s").write_text("from-file\n")
+    monkeypatch.setenv("AG_TEST", "from-env")
+    assert ag.resolve_secret("env:AG_TEST") == "from-env"
+    assert ag.resolve_secret(f"file:{tmp_path / 's'}") == "from-file"
+    assert ag.resolve_secret("cmd:echo from-cmd") == "from-cmd"
+    for missing in ("env:AG_NOT_SET", f"file:{tmp_path / 'none'}", "cmd:exit 3"):
+        with pytest.raises(ag.ConfigError):
+            ag.resolve_secret(missing)
+
+
+def test_a_damaged_file_is_set_aside_and_the_last_good_one_used(tmp_path):
+    path = tmp_path / "accounts.json"
+    path.write_text('{"accounts": [')
+    with pytest.raises(ag.ConfigError):
+        ag.read_accounts_file(str(path))
+    assert path.read_text() == '{"accounts": ['         # never overwritten by less
+    (tmp_path / "accounts.json.bak").write_text('{"accounts": []}')
+    assert ag.read_accounts_file(str(path)) == {"accounts": []}
+    assert any("corrupt" in p.name for p in tmp_path.iterdir())
+
+
+def test_a_rotated_token_is_written_beside_unknown_keys(tmp_path):
+    path = tmp_path / "accounts.json"
+    path.write_text(json.dumps({"zeta": 1, "accounts": [{"refresh_token": "old-1", "x": 2}, {"refresh_token": "o"}]}))
+    ag.save_rotated_token(str(path), "a", "old-1", "new-1")
+    assert json.loads(path.read_text()) == {
+        "zeta": 1, "accounts": [{"refresh_token": "new-1", "x": 2}, {"refresh_token": "o"}]}
+    with pytest.raises(OSError):
+        ag.save_rotated_token(str(path), "a", "old-1", "new-2")
+
+
+# ── 6. Wire framing ───────────────────────────────────────────────────────
+
+SSE = 'data: {"a":"é€😀"}\r\n\r\n: comment\r\n\r\ndata: {"b":\r\ndata: 2}\n\nevent: x\ndata:{"c":3}\n\n{"d":4}\n\n'
+
+
+def test_events_are_the_same_however_the_bytes_are_cut():
+    expected = ['{"a":"é€😀"}', '{"b":\n2}', '{"c":3}', '{"d":4}']
+    for pieces in every_split(SSE.encode()):
+        splitter = ag.SseSplitter()
+        assert [e for piece in pieces for e in splitter.feed(piece)] + splitter.end() == expected
+
+
+def test_chunks_are_the_same_however_the_bytes_are_cut():
+    raw = ag.chunk(b"hello ") + b"5;ext=1\r\nworld\r\n" + ag.LAST_CHUNK + b"NEXT"
+    for pieces in every_split(raw):
+        reader = ag.BodyReader("chunked", 100)
+        out, rest = b"", b""
+        for piece in pieces:
+            if reader.done:
+                rest += piece
+            else:
+                out += reader.feed(piece)
+        assert out == b"hello world" and reader.done and reader.rest + rest == b"NEXT"
+
+
+@pytest.mark.parametrize("raw", [b"g\r\n", b"-1\r\n", b"123456789\r\n", b" 1\r\n", b"1\r\nab\r\n", b"0x1\r\n", b"\r\n"])
+def test_bad_chunks_are_refused(raw):
+    with pytest.raises(ValueError):
+        ag.BodyReader("chunked", 100).feed(raw)
+
+
+def test_compressed_bodies_are_limited_by_their_output():
+    import gzip
+    reader = ag.BodyReader(len(gzip.compress(b"x" * 5000)), 1000, "gzip")
+    with pytest.raises(OverflowError):
+        reader.feed(gzip.compress(b"x" * 5000))
+    whole = gzip.compress(b"hello")
+    with pytest.raises(ValueError):
+        ag.BodyReader(len(whole) - 3, 1000, "gzip").feed(whole[:-3])
+
+
+# ── 7. Neutral form ───────────────────────────────────────────────────────
+
+def random_pieces(rng):
+    for _ in range(rng.randint(0, 12)):
+        kind = rng.choice([Kind.TEXT, Kind.THINKING, Kind.SIGNATURE, Kind.CALL, Kind.METER, Kind.IMAGE, Kind.FINISH])
+        yield kind, {
+            Kind.TEXT: rng.choice(["", " ", "word", "\n"]), Kind.THINKING: rng.choice(["", "hm"]),
+            Kind.SIGNATURE: "sig", Kind.METER: ag.Usage(3, 0, rng.randint(0, 9)), Kind.IMAGE: ("image/png", "AAAA"),
+            Kind.CALL: ag.ToolCall(rng.choice(["", "x", "bad id"]), "t", {"a": [1, "\n\""]}, rng.choice(["", "s"])),
+            Kind.FINISH: (rng.choice([Stop.END, Stop.LENGTH, Stop.REFUSAL, None]), "why")}[kind]
+
+
+def test_any_pieces_make_a_grammatical_stream_or_one_named_failure():
+    for seed in range(3000):
+        rng = random.Random(seed)
+        shape = ag.AnswerShape(rng.random() < .7, rng.random() < .7, rng.random() < .3)
+        assembler, deltas = ag.Assembler(shape), []
+        gate = ag.TextGate(["rd", "hm w"], rng.choice([1, 500]), "", assembler.known_usage) if seed % 2 else None
+        for piece in random_pieces(rng):
+            out = assembler.feed([piece])
+            deltas += gate.feed(out) if gate else out
+        try:
+            if not (gate and gate.done):
+                out = assembler.end()
+                deltas += gate.feed(out) if gate else out
+        except ag.ProxyError as err:
+            assert err.kind in ("cut", "empty"), seed
+            continue
+        ag.check_grammar(deltas)
+        reply = ag.collect(deltas)
+        state = ag.AnthropicAnswer("m")
+        text = "".join(ag.anthropic_render_delta(state, d) for d in deltas)
+        blocks, stop = check_anthropic_stream(events_of(text.encode()))
+        message = ag.anthropic_render_reply(ag.AnthropicAnswer("m"), reply)
+        assert [b[0]["type"] for b in blocks] == [b["type"] for b in message["content"]], seed
+        assert stop == message["stop_reason"], seed
+
+
+@pytest.mark.parametrize("stops, text, expected", [
+    (["</block>"], "yes</block> more", "yes"), (["b", "abc"], "xxabcd", "xx"), (["zz"], "z z", "z z"),
+    (["ab"], "aab", "a"), (["END", "STOP"], "one STOP END", "one "), ([" "], "a b", "a b")])
+def test_a_stop_sequence_ends_the_text_before_it_wherever_it_is_cut(stops, text, expected):
+    for pieces in every_split(text):
+        gate, got, finish = ag.TextGate(stops, 1000, "", ag.Usage), "", None
+        for piece in pieces:
+            for delta in gate.feed([ag.Piece(0, Kind.TEXT, piece)]):
+                if isinstance(delta, ag.Piece):
+                    got += delta.text
+                elif isinstance(delta, ag.Finish):
+                    finish = delta
+        got += "".join(d.text for d in gate.feed([ag.BlockEnd(0)]) if isinstance(d, ag.Piece))
+        assert got == expected
+        assert (finish.sequence in stops) if finish else expected == text
+
+
+def test_a_repeated_prefill_is_not_repeated_to_the_client():
+    for pieces in every_split('{"a":1}'):
+        gate = ag.TextGate((), 1000, "{", ag.Usage)
+        out = [d for piece in pieces for d in gate.feed([ag.Piece(0, Kind.TEXT, piece)])]
+        assert "".join(d.text for d in out) == '"a":1}'
+
+
+# ── 8. Bridges ────────────────────────────────────────────────────────────
+
+def random_schema(rng, depth=0):
+    if depth > 4 or rng.random() < .1:
+        return rng.choice([True, {}, {"type": "string"}, {"type": ["integer", "null"]}, {"$ref": "#/$defs/a"},
+                           {"const": 3}, {"enum": [1, True, None, "x"]}, {"type": "string", "format": "uri"}, "junk"])
+    child = lambda: random_schema(rng, depth + 1)      # noqa: E731
+    return rng.choice([
+        lambda: {"type": "object", "properties": {n: child() for n in rng.sample(
+            ["type", "title", "$ref", "properties", "enum", "a", "b"], 3)}, "required": rng.choice([["a", "zz"], None, True]),
+            "additionalProperties": rng.choice([False, {"type": "string"}]), "propertyNames": {"pattern": "x"}},
+        lambda: {"type": "array", "items": rng.choice([child(), [child(), child()]]), "minItems": 1},
+        lambda: {"type": "array"}, lambda: {"prefixItems": [child()]},
+        lambda: {"anyOf": [child(), {"type": "null"}, child()], "default": 3},
+        lambda: {"allOf": [child(), child()], "description": "both"},
+        lambda: {"oneOf": [{"const": "a"}, {"const": "b"}]},
+        lambda: {"$ref": "#/$defs/a", "description": "d", "$comment": "c", "x-y": 1},
+        lambda: {"type": "null"}, lambda: {"type": "integer", "exclusiveMinimum": 0, "enum": [1, 2]}])()
+
+
+@pytest.mark.parametrize("is_claude", [True, False])
+def test_no_schema_comes_out_that_the_service_would_refuse(is_claude):
+    for seed in range(1500):
+        rng = random.Random(seed)
+        schema = {"type": "object", "properties": {"p": random_schema(rng), "q": random_schema(rng)},
+                  "$defs": {"a": random_schema(rng, 3)}}
+        cleaned = ag.clean_schema(schema, is_claude)
+        assert ag.sim_check_schema(cleaned, "s") is None, seed
+        assert cleaned["type"] == "object" and (cleaned["properties"].keys() >= {"p", "q"}), seed
+
+
+def test_recursive_and_deep_schemas_end():
+    tree = {"$defs": {"n": {"type": "object", "properties": {k: {"anyOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]}
+                                                             for k in "abcdef"}}}, "$ref": "#/$defs/n"}
+    assert ag.sim_check_schema(ag.clean_schema(tree, False), "s") is None
+    bomb = {"$defs": {f"d{i}": {"type": "object", "properties": {k: {"$ref": f"#/$defs/d{i + 1}"} for k in "abcdefgh"}}
+                      for i in range(12)}, "$ref": "#/$defs/d0"}
+    assert len(json.dumps(ag.clean_schema(bomb, False))) < 500_000
+    deep = {"type": "string"}
+    for _ in range(40):
+        deep = {"type": "object", "properties": {"x": deep}}
+    assert ag.sim_check_schema(ag.clean_schema(deep, False), "s") is None
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, {"type": "object", "properties": {}}), (None, {"type": "object", "properties": {}}),
+    ({"a": {"type": "string"}}, {"type": "object", "properties": {"a": {"type": "string"}}}),
+    ({"type": "object", "properties": {"title": {"type": "string"}}, "title": "T", "required": None},
+     {"type": "object", "properties": {"title": {"type": "string"}}}),
+    ({"type": "object", "properties": {"n": {"enum": [1, 2]}}}, {"type": "object", "properties": {
+        "n": {"type": "string", "enum": ["1", "2"], "description": "Allowed: 1, 2"}}}),
+    ({"type": "object", "properties": {"a": {"type": ["string", "null"], "minLength": 1}}, "required": ["a"]},
+     {"type": "object", "properties": {"a": {"type": "string", "nullable": True, "description": "(minLength: 1)"}},
+      "required": ["a"]}),
+])
+def test_schema_cleaning(given, expected):
+    assert ag.clean_schema(given, False) == expected
+
+
+def test_claude_gets_a_placeholder_that_never_comes_back():
+    cleaned = ag.clean_schema({"type": "object", "properties": {}}, True)
+    assert cleaned["required"] == [ag.PLACEHOLDER]
+    assert ag.restore_arguments({ag.PLACEHOLDER: True}, {"type": "object"}) == {}
+
+
+def test_enum_texts_become_the_clients_values_again():
+    schema = {"properties": {"n": {"enum": [1, 2]}, "b": {"type": "array", "items": {"const": True}}, "s": {"enum": ["1"]}}}
+    assert ag.restore_arguments({"n": "2", "b": ["true"], "s": "1"}, schema) == {"n": 2, "b": [True], "s": "1"}
+
+
+def test_long_and_odd_tool_names_stay_distinct():
+    names = ["mcp__" + "x" * 80 + str(i) for i in range(20)] + ["a.b", "a_b", "1st", "", "é"]
+    mapped = [ag.tool_name(n) for n in names]
+    assert len(set(mapped)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", m) for m in mapped)
+
+
+# ── 9. Anthropic dialect ──────────────────────────────────────────────────
+
+U = {"role": "user", "content": "hi"}
+BAD_BODIES = [
+    ([], "body"), ({}, "model"), ({"model": 3}, "model"), ({"messages": []}, "messages"),
+    ({"messages": {}}, "messages"), ({"messages": ["x"]}, "messages.0"),
+    ({"messages": [{"role": "robot", "content": ""}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0.type"),
+    ({"messages": [U, {"role": "user", "content": [{"type": "text", "text": 4}]}]}, "messages.1.content.0.text"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages.0.content.0.tool_use_id"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}]}, "messages.0.content.0.name"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "n", "input": []}]}]},
+     "messages.0.content.0.input"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
+     "messages.0.content.0.source"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "@@@"}}]}]},
+     "messages.0.content.0.source.data"),
+    ({"max_tokens": None}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": "5"}, "max_tokens"), ({"stream": "yes"}, "stream"), ({"system": 5}, "system"),
+    ({"system": [{"type": "text"}]}, "system.0.text"), ({"temperature": "hot"}, "temperature"),
+    ({"tools": {}}, "tools"), ({"tools": [{"name": 4}]}, "tools.0.name"),
+    ({"tools": [{"name": "a", "input_schema": []}]}, "tools.0.input_schema"),
+    ({"tool_choice": "auto"}, "tool_choice"), ({"tool_choice": {"type": "tool", "name": "zz"}}, "tool_choice.name"),
+    ({"thinking": {"type": "maybe"}}, "thinking.type"), ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
+    ({"stop_sequences": [1]}, "stop_sequences.0"), ({"output_config": {"effort": 3}}, "output_config.effort"),
+    ({"thread": {"type": "create"}}, "thread"), ({"mcp_servers": [{}]}, "mcp_servers"),
+]
+
+
+@pytest.mark.parametrize("change, path", BAD_BODIES, ids=[p + str(i) for i, (_, p) in enumerate(BAD_BODIES)])
+def test_a_wrong_field_is_named_by_its_path(change, path):
+    body = {"model": "m", "max_tokens": 5, "messages": [U], **change} if change and isinstance(change, dict) else change
+    with pytest.raises(ag.ProxyError) as caught:
+        ag.anthropic_parse_request(body, {})
+    assert caught.value.kind == "invalid_request" and caught.value.message.startswith(path + ":")
+
+
+def test_unknown_fields_and_blocks_are_ignored():
+    request = neutral([{"role": "user", "content": [{"type": "hologram", "x": 1}, {"type": "text", "text": "t", "new": 2}]}],
+                      context_management={"edits": []}, safeguards=[{"type": "x"}], brand_new=True)
+    assert request.turns == (ag.Turn("user", (ag.Text("t"),)),)
+
+
+def test_deferred_tools_count_from_their_first_mention():
+    tools = [{"name": "A"}, {"name": "DeferredToolPlaceholder", "defer_loading": True}, {"name": "W", "defer_loading": True}]
+    assert [t.name for t in neutral([U], tools=tools).tools] == ["A"]
+    history = [U, {"role": "assistant", "content": [{"type": "tool_use", "id": "i", "name": "A", "input": {}}]},
+               {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", "content": [
+                   {"type": "tool_reference", "tool_name": "W"}]}]}]
+    request = neutral(history, tools=tools)
+    assert [t.name for t in request.tools] == ["A", "W"]
+    assert request.turns[-1].blocks[0].blocks == (ag.Text("Loaded tools: W"),)
+
+
+def test_the_session_is_found_in_header_and_metadata():
+    body = {"model": "m", "max_tokens": 1, "messages": [U]}
+    parse = ag.anthropic_parse_request
+    assert parse(body, {"x-claude-code-session-id": "s1"}).session == "s1"
+    assert parse({**body, "metadata": {"user_id": '{"session_id":"s2"}'}}, {}).session == "s2"
+    assert parse({**body, "metadata": {"user_id": "user_x_account__session_s3"}}, {}).session == "s3"
+
+
+# ── 11. Gemini dialect ────────────────────────────────────────────────────
+
+def use(call_id, name="Bash", **arguments):
+    return {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
+
+
+def result(call_id, content="ok", **more):
+    return {"type": "tool_result", "tool_use_id": call_id, "content": content, **more}
+
+
+def answered(*blocks):
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def said(*blocks):
+    return {"role": "user", "content": list(blocks)}
+
+
+def responses(inner):
+    return [p["functionResponse"] for c in inner["contents"] for p in c["parts"] if "functionResponse" in p]
+
+
+def test_the_worked_example_of_a_conversation():
+    inner = rendered([
+        {"role": "user", "content": "list both"}, {"role": "system", "content": "Env: linux"},
+        answered({"type": "thinking", "thinking": "two calls", "signature": "agp1.gfs.simgCsIB"},
+                 use("toolu_a", command="ls a"), use("toolu_b", command="ls b")),
+        said(result("toolu_b", "B", is_error=False), result("toolu_a", [
+            {"type": "text", "text": "A", "cache_control": {"type": "ephemeral"}}]))],
+        system=[{"type": "text", "text": "x-anthropic-billing-header: v"}, {"type": "text", "text": "You are"}],
+        tools=[{"name": "Bash", "description": "run", "input_schema": {
+            "$schema": "x", "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"],
+            "additionalProperties": False}}], max_tokens=32000, thinking={"type": "adaptive"},
+        output_config={"effort": "high"}, context_management={"edits": []})
+    del inner["sessionId"]
+    assert inner == {
+        "contents": [
+            {"role": "user", "parts": [{"text": "list both"}, {"text": "<system-reminder>\nEnv: linux\n</system-reminder>"}]},
+            {"role": "model", "parts": [
+                {"functionCall": {"name": "Bash", "args": {"command": "ls a"}, "id": "toolu_a"}, "thoughtSignature": "simgCsIB"},
+                {"functionCall": {"name": "Bash", "args": {"command": "ls b"}, "id": "toolu_b"}}]},
+            {"role": "user", "parts": [
+                {"functionResponse": {"name": "Bash", "response": {"result": "A"}, "id": "toolu_a"}},
+                {"functionResponse": {"name": "Bash", "response": {"result": "B"}, "id": "toolu_b"}}]}],
+        "systemInstruction": {"role": "user", "parts": [{"text": "You are"}]},
+        "tools": [{"functionDeclarations": [{"name": "Bash", "description": "run", "parameters": {
+            "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}]}],
+        "toolConfig": {"functionCallingConfig": {"mode": "AUTO"}},
+        "generationConfig": {"maxOutputTokens": 56576,
+                             "thinkingConfig": {"includeThoughts": True, "thinkingBudget": 24576}}}
+
+
+def test_results_stand_in_the_order_of_their_calls_and_carry_their_tools_names():
+    inner = rendered([U, answered(use("a", command="ls a"), use("b", "Read", path="x")), said(result("b", "B"), result("a", "A"))])
+    assert [(r["id"], r["name"], r["response"]) for r in responses(inner)] == [
+        ("a", "Bash", {"result": "A"}), ("b", "Read", {"result": "B"})]
+
+
+PAIRING = [
+    ("unknown result", [said(result("zz", "left"))], [], "left"),
+    ("missing result", [U, answered(use("a")), U], [("a", "error")], None),
+    ("late result", [U, answered(use("a")), U, answered({"type": "text", "text": "t"}), said(result("a", "late"))],
+     [("a", "result")], None),
+    ("two results", [U, answered(use("a")), said(result("a", "1"), result("a", "2"))], [("a", "result")], None),
+    ("call at the end", [U, answered(use("a"))], [("a", "error")], None),
+    ("result before its call", [said(result("a", "early")), answered(use("a")), U], [("a", "error")], "early"),
+    ("empty result", [U, answered(use("a")), said(result("a", ""))], [("a", "result")], None),
+    ("failed result", [U, answered(use("a")), said(result("a", "no", is_error=True))], [("a", "error")], None),
+]
+
+
+@pytest.mark.parametrize("name, messages, expected, text", PAIRING, ids=[c[0] for c in PAIRING])
+@pytest.mark.parametrize("model", ["gemini-3-flash", "claude-sonnet-4-6"])
+def test_broken_pairs_are_mended_before_the_service_sees_them(name, messages, expected, text, model):
+    inner = rendered(messages, model)
+    assert [(r["id"], next(iter(r["response"]))) for r in responses(inner)] == expected
+    assert all(next(iter(r["response"].values())) for r in responses(inner))
+    if text:
+        assert text in json.dumps(inner["contents"])
+
+
+def test_system_turns_become_reminders_in_the_user_turn_before_them():
+    inner = rendered([{"role": "system", "content": "first"}, U, {"role": "system", "content": "Env"}])
+    assert [c["role"] for c in inner["contents"]] == ["user"]
+    assert inner["contents"][0]["parts"][-1]["text"] == "<system-reminder>\nEnv\n</system-reminder>"
+    assert inner["systemInstruction"]["parts"] == [{"text": "first"}]
+
+
+def test_blank_texts_vanish_and_roles_alternate():
+    inner = rendered([U, answered({"type": "text", "text": "  "}), U, said({"type": "text", "text": ""})])
+    assert inner["contents"] == [{"role": "user", "parts": [{"text": "hi"}, {"text": "hi"}, {"text": "."}]}]
+
+
+def test_a_conversation_begins_and_ends_with_the_user():
+    inner = rendered([answered({"type": "text", "text": "{"})], "claude-sonnet-4-6")
+    assert [c["role"] for c in inner["contents"]] == ["user", "model", "user"]
+
+
+def test_images_in_results_follow_all_results_on_cloud_code_and_stand_inside_on_the_api():
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\n1234").decode()
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": "data:image/x;base64," + png}}
+    messages = [U, answered(use("a"), use("b")), said(result("a", [{"type": "text", "text": "t"}, image]), result("b", "B"))]
+    parts = rendered(messages)["contents"][-1]["parts"]
+    assert [next(iter(p)) for p in parts] == ["functionResponse", "functionResponse", "inlineData"]
+    assert parts[2]["inlineData"] == {"mimeType": "image/png", "data": png}
+    parts = rendered(messages, "gemini-3-flash", "gemini")["contents"][-1]["parts"]
+    assert parts[0]["functionResponse"]["parts"][0]["inlineData"]["mimeType"] == "image/png"
+
+
+def calls_of(inner):
+    return [p for c in inner["contents"] for p in c["parts"] if "functionCall" in p]
+
+
+def test_a_lost_signature_is_stood_in_for_on_the_first_call_only():
+    messages = [U, answered(use("a"), use("b")), said(result("a"), result("b"))]
+    assert [c.get("thoughtSignature") for c in calls_of(rendered(messages))] == [ag.SKIP_SIGNATURE, None]
+    assert [c.get("thoughtSignature") for c in calls_of(rendered(messages, "claude-sonnet-4-6"))] == [None, None]
+    assert [c.get("thoughtSignature") for c in calls_of(rendered(messages, "gemini-2.5-flash", "gemini"))] == [None, None]
+
+
+def test_signatures_return_only_to_the_family_and_provider_that_made_them():
+    def first(signature, memory=None, model="gemini-3-flash"):
+        thought = {"type": "thinking", "thinking": "", "signature": signature}
+        return calls_of(rendered([U, answered(thought, use("a")), said(result("a"))], model, memory=memory))[0]
+    assert first("agp1.gfs.simgRAW.x")["thoughtSignature"] == "simgRAW.x"
+    for foreign in ("agp1.gfk.simgRAW", "agp1.cfs.simgRAW", "EraW", ""):
+        assert first(foreign)["thoughtSignature"] == ag.SKIP_SIGNATURE
+    assert first("", {"a": ("g", "s", "simgMEM")})["thoughtSignature"] == "simgMEM"
+    assert first("", {"a": ("g", "k", "simgMEM")})["thoughtSignature"] == ag.SKIP_SIGNATURE
+
+
+def test_claude_thinks_in_an_open_loop_only_when_its_thought_is_signed():
+    on = {"thinking": {"type": "enabled", "budget_tokens": 2000}, "max_tokens": 8000}
+    signed = {"type": "thinking", "thinking": "t", "signature": "agp1.cts.RsimX"}
+    loop = [U, answered(use("a")), said(result("a"))]
+    config = rendered(loop, "claude-sonnet-4-6", **on)["generationConfig"]["thinkingConfig"]
+    assert config == {"includeThoughts": False, "thinkingBudget": 0}
+    inner = rendered([U, answered(signed, use("a")), said(result("a"))], "claude-sonnet-4-6", **on)
+    assert inner["generationConfig"]["thinkingConfig"]["thinkingBudget"] == 2000
+    assert inner["contents"][1]["parts"][0] == {"text": "t", "thought": True, "thoughtSignature": "RsimX"}
+
+
+THINKING = [
+    ("gemini-3-flash", "sim", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+     {"includeThoughts": True, "thinkingBudget": 24576}, None),
+    ("gemini-3-flash", "gemini", {"thinking": {"type": "adaptive"}}, {"includeThoughts": True, "thinkingLevel": "high"}, 65536),
+    ("gemini-3-flash", "gemini", {"thinking": {"type": "enabled", "budget_tokens": 1000}},
+     {"includeThoughts": True, "thinkingLevel": "low"}, 65536),
+    ("gemini-2.5-flash", "gemini", {"thinking": {"type": "enabled", "budget_tokens": 100000}},
+     {"includeThoughts": True, "thinkingBudget": 24576}, 25576),
+    ("gemini-2.5-flash", "gemini", {}, {"includeThoughts": False, "thinkingBudget": 0}, 1000),
+    ("gemini-2.5-pro", "gemini", {"thinking": {"type": "disabled"}}, {"includeThoughts": False, "thinkingBudget": 128}, 1128),
+    ("claude-sonnet-4-6", "sim", {"thinking": {"type": "enabled", "budget_tokens": 31999}, "max_tokens": 4096},
+     {"includeThoughts": True, "thinkingBudget": 31999}, 36095),
+    ("claude-sonnet-4-6", "sim", {"thinking": {"type": "enabled", "budget_tokens": 90000}, "max_tokens": 128000},
+     {"includeThoughts": True, "thinkingBudget": 62976}, 64000),
+    ("claude-sonnet-4-6", "sim", {"thinking": {"type": "adaptive"}, "tools": [{"name": "A"}],
+                                  "tool_choice": {"type": "any"}}, {"includeThoughts": False, "thinkingBudget": 0}, 1000),
+]
+
+
+@pytest.mark.parametrize("model, provider, fields, config, most", THINKING, ids=range(len(THINKING)))
+def test_thinking_and_limits_fit_the_model(model, provider, fields, config, most):
+    inner = rendered([U], model, provider, **fields)
+    assert inner["generationConfig"]["thinkingConfig"] == config
+    assert most is None or inner["generationConfig"]["maxOutputTokens"] == most
+
+
+def test_tool_choice_is_mapped_and_none_sends_no_tools():
+    tools = {"tools": [{"name": "a.b", "input_schema": {"type": "object"}}, {"name": "c"}]}
+    calling = lambda choice, model="gemini-3-flash": rendered(     # noqa: E731
+        [U], model, tool_choice=choice, **tools).get("toolConfig", {}).get("functionCallingConfig")
+    assert calling({"type": "auto"}) == {"mode": "AUTO"}
+    assert calling({"type": "auto"}, "claude-sonnet-4-6") == {"mode": "VALIDATED"}
+    assert calling({"type": "any"}) == {"mode": "ANY"}
+    assert calling({"type": "tool", "name": "a.b"}) == {"mode": "ANY", "allowedFunctionNames": [ag.tool_name("a.b")]}
+    assert "tools" not in rendered([U], tool_choice={"type": "none"}, **tools)
+
+
+def test_the_same_prefix_gives_the_same_bytes():
+    turns = [U, answered(use("a")), said(result("a")), answered({"type": "text", "text": "done"}), U]
+    longer = turns + [answered(use("b")), said(result("b"))]
+    short, long = rendered(turns), rendered(longer, system=[{"type": "text", "text": "x-anthropic-billing-header: 2"}])
+    assert ag.json_encode(long["contents"]).startswith(ag.json_encode(short["contents"])[:-1])
+    assert "systemInstruction" not in long and short["sessionId"] == long["sessionId"]
+
+
+def chunk_of(*parts, finish=None, **usage):
+    candidate = {"content": {"role": "model", "parts": list(parts)}}
+    if finish:
+        candidate["finishReason"] = finish
+    return {"response": {"candidates": [candidate], **({"usageMetadata": usage} if usage else {})}}
+
+
+def answer(events, shape=ag.AnswerShape(), request=None):
+    """Reply of upstream events through the whole pipe, checked at several cuts."""
+    raw = b"".join(b"data: " + json.dumps(e, ensure_ascii=False).encode() + b"\r\n\r\n" for e in events)
+    replies = []
+    for pieces in ([raw], [raw[i:i + 7] for i in range(0, len(raw), 7)], [raw[i:i + 1] for i in range(len(raw))]):
+        deltas = []
+        pipe = ag.Pipe(ag.gemini_parse_event, shape, request or neutral([U]), lambda d: deltas.append(d) or "",
+                       lambda body: ag.ProxyError("server", "fault"))
+        for piece in pieces:
+            pipe.feed(piece)
+        if not pipe.fault and not pipe.is_done:
+            pipe.end()
+        if pipe.fault:
+            raise pipe.fault
+        ag.check_grammar(deltas)
+        replies.append(ag.collect(deltas))
+    assert all(r.finish == replies[0].finish for r in replies)
+    return replies[0]
+
+
+def kinds(reply):
+    return [type(b).__name__ for b in reply.blocks]
+
+
+def test_thoughts_text_and_calls_keep_their_order():
+    reply = answer([chunk_of({"text": "plan", "thought": True}), chunk_of({"text": "Looking é😀."}),
+                    chunk_of({"functionCall": {"name": "Bash", "args": {"command": "ls"}}, "thoughtSignature": "SIG"},
+                             {"functionCall": {"name": "Read"}}),
+                    chunk_of({"text": ""}, finish="STOP", promptTokenCount=900, cachedContentTokenCount=600,
+                             candidatesTokenCount=30, thoughtsTokenCount=12)])
+    assert kinds(reply) == ["Thinking", "Text", "Thinking", "ToolCall", "ToolCall"]
+    assert reply.blocks[2].signature == "SIG" and reply.blocks[4].arguments == {}
+    assert reply.blocks[3].id != reply.blocks[4].id
+    assert reply.finish.stop is Stop.TOOL and reply.finish.usage == ag.Usage(300, 600, 42, 12)
+
+
+def test_a_signature_on_an_empty_part_closes_the_thinking_before_it():
+    reply = answer([chunk_of({"text": "t", "thought": True}), chunk_of({"thought": True, "text": "", "thoughtSignature": "R1"}),
+                    chunk_of({"text": "x"}, finish="OTHER")])
+    assert reply.blocks == (ag.Thinking("t", "R1"), ag.Text("x"))
+    reply = answer([chunk_of({"text": "x"}), chunk_of({"text": "", "thoughtSignature": "S"}, finish="STOP")])
+    assert reply.blocks == (ag.Text("x"),)          # nothing after the last text
+
+
+@pytest.mark.parametrize("events, stop, text", [
+    ([chunk_of({"text": "a"}, finish="MAX_TOKENS")], Stop.LENGTH, "a"),
+    ([chunk_of({"text": "a"}), chunk_of(finish="SAFETY")], Stop.REFUSAL, "a"),
+    ([{"response": {"promptFeedback": {"blockReason": "OTHER"}}}], Stop.REFUSAL, None),
+    ([chunk_of({"text": "a"}, finish="NEW_WORD")], Stop.END, "a"),
+    ([chunk_of({"text": "a"}, finish="MALFORMED_FUNCTION_CALL")], Stop.END, "a"),
+    ([chunk_of({"text": "t", "thought": True}, finish="STOP")], Stop.END, ""),
+    ([chunk_of({"inlineData": {"mimeType": "image/png", "data": "A" * 4096}}, finish="STOP")], Stop.END, "[image/png, 3 KB]"),
+])
+def test_finish_reasons(events, stop, text):
+    reply = answer(events)
+    assert reply.finish.stop is stop
+    assert [b.text for b in reply.blocks if isinstance(b, ag.Text)] == ([] if text is None else [text])
+
+
+@pytest.mark.parametrize("events, kind", [
+    ([chunk_of({"text": "a"})], "cut"), ([], "cut"), ([chunk_of(finish="STOP")], "empty"),
+    ([chunk_of(finish="MALFORMED_FUNCTION_CALL")], "empty"), ([{"error": {"code": 429}}], "server"),
+    ([chunk_of({"text": ""}, finish="STOP")], "empty")])
+def test_an_answer_that_is_none_is_named(events, kind):
+    with pytest.raises(ag.ProxyError) as caught:
+        answer(events)
+    assert caught.value.kind == kind
+
+
+def test_a_usage_that_is_never_reported_is_estimated():
+    request = neutral([U])
+    shape = ag.AnswerShape(estimate_input=lambda: ag.estimate_tokens(request))
+    usage = answer([chunk_of({"text": "word " * 20}, finish="STOP")], shape, request).finish.usage
+    assert usage.input_tokens > 0 and usage.output_tokens > 10
+
+
+def test_hidden_thoughts_never_become_text():
+    shape = ag.AnswerShape(shows_thinking=False)
+    events = [chunk_of({"text": "secret", "thought": True}), chunk_of(
+        {"functionCall": {"name": "t"}, "thoughtSignature": "S"}, finish="STOP")]
+    assert kinds(answer(events, shape)) == ["ToolCall"]
+    omitted = answer([chunk_of({"text": "p", "thought": True, "thoughtSignature": "S"}), chunk_of({"text": "x"}, finish="STOP")],
+                     ag.AnswerShape(thinking_text=False))
+    assert omitted.blocks == (ag.Thinking("", "S"), ag.Text("x"))
+
+
+def test_only_the_first_call_when_parallel_calls_are_unwanted():
+    calls = [{"functionCall": {"name": "t", "id": "same"}}] * 3
+    assert kinds(answer([chunk_of(*calls, finish="STOP")], ag.AnswerShape(one_call=True))) == ["ToolCall"]
+    ids = [b.id for b in answer([chunk_of(*calls, finish="STOP")]).blocks]
+    assert len(set(ids)) == 3 and ids[0] == "same"
+
+
+def google(message="m", status="X", **info):
+    details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": info.pop("reason", ""),
+                "metadata": info.pop("metadata", {})}]
+    if "retry" in info:
+        details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": info["retry"]})
+    return json.dumps({"error": {"message": message, "status": status, "details": details}}).encode()
+
+
+NOW = 1_800_000_000.0
+
+
+@pytest.mark.parametrize("raw, headers, delay", [
+    (google(retry="40s"), {}, 40), (google(retry="0.4s"), {}, .4), (google(retry="581981s"), {}, 581981),
+    (google(retry="40s", metadata={"quotaResetDelay": "1h2m3.5s"}), {}, 3723.5),
+    (google(retry="40s", metadata={"quotaResetTimeStamp": "2027-01-15T08:10:00Z"}), {}, 600),
+    (google("Your quota will reset after 2h21m25s."), {}, 8485), (google("Please retry in 12.3s."), {}, 12.3),
+    (google("Resets in 71h15m27s."), {}, 256527), (google("retry after 17 seconds"), {}, 17),
+    (google(), {"retry-after": "7"}, 7), (google(), {"retry-after-ms": "2500"}, 2.5),
+    (google(), {"retry-after": "Fri, 15 Jan 2027 08:00:30 GMT"}, 30),
+    (google(), {}, None), (b"<html>busy</html>", {}, None), (google(retry="9999999s"), {}, None)])
+def test_stated_delays_are_read_wherever_they_stand(raw, headers, delay):
+    got = ag.gemini_parse_error(raw, headers, NOW).delay_s
+    assert got == (pytest.approx(delay) if delay is not None else None)
+
+
+def meaning(status, raw, headers=None):
+    return ag.read_meaning(status, headers or {}, raw, ag.gemini_parse_error, NOW, lambda: 100, 200000)
+
+
+NESTED = json.dumps({"error": {"message": json.dumps({"type": "error", "error": {
+    "type": "invalid_request_error", "message": "messages.1.content.0: Invalid `signature` in `thinking` block"}})}}).encode()
+
+
+@pytest.mark.parametrize("status, raw, kind", [
+    *((body[0], json.dumps(body[1]).encode(), {"quota_unknown": "quota", "rate_short": "rate", "soft": "soft_429",
+                                                "503": "server", "auth": "auth_expired", "missing": "model_missing",
+                                                "bad": "bad_request"}.get(name, name))
+      for name, body in ag.SIM_FAULTS.items()),
+    (400, NESTED, "signature"), (502, b"<html>x</html>", "server"), (504, b"", "stall"), (529, b"{}", "capacity"),
+    (400, google("API key not valid.", reason="API_KEY_INVALID"), "revoked"),
+    (429, google("limit: 0, model: x"), "entitlement"), (429, google("x", retry="7s"), "rate"),
+    (413, b"{}", "too_long"), (403, b"{}", "project"), (418, b"{}", "bad_request"),
+])
+def test_what_an_answer_means(status, raw, kind):
+    assert meaning(status, raw).kind == kind
+
+
+def test_prompt_too_long_is_told_in_the_words_the_client_repairs_itself_on():
+    assert meaning(400, google("The input token count (1250000) exceeds the maximum number of tokens allowed "
+                               "(1048576).")).message == "prompt is too long: 1250000 tokens > 1048576 maximum"
+    assert meaning(400, google("Prompt is too long")).message == "prompt is too long: 200001 tokens > 200000 maximum"
+
+
+def test_a_daily_quota_lasts_until_the_day_ends():
+    raw = json.dumps({"error": {"message": "Please retry in 47s", "details": [
+        {"violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}, {"retryDelay": "47s"}]}}).encode()
+    error = meaning(429, raw)
+    assert error.kind == "quota" and error.delay_s == (8 * 3600 - NOW) % 86400
+
+
+# ── 13. Accounts ──────────────────────────────────────────────────────────
+
+def make_pool(count=3, strategy="sticky", clock=None, **fields):
+    provider = ag.PROVIDERS["sim"]._replace(base_urls=("http://h1", "http://h2"))
+    rows = [ag.Account(f"a{i}", provider, "access_token", "tok", **fields) for i in range(count)]
+    return ag.AccountPool(rows, clock or FakeClock(), strategy)
+
+
+def lent(pool, model="gemini-3-flash", tried=()):
+    return pool.lease(pool.candidates(ag.MODELS[model]), tried)
+
+
+def test_sticky_stays_and_round_robin_goes_round():
+    pool = make_pool()
+    names = []
+    for _ in range(4):
+        with lent(pool).lease as lease:
+            names.append(lease.candidate.account.name)
+    assert names == ["a0"] * 4
+    pool = make_pool(strategy="round-robin")
+    for _ in range(6):
+        with lent(pool).lease as lease:
+            names.append(lease.candidate.account.name)
+    assert names[4:] == ["a0", "a1", "a2"] * 2
+
+
+FAILURES = [     # kind, stated delay -> (who rests, seconds of rest or None for stopped)
+    ("quota", 8485.0, "candidate", 8486), ("quota", None, "candidate", 60), ("rate", 40.0, "candidate", 41),
+    ("rate", None, "candidate", 30), ("soft_429", None, "candidate", 10), ("capacity", 40.0, "model", (4.5, 5.5)),
+    ("revoked", None, "account", None), ("validation", None, "account", None), ("disabled", None, "account", None),
+    ("auth_expired", None, "account", None), ("project", None, "account", 3600), ("region", None, "candidate", 3600),
+    ("model_missing", None, "candidate", 3600), ("version", None, "pool", 600), ("signature", None, None, 0),
+    ("bad_request", None, None, 0), ("too_long", None, None, 0), ("empty", None, None, 0), ("cut", None, None, 0),
+]
+
+
+@pytest.mark.parametrize("kind, delay, scope, rest", FAILURES, ids=[f"{f[0]}-{f[1]}" for f in FAILURES])
+def test_a_failure_counts_against_what_its_row_names(kind, delay, scope, rest):
+    clock = FakeClock()
+    pool = make_pool(2, clock=clock)
+    lent(pool).lease.settle(ag.ProxyError(kind, "m", delay_s=delay))
+
+    def states(model="gemini-3-flash"):
+        return [v.state for v in pool.verdicts(pool.candidates(ag.MODELS[model]), ())]
+    other = states("gemini-pro-agent")
+    now = [s == "usable" for s in states()]
+    assert now == {"candidate": [False, True], "account": [False, True], "model": [False, False],
+                   "pool": [False, False], None: [True, True]}[scope]
+    assert [s == "usable" for s in other] == {"candidate": [True, True], "account": [False, True], "model": [True, True],
+                                              "pool": [False, False], None: [True, True]}[scope]
+    if rest is None:
+        clock.at += 10 ** 9
+        assert states()[0] == "stopped"
+    elif rest:
+        low, high = rest if isinstance(rest, tuple) else (rest - .1, rest + .1)
+        clock.at += low
+        assert states()[0] != "usable"
+        clock.at += high - low
+        assert states() == ["usable", "usable"]
+
+
+def test_guessed_rests_grow_and_bursts_count_once():
+    clock = FakeClock()
+    pool = make_pool(1, clock=clock)
+    candidate = pool.candidates(ag.MODELS["gemini-3-flash"])[0]
+    waits = []
+    for gap in (0, 1, 100, 400, 2000, 100):
+        clock.at += gap
+        pool.settle(ag.Lease(pool.settle, candidate, ""), ag.ProxyError("quota", "m"), False)
+        waits.append(round(pool.verdicts([candidate], ())[0].until - clock.at))
+    assert waits == [60, 60, 300, 1800, 7200, 7200]
+    pool.settle(ag.Lease(pool.settle, candidate, ""), None, True)
+    assert pool.verdicts([candidate], ())[0].state == "usable"
+
+
+def test_one_request_at_a_time_tests_a_guessed_rest():
+    pool = make_pool(1)
+    lent(pool).lease.settle(ag.ProxyError("rate", "m"))
+    first = lent(pool)
+    assert first.lease is not None
+    second = lent(pool)
+    assert second.lease is None and second.wait_s
+    first.lease.settle(is_success=True)
+    assert lent(pool).lease is not None
+
+
+def test_a_stated_limit_is_never_tested():
+    clock = FakeClock()
+    pool = make_pool(2, clock=clock)
+    for _ in range(2):
+        lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=1000))
+    choice = lent(pool)
+    assert choice.lease is None and 1000 <= choice.wait_s <= 1001
+    error = ag.refusal("m", choice.verdicts, clock.now(), None)
+    assert error.kind == "exhausted" and "a0" in error.message and "a1" in error.message and "16m 41s" in error.message
+    assert "python3 agproxy.py" in error.message
+
+
+def test_in_flight_caps_and_lower_priority_values_first():
+    pool = make_pool(2, max_in_flight=1)
+    pool.accounts[0].priority = 5
+    one, two = lent(pool), lent(pool)
+    assert [c.lease.candidate.account.name for c in (one, two)] == ["a1", "a0"]
+    assert lent(pool).lease is None
+    one.lease.settle()
+    assert lent(pool).lease.candidate.account.name == "a1"
+
+
+def test_no_history_lends_above_the_cap_or_asks_who_rests_by_statement():
+    for seed in range(150):
+        rng, clock = random.Random(seed), FakeClock()
+        pool = make_pool(3, rng.choice(["sticky", "round-robin"]), clock, max_in_flight=2)
+        out = []
+        for _ in range(60):
+            clock.at += rng.random() * 30
+            if out and rng.random() < .5:
+                error = rng.choice([None, ag.ProxyError("rate", "m", delay_s=20), ag.ProxyError("capacity", "m"),
+                                    ag.ProxyError("quota", "m", delay_s=200)])
+                out.pop(rng.randrange(len(out))).settle(error, is_success=error is None)
+            choice = lent(pool)
+            if choice.lease:
+                verdict = next(v for v in choice.verdicts if v.candidate is choice.lease.candidate)
+                assert verdict.state in ("usable", "guessed"), seed
+                out.append(choice.lease)
+            assert all(0 <= a.in_flight <= 2 for a in pool.accounts), seed
+            assert sum(a.in_flight for a in pool.accounts) == pool.in_flight == len(out), seed
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("claude-opus-4-8", "claude-opus-4-6-thinking"), ("claude-opus-4-8[1m]", "claude-opus-4-6-thinking"),
+    ("claude-sonnet-5", "claude-sonnet-4-6"), ("claude-3-5-haiku-20241022", "gemini-3-flash"), ("opus", "claude-opus-4-6-thinking"),
+    ("claude-gemini-3-flash", "gemini-3-flash"), ("models/gemini-3-flash", "gemini-3-flash"), ("GEMINI-3-Flash", "gemini-3-flash"),
+    ("gemini-3-pro-preview", "gemini-3-pro-preview"), ("gemini-3.8-flash", "gemini-3.8-flash-high"), ("mine", "gemini-3-flash")])
+def test_model_names(name, expected):
+    accounts = make_pool(1).accounts + [ag.Account("k", ag.PROVIDERS["gemini"], "api_key", "x")]
+    assert ag.resolve_model(name, accounts, {"mi*": ("gemini-3-flash",)}).id == expected
+
+
+def test_claude_names_find_a_model_that_the_owners_keys_can_serve():
+    key = ag.Account("k", ag.PROVIDERS["gemini"], "api_key", "x")
+    assert ag.resolve_model("claude-opus-4-8", [key], {}).id == "gemini-pro-agent"
+
+
+def test_an_unknown_model_is_answered_with_the_three_nearest():
+    with pytest.raises(ag.ProxyError) as caught:
+        ag.resolve_model("gemini-3-flsh", make_pool(1).accounts, {})
+    assert caught.value.kind == "not_found" and "gemini-3-flash" in caught.value.message
+    assert caught.value.message.count(",") == 2
+
+
+# ── 14. OAuth ─────────────────────────────────────────────────────────────
+
+def test_one_refresh_however_many_wait(make_proxy):
+    proxy = make_proxy({"a": None})
+    account = proxy.pool.accounts[0]
+    tokens = []
+    threads = [threading.Thread(target=lambda: tokens.append(ag.oauth_access_token(
+        account, proxy.services.connections, ag.Clock(), lambda *a: None))) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tokens) == 20 and len(set(tokens)) == 1 and proxy.sim.refreshes == 1
+
+
+def test_a_rotated_token_is_saved_before_it_is_used(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.rotates_tokens = True
+    assert proxy.ask()[0] == 200
+    assert [(a.name, old, new) for a, old, new in proxy.rotated] == [("a", "1//sim-refresh-a", "1//sim-refresh-a-1")]
+
+
+def test_a_revoked_account_stops_and_the_others_serve(make_proxy):
+    proxy = make_proxy({"a": None, "b": None})
+    proxy.sim.accounts["a"].refresh_token = "1//other"
+    status, headers, _ = proxy.ask()
+    assert status == 200 and headers["x-agproxy-account"] == "b"
+    assert [state for _, state in proxy.pool.states()] == ["stopped", "ready"]
+
+
+# ── 16. Conductor ─────────────────────────────────────────────────────────
+
+ABSORBED = ["quota", "rate", "rate_short", "soft", "capacity", "server", "503", "auth", "validation", "disabled",
+            "project", "region", "missing", "cut", "empty", "malformed", "error_event", "html", "garbage", "reset",
+            "signature"]
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Pauses between tries pass at once."""
+    monkeypatch.setattr(ag.Exchange, "pause", lambda self, seconds: None)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fault", ABSORBED)
+def test_a_failure_before_the_first_content_is_not_noticed(make_proxy, no_pauses, fault, stream):
+    proxy = make_proxy()
+    proxy.sim.plan("a", fault)
+    status, _, body = proxy.ask("count to 9", stream=stream)
+    assert status == 200
+    if stream:
+        blocks, stop = check_anthropic_stream(body)
+        assert (blocks[0][1].strip(), stop) == ("1 2 3 4 5 6 7 8 9", "end_turn")
+    else:
+        assert body["content"][0]["text"].strip() == "1 2 3 4 5 6 7 8 9"
+    until(lambda: proxy.pool.in_flight == 0)
+
+
+@pytest.mark.parametrize("fault", ["mid_error", "mid_cut"])
+def test_after_the_first_content_a_failure_is_one_error_event_and_never_a_retry(make_proxy, fault):
+    proxy = make_proxy()
+    proxy.sim.plan("a", fault)
+    _, _, events = proxy.ask("count to 30", stream=True)
+    blocks, stop = check_anthropic_stream(events)
+    assert stop in ("rate_limit_error", "api_error") and blocks[0][1].startswith("1 2 3")
+    assert sum(a.calls for a in proxy.sim.accounts.values()) == 1
+    status, _, body = proxy.ask("count to 30")          # unstreamed, the same is healed
+    assert status == 200 and body["stop_reason"] == "end_turn"
+
+
+@pytest.mark.parametrize("fault, status, kind, text", [
+    ("bad", 400, "invalid_request_error", "invalid argument"), ("too_long", 400, "invalid_request_error", "prompt is too long: 1250000"),
+    ("quota", 429, "rate_limit_error", "exhausted until"), ("validation", 403, "permission_error", "until a person acts"),
+    ("capacity", 529, "overloaded_error", "No capacity"), ("server", 502, "api_error", "Internal error"),
+    ("auth", 403, "permission_error", "a person acts"), ("soft", 429, "rate_limit_error", "without details"),
+    ("missing", 404, "not_found_error", "not found"), ("empty", 529, "overloaded_error", "empty answer")])
+def test_a_failure_of_all_accounts_has_its_own_status_and_reason(make_proxy, no_pauses, fault, status, kind, text):
+    proxy = make_proxy()
+    for name in proxy.sim.accounts:
+        proxy.sim.plan(name, *[fault] * 8)
+    for stream in (False, True):
+        got, headers, body = proxy.ask(stream=stream)
+        assert (got, body["error"]["type"]) == (status, kind) and text in body["error"]["message"]
+        assert body["request_id"] == headers["request-id"]
+    if fault == "quota":
+        assert int(headers["retry-after"]) > 8000 and headers["x-should-retry"] == "false"
+        assert proxy.sim.accounts["a"].calls == 1           # a stated limit is respected
+
+
+def test_a_short_stated_limit_is_waited_for_with_keep_alives(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "HOLD_S", 0.05)
+    monkeypatch.setattr(ag, "PING_EVERY_S", 0.05)
+    proxy = make_proxy({"a": None})
+    proxy.pool._rests[("candidate", "a", "sim", "gemini-3-flash")] = ag.Rest(
+        "quota", time.time() + 0.4, True, 1, time.time(), "spent")
+    _, _, events = proxy.ask(stream=True)
+    names = [n for n, _ in events]
+    assert names[0] == "message_start" and names.count("message_start") == 1 and names.count("ping") >= 2
+    assert names[-1] == "message_stop" and events[0][1]["message"]["usage"]["input_tokens"] > 0
+
+
+def test_the_gemini_api_is_spoken_without_an_envelope(make_proxy):
+    proxy = make_proxy({"k": None}, provider="gemini")
+    status, headers, body = proxy.ask("count to 3", model="claude-opus-4-8", thinking={"type": "adaptive"})
+    assert status == 200 and headers["x-agproxy-model"] == "gemini-pro-agent" and body["model"] == "claude-opus-4-8"
+    assert "request" not in proxy.sim.requests[0][1] and "contents" in proxy.sim.requests[0][1]
+
+
+def test_connections_are_reused_and_stale_ones_replaced(make_proxy):
+    proxy = make_proxy({"a": None})
+    for _ in range(5):
+        assert proxy.ask()[0] == 200
+    opened = proxy.services.connections.opened
+    assert opened <= 3          # token, project, and one for all generating calls
+    for kept in proxy.services.connections._idle.values():
+        for connection in kept:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    assert proxy.ask()[0] == 200 and proxy.sim.accounts["a"].calls == 6
+
+
+def agent_loop(proxy, prompt, model, tools, **fields):
+    """Plays the client of a tool loop against the proxy; returns the tool names called."""
+    messages, called = [{"role": "user", "content": prompt}], []
+    for _ in range(8):
+        status, _, reply = proxy.ask(model=model, messages=messages, tools=tools, **fields)
+        assert status == 200, reply
+        messages.append({"role": "assistant", "content": reply["content"]})
+        calls = [b for b in reply["content"] if b["type"] == "tool_use"]
+        if not calls:
+            return called, reply
+        called += [c["name"] for c in calls]
+        messages.append(said(*[result(c["id"], f"result of {c['name']}") for c in reversed(calls)]))
+    raise AssertionError("no end")
+
+
+TOOLS = [{"name": n, "input_schema": {"type": "object", "properties": {p: {"type": "string"} for p in ps}, "required": ps}}
+         for n, ps in (("Write", ["file_path", "content"]), ("Bash", ["command"]), ("Read", ["file_path"]),
+                       ("Edit", ["file_path", "old_string", "new_string"]))]
+
+
+@pytest.mark.parametrize("model", ["gemini-3-flash", "claude-sonnet-4-6", "gpt-oss-120b-medium"])
+@pytest.mark.parametrize("thinking", [{"type": "adaptive"}, {"type": "disabled"}])
+def test_an_agent_loop_keeps_every_rule_of_the_service(make_proxy, model, thinking):
+    proxy = make_proxy()
+    called, reply = agent_loop(proxy, "create x.py, run it, edit it and read it", model, TOOLS, thinking=thinking)
+    assert called == ["Write", "Bash", "Edit", "Read"] and "result of Edit" in reply["content"][-1]["text"]
+    called, _ = agent_loop(proxy, "in parallel create x.py and run it", model, TOOLS, thinking=thinking)
+    assert called == ["Write", "Bash"]
+    if model == "gemini-3-flash":
+        sent = [p for p in calls_of(proxy.sim.requests[-1][1]["request"]) if "thoughtSignature" in p]
+        assert sent[0]["thoughtSignature"].startswith("simg")       # the real one came back, not the stand-in
+
+
+# ── 17. Relay and server ──────────────────────────────────────────────────
+
+def test_the_surface_of_small_routes(make_proxy):
+    proxy = make_proxy()
+    assert proxy.call("HEAD", "/")[0] == 200 and proxy.call("HEAD", "/api/hello")[0] == 200
+    assert json.loads(proxy.call("GET", "/health")[2])["status"] == "ok"
+    status, headers, raw = proxy.call("GET", "/nope")
+    assert status == 404 and json.loads(raw)["error"]["type"] == "not_found_error" and "request-id" in headers
+    assert proxy.call("GET", "/v1/messages")[0] == 405
+    assert proxy.call("POST", "/v1/messages/batches", {})[0] == 404
+    assert proxy.call("OPTIONS", "/v1/messages")[0] == 204
+    for path in ("/v1/v1/messages?beta=true", "/anthropic/v1/messages"):
+        assert proxy.call("POST", path, {"model": "opus", "max_tokens": 9, "messages": [U]})[0] == 200
+    status, headers, raw = proxy.call("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": [U]})
+    assert status == 200 and json.loads(raw)["input_tokens"] > 0
+    status, _, raw = proxy.call("POST", "/v1/messages", {"model": "opus", "max_tokens": 0, "messages": [U]})
+    assert json.loads(raw)["stop_reason"] == "max_tokens" and json.loads(raw)["content"] == []
+
+
+def test_models_are_listed_in_pages(make_proxy):
+    proxy = make_proxy()
+    seen, after = [], ""
+    while True:
+        page = json.loads(proxy.call("GET", "/v1/models?limit=7" + after)[2])
+        seen += [row["id"] for row in page["data"]]
+        if not page["has_more"]:
+            break
+        after = "&after_id=" + page["last_id"]
+    assert len(seen) == len(set(seen)) > 14 and "claude-gemini-3-flash" in seen
+    back = json.loads(proxy.call("GET", f"/v1/models?limit=2&before_id={seen[5]}")[2])
+    assert [row["id"] for row in back["data"]] == seen[3:5] and back["has_more"]
+    assert json.loads(proxy.call("GET", "/v1/models/claude-opus-4-8")[2])["id"] == "claude-opus-4-8"
+    assert proxy.call("GET", "/v1/models/nothing-like-it")[0] == 404
+    for query in ("limit=0", "limit=x", "after_id=zz", f"after_id={seen[0]}&before_id={seen[1]}"):
+        assert proxy.call("GET", "/v1/models?" + query)[0] == 400
+
+
+POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+HOSTILE = [
+    (b"GARBAGE\r\n\r\n", 400), (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX\x00: 1\r\n\r\n", 400), (b"GET /\x80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\nHost: localhost\n\n", None), (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 9000 + b"\r\n\r\n", 431),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 120 + b"\r\n", 431),
+    (b"G" * 40000, 414), (POST + b"Content-Length: -1\r\n\r\n", 400), (POST + b"Content-Length: +5\r\n\r\n", 400),
+    (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400), (POST + b"Content-Length: 1, 1\r\n\r\n", 400),
+    (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400), (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 400),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400), (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
+    (POST + b"Content-Encoding: br\r\nContent-Length: 0\r\n\r\n", 415), (POST + b"Content-Length: 3\r\n\r\n{\"a", 400),
+    (POST + b"Content-Length: 2\r\n\r\n[]", 400), (POST + b"Content-Length: 2\r\n\r\n\xff\xfe", 400),
+    (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405), (b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+    (b"GET /%2e%2e/etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404), (b"GET //v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
+    (b"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n", 403),
+    (POST + b"Sec-Fetch-Site: cross-site\r\nContent-Length: 2\r\n\r\n{}", 403),
+]
+
+
+@pytest.mark.parametrize("raw, status", HOSTILE, ids=range(len(HOSTILE)))
+def test_damaged_and_hostile_requests_get_a_clean_answer(make_proxy, raw, status):
+    proxy = make_proxy({"a": None})
+    out = proxy.raw(raw)
+    if status is None:
+        assert not out or out.startswith(b"HTTP/1.1 4")
+    else:
+        assert out.startswith(b"HTTP/1.1 %d " % status), out[:200]
+        body = json.loads(out.partition(b"\r\n\r\n")[2])
+        assert status == 200 or body["type"] == "error"
+    assert b"Traceback" not in out and proxy.call("GET", "/health")[0] == 200
+
+
+def test_deep_and_large_bodies_are_refused_in_the_apis_words(make_proxy):
+    proxy = make_proxy({"a": None}, max_body_bytes=50_000)
+    status, _, raw = proxy.call("POST", "/v1/messages", b"[" * 40_000)
+    assert status == 400 and json.loads(raw)["error"]["type"] == "invalid_request_error"
+    status, _, raw = proxy.call("POST", "/v1/messages", b"x" * 60_000)
+    assert status == 413 and json.loads(raw)["error"]["type"] == "request_too_large"
+    deep = {}
+    for _ in range(300):
+        deep = {"x": deep}
+    status, _, raw = proxy.call("POST", "/v1/messages", {"model": "opus", "max_tokens": 5, "messages": [
+        U, answered(use("a", **deep))]})
+    assert status == 400 and "messages.1.content.0.input" in json.loads(raw)["error"]["message"]
+
+
+def test_bodies_in_chunks_and_compressed_are_read(make_proxy):
+    import gzip
+    proxy = make_proxy({"a": None})
+    body = json.dumps({"model": "opus", "max_tokens": 50, "messages": [U]}).encode()
+    packed = gzip.compress(body)
+    close = b"Connection: close\r\n"
+    for data in (POST + close + b"Transfer-Encoding: chunked\r\n\r\n" + ag.chunk(body[:9]) + ag.chunk(body[9:]) + ag.LAST_CHUNK,
+                 POST + close + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed):
+        assert proxy.raw(data, wait=False).startswith(b"HTTP/1.1 200")
+    expecting = POST + close + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    assert proxy.raw(expecting, wait=False).startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200")
+
+
+def test_pipelined_requests_are_answered_in_order(make_proxy):
+    proxy = make_proxy({"a": None})
+    body = json.dumps({"model": "opus", "max_tokens": 50, "stream": True, "messages": [U]}).encode()
+    request = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    last = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    out = proxy.raw(request + request + last, wait=False)
+    assert out.count(b"HTTP/1.1 200") == 3 and out.count(b"message_stop\"}") == 2 and out.rstrip().endswith(b"}")
+
+
+def test_a_client_that_speaks_http_1_0_gets_a_stream_without_chunks(make_proxy):
+    proxy = make_proxy({"a": None})
+    body = json.dumps({"model": "opus", "max_tokens": 50, "stream": True, "messages": [U]}).encode()
+    out = proxy.raw(b"POST /v1/messages HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body, wait=False)
+    head, _, rest = out.partition(b"\r\n\r\n")
+    assert b"chunked" not in head and check_anthropic_stream(events_of(rest))[1] == "end_turn"
+
+
+def test_keys_are_checked_and_any_right_one_is_enough(make_proxy):
+    proxy = make_proxy({"a": None}, env={"PROXY_API_KEY": "right-key-0123456789"})
+    body = {"model": "opus", "max_tokens": 5, "messages": [U]}
+    for headers, status in (({}, 401), ({"x-api-key": "wrong"}, 401), ({"x-api-key": "right-key-0123456789"}, 200),
+                            ({"Authorization": "Bearer right-key-0123456789"}, 200),
+                            ({"Authorization": "Bearer wrong", "x-api-key": "right-key-0123456789"}, 200)):
+        got, _, raw = proxy.call("POST", "/v1/messages", body, headers)
+        assert got == status and (status == 200 or json.loads(raw)["error"]["type"] == "authentication_error")
+    assert proxy.call("GET", "/health")[0] == 200
+    for _ in range(25):
+        proxy.call("POST", "/v1/messages", body, {"x-api-key": "guess"})
+    assert proxy.call("POST", "/v1/messages", body, {"x-api-key": "guess"})[0] == 429
+    assert proxy.call("POST", "/v1/messages", body, {"x-api-key": "right-key-0123456789"})[0] == 200
+
+
+def test_no_cors_header_unless_an_origin_is_named(make_proxy):
+    proxy = make_proxy({"a": None}, cors_origins=["https://ok.example"])
+    status, headers, _ = proxy.call("OPTIONS", "/v1/messages", None, {"Origin": "https://ok.example"})
+    assert status == 204 and headers["access-control-allow-origin"] == "https://ok.example"
+    status, headers, _ = proxy.call("OPTIONS", "/v1/messages", None, {"Origin": "https://bad.example"})
+    assert status == 403 and "access-control-allow-origin" not in headers
+
+
+def open_stream(proxy, text="count to 100000"):
+    body = json.dumps({"model": "gemini-3-flash", "max_tokens": 65536, "stream": True,
+                       "messages": [{"role": "user", "content": text}]}).encode()
+    sock = socket.socket()
+    sock.settimeout(60)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    sock.connect(("127.0.0.1", proxy.port))
+    sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    return sock
+
+
+def test_a_client_that_leaves_closes_its_upstream_and_punishes_nobody(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.005
+    sock = open_stream(proxy)
+    until(lambda: b"text_delta" in sock.recv(65536))
+    until(lambda: proxy.server.relay.streams)
+    sock.close()
+    until(lambda: proxy.sim.open_streams == 0 and not proxy.server.relay.streams)
+    assert proxy.pool.in_flight == 0 and proxy.pool.states()[0][1] == "ready"
+    assert "client left" in proxy.log_text()
+
+
+def test_a_client_that_leaves_while_the_upstream_is_silent_is_noticed(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.plan("a", "stall")
+    sock = open_stream(proxy)
+    until(lambda: proxy.pool.in_flight == 1)
+    sock.close()
+    until(lambda: proxy.pool.in_flight == 0)
+    assert proxy.sim.accounts["a"].calls == 1
+
+
+def test_a_silent_stream_is_kept_alive_by_pings_and_beats(make_proxy, monkeypatch):
+    for name, value in (("PING_EVERY_S", 0.5), ("BEAT_EVERY_S", 1.5)):
+        monkeypatch.setattr(ag, name, value)
+    proxy = make_proxy({"a": None}, idle_timeout_s=4)
+    proxy.sim.pace_s = 0.01
+    sock = open_stream(proxy)
+    data = b""
+    while b"text_delta" not in data:
+        data += sock.recv(65536)
+    proxy.sim.pace_s = 3600                                 # from now on it says nothing
+    while b"event: error" not in data:
+        data += sock.recv(65536)
+    sock.close()
+    assert b"event: ping" in data and b'"text":""}}' in data and b"message_stop" not in data
+    assert b"timeout_error" in data
+
+
+def test_a_slow_client_slows_its_upstream_and_loses_nothing(make_proxy):
+    proxy = make_proxy({"a": None})
+    sock = open_stream(proxy, "count to 50000")
+    until(lambda: any(s.pending for s in proxy.server.relay.streams))
+    [stream] = proxy.server.relay.streams
+    assert len(stream.pending) < 4 << 20
+    data = b""
+    while not data.endswith(ag.LAST_CHUNK):
+        data += sock.recv(1 << 20)
+    reader = ag.BodyReader("chunked", 1 << 30)
+    body = reader.feed(data.partition(b"\r\n\r\n")[2])
+    blocks, stop = check_anthropic_stream(events_of(body))
+    assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 50001)]
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")       # the connection goes on
+    assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+    sock.close()
+
+
+def test_many_streams_take_few_threads_and_never_mix(make_proxy):
+    proxy = make_proxy({"a": None, "b": None})
+    proxy.sim.pace_s = 0.05
+    socks = {n: open_stream(proxy, f"count to {n}") for n in range(40, 100)}
+    until(lambda: len(proxy.server.relay.streams) == len(socks) or sum(
+        a.calls for a in proxy.sim.accounts.values()) == len(socks) and not proxy.pool.in_flight)
+    proxy.sim.pace_s = 0.001
+    for n, sock in socks.items():
+        data = b""
+        while not data.endswith(ag.LAST_CHUNK):
+            data += sock.recv(65536)
+        body = ag.BodyReader("chunked", 1 << 30).feed(data.partition(b"\r\n\r\n")[2])
+        assert check_anthropic_stream(events_of(body))[0][0][1].split() == [str(i) for i in range(1, n + 1)]
+        sock.close()
+    until(lambda: proxy.pool.in_flight == 0)
+    assert proxy.server.workers.threads <= len(socks)
+
+
+def test_draining_ends_streams_with_an_error_event(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.01
+    sock = open_stream(proxy)
+    until(lambda: proxy.server.relay.streams)
+    thread = threading.Thread(target=proxy.server.drain, args=(0.1,))
+    thread.start()
+    data = b""
+    while not data.endswith(ag.LAST_CHUNK):
+        data += sock.recv(65536)
+    thread.join()
+    sock.close()
+    assert b"event: error" in data and b"overloaded_error" in data and b"message_stop" not in data
+
+
+def test_an_error_inside_the_proxy_is_one_500_with_an_id(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None})
+
+    def broken(*_):
+        raise RuntimeError("boom with sk-abcdefghijklmnop")
+    monkeypatch.setattr(ag, "estimate_tokens", broken)
+    status, headers, raw = proxy.call("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": [U]})
+    assert status == 500 and json.loads(raw)["request_id"] == headers["request-id"] and b"boom" not in raw
+    assert "boom" in proxy.log_text() and "sk-abc" not in proxy.log_text()
+
+
+def test_the_log_tells_the_story_and_no_secret(make_proxy):
+    proxy = make_proxy({"a": None, "b": None})
+    proxy.sim.plan("a", "quota")
+    proxy.ask("hello me@example.org", model="claude-opus-4-8", stream=True)
+    text = proxy.log_text()
+    assert "claude-opus-4-8 -> claude-opus-4-6-thinking  b  200  2 tries (a: quota)" in text
+    for planted in ("ya29", "1//", "example.org", "sim-secret"):
+        assert planted not in text
+
+
+# ── 20. Commands ──────────────────────────────────────────────────────────
+
+def run_program(*arguments, env=None, **options):
+    return subprocess.run([sys.executable, os.path.join(HERE, "agproxy.py"), *arguments], capture_output=True,
+                          text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, **options)
+
+
+def test_the_demo_serves_and_stops_on_a_signal():
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--demo", "--port", "0"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        first = process.stdout.readline()
+        port = int(re.search(r":(\d+)", first)[1])
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        client.request("POST", "/v1/messages", json.dumps({"model": "opus", "max_tokens": 9, "messages": [U]}))
+        assert client.getresponse().status == 200
+        client.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+    if os.name != "nt":
+        assert process.returncode == 0 and "ANTHROPIC_BASE_URL" in out and not err
+
+
+def test_run_starts_a_client_with_its_environment_and_returns_its_code(tmp_path):
+    script = tmp_path / "client.py"
+    script.write_text("import os, sys, urllib.request\n"
+                      "print(urllib.request.urlopen(os.environ['ANTHROPIC_BASE_URL'] + '/health').status, sys.argv[1])\n"
+                      "sys.exit(7)\n")
+    done = run_program("run", "--demo", sys.executable, str(script), "--flag")
+    assert (done.returncode, done.stdout.strip()) == (7, "200 --flag"), done.stderr
+
+
+def test_without_accounts_it_says_what_to_do(tmp_path):
+    done = run_program("serve", "--accounts", str(tmp_path / "none.json"))
+    assert done.returncode == 4 and "serve --demo" in done.stdout
+    done = run_program("serve", "--demo", "--host", "0.0.0.0", env={"PROXY_API_KEY": "short"})
+    assert done.returncode == 1 and "PROXY_API_KEY" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_busy_port_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_program("serve", "--demo", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1 and "cannot be listened on" in done.stderr and "Traceback" not in done.stderr
+
+
+# House rules ----------------------------------------------------------------
+
+def text_of(name):
+    with open(os.path.join(HERE, name), encoding="utf-8") as handle:
+        return handle.read()
+
+
+SOURCE, README = text_of("agproxy.py"), text_of("README.md")
+TREE = ast.parse(SOURCE)
+MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18), "select": (12, 17), "selectors": (12, 17),
+           "threading": (3, 5, 12, 13, 14, 17, 18, 19, 20), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
+           "subprocess": (4, 14, 20), "signal": (17, 20), "random": (3, 13), "argparse": (20,)}
+
+
+def room_of(line):
+    found = 0
+    for at, number, _ in ag.rooms(os.path.join(HERE, "agproxy.py")):
+        found = number if at <= line else found
+    return found
+
+
+def test_the_map_is_the_docstring_and_the_order_of_the_rooms():
+    rooms = ag.rooms(os.path.join(HERE, "agproxy.py"))
+    numbers = [n for _, n, _ in rooms]
+    assert numbers == sorted(set(numbers))
+    told = re.findall(r"^ +(\d+)\. (.+)$", ag.__doc__, re.M)
+    assert [(int(n), t) for n, t in told] == [(n, t) for _, n, t in rooms]
+
+
+def test_nothing_is_used_before_it_is_defined():
+    lines = {}
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines.setdefault(node.name, node.lineno)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            lines.setdefault(node.targets[0].id, node.lineno)
+    ahead = sorted({f"{getattr(node, 'name', node.lineno)} -> {used.id}" for node in TREE.body for used in ast.walk(node)
+                    if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load) and lines.get(used.id, 0) > node.lineno})
+    assert ahead == []
+
+
+def test_only_the_standard_library_is_imported_and_modules_stay_in_their_rooms():
+    names = {n.name.partition(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.Import) for n in node.names}
+    names |= {node.module.partition(".")[0] for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    if sys.version_info >= (3, 10):
+        assert names <= set(sys.stdlib_module_names)
+    for module, allowed in MODULES.items():
+        for number, line in enumerate(SOURCE.splitlines(), 1):
+            code = line.split("#")[0]
+            if re.search(rf"(?<![\w.]){re.escape(module)}\.\w", code) and room_of(number):
+                assert room_of(number) in allowed, f"{module} in line {number}"
+
+
+def test_broad_excepts_have_two_homes():
+    broad = [n.lineno for n in ast.walk(TREE) if isinstance(n, ast.ExceptHandler)
+             and isinstance(n.type, ast.Name) and n.type.id == "Exception"]
+    assert {room_of(line) for line in broad} <= {17} and len(broad) <= 4
+
+
+def test_the_file_fits_the_screen():
+    wide = [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
+    assert wide == []
+
+
+def test_the_example_file_loads_and_shows_every_field():
+    path = os.path.join(HERE, "accounts.example.json")
+    with open(path, encoding="utf-8") as handle:
+        stored = json.load(handle)
+    config = ag.load_config(path, {}, {}, stored)
+    assert {name for row in stored["accounts"] for name in row} == set(ag.ACCOUNT_FIELDS)
+    assert [ag.account_from_row(row, config.providers).name for row in config.accounts]
+
+
+def test_the_readme_tells_what_the_program_has():
+    for name in ag.SETTINGS:
+        assert f"`{name}`" in README, name
+    for name in ag.COMMANDS:
+        assert f"agproxy.py {name}" in README, name
+    for name in ag.ACCOUNT_FIELDS:
+        assert f"`{name}`" in README, name
+    for kind, rule in ag.ERRORS.items():
+        assert f"| `{kind}` | {rule.status} | `{rule.type}` |" in README, kind
+
+
+def test_the_readmes_commands_run():
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    commands = [line.split("#")[0].split() for block in blocks for line in block.splitlines() if "agproxy.py" in line]
+    assert commands
+    parser = ag.build_parser()
+    for words in commands:
+        words = words[words.index("agproxy.py") + 1:] if "agproxy.py" in words else []
+        if words and words[0] in ag.COMMANDS:
+            assert parser.parse_args(words).command == words[0]
+    for name in ("map", "version"):
+        assert run_program(name).returncode == 0
+    assert "claude-opus" in run_program("models", "--demo").stdout
+
+
+# The official SDK (installed by CI; skipped where it is missing) --------------
+
+@pytest.fixture
+def sdk(make_proxy):
+    anthropic = pytest.importorskip("anthropic")
+    proxy = make_proxy()
+    client = anthropic.Anthropic(base_url=f"http://127.0.0.1:{proxy.port}", api_key="any", max_retries=0)
+    return anthropic, client, proxy
+
+
+def test_sdk_streams_and_answers_whole(sdk):
+    _, client, _ = sdk
+    ask = dict(model="claude-opus-4-8", max_tokens=500, messages=[{"role": "user", "content": "count to 20"}])
+    with client.messages.stream(**ask) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text.split()[-1] == "20" and final.stop_reason == "end_turn" and final.usage.output_tokens > 0
+    whole = client.messages.create(**ask)
+    assert whole.content[0].text == text and whole._request_id.startswith("req_")
+
+
+def test_sdk_tools_images_counts_and_models(sdk):
+    _, client, proxy = sdk
+    messages = [{"role": "user", "content": "in parallel create x.py and run it"}]
+    first = client.messages.create(model="gemini-3-flash", max_tokens=500, tools=TOOLS, messages=messages)
+    calls = [b for b in first.content if b.type == "tool_use"]
+    assert first.stop_reason == "tool_use" and [c.name for c in calls] == ["Write", "Bash"]
+    messages += [{"role": "assistant", "content": first.content},
+                 said(*[result(c.id, "fine") for c in calls])]
+    assert client.messages.create(model="gemini-3-flash", max_tokens=500, tools=TOOLS,
+                                  messages=messages).stop_reason == "end_turn"
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\n0000").decode()
+    seen = client.messages.create(model="gemini-3-flash", max_tokens=500, messages=[said(
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png}},
+        {"type": "text", "text": "what is it"})])
+    assert "1 image" in seen.content[0].text
+    assert client.messages.count_tokens(model="opus", messages=messages).input_tokens > 10
+    assert len(list(client.models.list(limit=5))) > 14 and client.models.retrieve("gemini-3-flash").id
+
+
+@pytest.mark.parametrize("fault, name", [
+    ("bad", "BadRequestError"), ("validation", "PermissionDeniedError"), ("missing", "NotFoundError"),
+    ("quota", "RateLimitError"), ("server", "InternalServerError"), ("capacity", "OverloadedError")])
+def test_sdk_each_status_is_its_own_exception(sdk, no_pauses, fault, name):
+    anthropic, client, proxy = sdk
+    for account in proxy.sim.accounts:
+        proxy.sim.plan(account, *[fault] * 8)
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        client.messages.create(model="gemini-3-flash", max_tokens=5, messages=[U])
+    names = {c.__name__ for c in type(caught.value).__mro__}
+    assert name in names or (name == "OverloadedError" and caught.value.status_code == 529)
+
+
+def test_sdk_cancelling_closes_the_upstream(sdk):
+    _, client, proxy = sdk
+    proxy.sim.pace_s = 0.01
+    with client.messages.stream(model="gemini-3-flash", max_tokens=60000, messages=[
+            {"role": "user", "content": "count to 100000"}]) as stream:
+        next(iter(stream.text_stream))
+    until(lambda: proxy.sim.open_streams == 0 and proxy.pool.in_flight == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", os.path.abspath(__file__), *sys.argv[1:]]))
