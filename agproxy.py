@@ -195,8 +195,7 @@ MODELS = {row.id: row for row in (      # Cloud Code and Gemini API catalogues, 
     Model("gemini-3-flash", "Gemini 3 Flash", "gemini3", 1048576, 65536, 128, 32768, -1, True,
           "gemini-3-flash-preview", _ALL),
     Model("gemini-3.1-flash-lite", "Gemini 3.1 Flash Lite", "gemini3", 1048576, 65535, 0, 32768,
-          0, True,
-          "gemini-3.1-flash-lite", _ALL),
+          0, True, "gemini-3.1-flash-lite", _ALL),
     Model("gemini-3-pro-preview", "Gemini 3 Pro Preview", *_PRO, -1, False,
           "gemini-3-pro-preview", "low high"),
     Model("gemini-2.5-pro", "Gemini 2.5 Pro", "gemini25", 1048576, 65536, 128, 32768, -1, False,
@@ -320,7 +319,6 @@ ERRORS = {
     "head_too_large": Rule(431, _BAD),
     "locked_out": Rule(429, "rate_limit_error"),
     "internal": Rule(500, _API),
-    "busy": Rule(503, _API),
     "full": Rule(529, "overloaded_error"),
     # what an upstream's answer means
     "quota": Rule(429, "rate_limit_error", Scope.CANDIDATE, "quota", Step.NEXT),
@@ -349,7 +347,6 @@ ERRORS = {
     "timeout": Rule(504, "timeout_error"),
     # what the pool as a whole says
     "exhausted": Rule(429, "rate_limit_error"),
-    "no_capacity": Rule(529, "overloaded_error"),
     "no_account": Rule(403, "permission_error"),
     "stopping": Rule(529, "overloaded_error"),
 }
@@ -361,10 +358,10 @@ class ProxyError(Exception):
     (None where it stated nothing), `retry_after_s` is what the client is told."""
 
     def __init__(self, kind: str, message: str, retry_after_s: float | None = None,
-                 delay_s: float | None = None, stop_retrying: bool = False):
+                 delay_s: float | None = None):
         super().__init__(message)
         self.kind, self.message, self.rule = kind, message, ERRORS[kind]
-        self.retry_after_s, self.delay_s, self.stop_retrying = retry_after_s, delay_s, stop_retrying
+        self.retry_after_s, self.delay_s = retry_after_s, delay_s
         self.details: dict = {}     # what else the client is to read, in its own words
 
 
@@ -409,16 +406,13 @@ class Clock:
         time.sleep(seconds)
 
 
-_BASE62 = string.ascii_letters + string.digits
+_BASE62 = (string.ascii_letters + string.digits).encode()
+_TO_BASE62 = bytes(_BASE62[n % 62] for n in range(256))
 
 
 def new_id(prefix: str) -> str:
     """`prefix` and 24 base-62 characters, as the real API's ids look."""
-    number, letters = int.from_bytes(os.urandom(18), "big"), []
-    for _ in range(24):
-        number, digit = divmod(number, 62)
-        letters.append(_BASE62[digit])
-    return prefix + "".join(letters)
+    return prefix + os.urandom(24).translate(_TO_BASE62).decode("ascii")
 
 
 # ASCII output costs less than UTF-8: no wide string is built, and encode() cannot fail.
@@ -716,8 +710,8 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
         raise ConfigError(f"{where}: an object is required")
     for name, value in row.items():
         types, allowed = ACCOUNT_FIELDS.get(name, (object, ""))
-        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool
-                                            and types is not object):
+        is_bool_for_number = isinstance(value, bool) and types in (int, (int, float))
+        if not isinstance(value, types) or is_bool_for_number:
             raise ConfigError(f"{where}.{name}: {allowed} is required")
     if row.get("provider") not in providers:
         raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
@@ -845,8 +839,8 @@ class Log:
     """Readable lines on one text stream.  Formatting and writing happen in the log's own thread;
     `line` only enqueues.  When nobody drains the queue, lines are dropped and counted."""
 
-    def __init__(self, out: Any, debug: bool = False):
-        self.out, self.debug_enabled, self.dropped = out, debug, 0
+    def __init__(self, out: Any):
+        self.out, self.dropped = out, 0
         self._lines: queue.Queue = queue.Queue(10_000)
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -856,10 +850,6 @@ class Log:
             self._lines.put_nowait((time.time(), text, values))
         except queue.Full:
             self.dropped += 1
-
-    def debug(self, text: str, *values: Any) -> None:
-        if self.debug_enabled:
-            self.line(text, *values)
 
     def request(self, record: Record, now: float) -> None:
         self.line("", record, now)
@@ -930,9 +920,8 @@ class Memory:
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
 _LINE_BREAKS = re.compile(rb"[\r\n\0]")
 _TARGET = re.compile(rb"(?:http://[^/\s?#]+(?=[/?]|\Z))?(/[!-~]*)?\Z")
-_ONCE = frozenset(("content-length", "transfer-encoding", "content-type", "authorization",
-                   "x-api-key",
-                   "origin", "content-encoding", "expect", "host"))
+_ONCE = frozenset("content-length transfer-encoding content-type authorization x-api-key origin "
+                  "content-encoding expect host".split())
 
 
 class Head(NamedTuple):
@@ -1130,8 +1119,8 @@ class SseSplitter:
             data = self._held + data
         if b"\r" in data:
             tail = b"\r" if data.endswith(b"\r") else b""   # may be half of a CRLF
-            data = data[:len(data) - len(tail)].replace(b"\r\n", b"\n").replace(b"\r",
-                                                                                b"\n") + tail
+            data = data[:len(data) - len(tail)].replace(b"\r\n", b"\n")
+            data = data.replace(b"\r", b"\n") + tail
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             self._held = data
@@ -1207,7 +1196,6 @@ class Media:
     """An image or document, base64 without prefix or line breaks."""
     media_type: str
     data: str
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -1356,8 +1344,7 @@ class AnswerShape(NamedTuple):
     one_call: bool = False
     wrap_signature: Callable[[str, str], str] = lambda raw, kind: raw
     remember: Callable[[str, str], None] = lambda call_id, raw: None
-    client_call: Callable[[str, dict], tuple[str, dict]] = lambda name, arguments: (name,
-                                                                                    arguments)
+    client_call: Callable[[str, dict], tuple] = lambda name, arguments: (name, arguments)
     estimate_input: Callable[[], int] = lambda: 0       # asked where the upstream reports nothing
     used_ids: frozenset = frozenset()
 
@@ -1379,10 +1366,9 @@ class Assembler:
         self._letters = 0                   # sent so far, for upstreams that report no usage
         self._ids = set(shape.used_ids)
         self._actions = {
-            Kind.TEXT: self._text, Kind.THINKING: self._thinking,
-            Kind.SIGNATURE: self._signature_piece,
-            Kind.CALL: self._call, Kind.IMAGE: self._image, Kind.METER: self._meter,
-            Kind.FINISH: self._finish}
+            Kind.TEXT: self._text, Kind.THINKING: self._thinking, Kind.CALL: self._call,
+            Kind.SIGNATURE: self._signature_piece, Kind.IMAGE: self._image,
+            Kind.METER: self._meter, Kind.FINISH: self._finish}
 
     def feed(self, pieces: Iterable[tuple[Kind, Any]]) -> list:
         out: list = []
@@ -1645,8 +1631,7 @@ PLACEHOLDER = "_placeholder"    # Claude in VALIDATED mode refuses an empty obje
 _TYPES = ("object", "array", "string", "number", "integer", "boolean")
 _HINTED = ("minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum",
            "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "uniqueItems",
-           "minProperties",
-           "maxProperties", "format", "default")
+           "minProperties", "maxProperties", "format", "default")
 
 
 class _Cleaning:
@@ -2000,8 +1985,8 @@ def pair_tool_results(turns: list[Turn]) -> list[Turn]:
         if answers or others:
             out.append(Turn("user", answers + tuple(others)))
     if waiting:
-        out.append(Turn("user",
-                        tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)))
+        last = tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)
+        out.append(Turn("user", last))
     return out
 
 
@@ -2121,8 +2106,8 @@ def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
     source = _dict_at(source, path)
     kind = source.get("type")
     if kind == "text":
-        return (Text((title + "\n" if title else "") + _text_at(source.get("data"),
-                                                                path + ".data")),)
+        text = _text_at(source.get("data"), path + ".data")
+        return (Text(f"{title}\n{text}" if title else text),)
     if kind == "content":
         content = source.get("content")
         return (Text(title),) * bool(title) + reading.blocks(content, path + ".content")
@@ -2144,7 +2129,7 @@ def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         media_type = "image/webp"
     media_type = next((name for magic, name in IMAGE_MAGIC if start.startswith(magic)), media_type)
-    return (Media(_text_at(media_type, path + ".media_type"), data, title),)
+    return (Media(_text_at(media_type, path + ".media_type"), data),)
 
 
 def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
@@ -2202,9 +2187,9 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
                                                 str(b.get("title") or "")),
     "tool_use": _tool_use,
     "tool_result": _tool_result,
-    "thinking": lambda b, path, _: (Thinking(_text_at(b.get("thinking", ""), path + ".thinking"),
-                                             _text_at(b.get("signature") or "",
-                                                      path + ".signature")),),
+    "thinking": lambda b, path, _: (Thinking(
+        _text_at(b.get("thinking", ""), path + ".thinking"),
+        _text_at(b.get("signature") or "", path + ".signature")),),
     "redacted_thinking": lambda b, path, _: (),
     "search_result": _search_result,
     "tool_reference": _reference, "tool_addition": _reference,
@@ -2263,8 +2248,7 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
             if schema is not None and not isinstance(schema, dict):
                 raise invalid(path + ".input_schema", "an object is required")
         else:
-            known = next((p for prefix, p in CLIENT_TOOLS.items() if kind.startswith(prefix)),
-                         None)
+            known = next((CLIENT_TOOLS[p] for p in CLIENT_TOOLS if kind.startswith(p)), None)
             if known is None:
                 continue
             schema = {"type": "object", "properties": {n: {"type": t} for n, t in known.items()}}
@@ -2606,9 +2590,9 @@ def _generation_config(request: Request, target: Target, may_think: bool) -> tup
         is_open_ended = budget is not None and (budget < 0 or bool(levels))
         config["maxOutputTokens"] = limit if is_open_ended else min(limit, most + (budget or 0))
         if budget is not None:
-            config["thinkingConfig"] = {"includeThoughts": request.thinking.is_on is True}
-            config["thinkingConfig"].update({"thinkingLevel": _level(budget, levels)} if levels
-                                            else {"thinkingBudget": budget})
+            thinking = {"includeThoughts": request.thinking.is_on is True}
+            config["thinkingConfig"] = ({**thinking, "thinkingLevel": _level(budget, levels)}
+                                        if levels else {**thinking, "thinkingBudget": budget})
     is_claude_thinking = model.family == "claude" and is_thinking
     if request.temperature is not None and not is_claude_thinking:
         config["temperature"] = request.temperature
@@ -2632,9 +2616,9 @@ class _Contents:
         self.names: dict[str, str] = {}
 
     def render(self, turns: list[Turn]) -> list[dict]:
-        return [{"role": "model", "parts": self._model_parts(turn)} if turn.role == "assistant"
-                else
-                {"role": "user", "parts": self._user_parts(turn)} for turn in turns]
+        sides = {"assistant": ("model", self._model_parts), "user": ("user", self._user_parts)}
+        return [{"role": role, "parts": parts(turn)}
+                for turn in turns for role, parts in (sides[turn.role],)]
 
     def _call_id(self, call_id: str) -> dict:
         if not self.sends_ids:
@@ -2777,8 +2761,9 @@ def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerSh
 
     def client_call(name: str, arguments: dict) -> tuple[str, dict]:
         tool = tools.get(name) or tools.get(re.sub(r"\Adefault_api[:.]", "", name))
-        return (tool.name, restore_arguments(arguments, tool.schema)) if tool else (name,
-                                                                                    arguments)
+        if tool is None:
+            return name, arguments
+        return tool.name, restore_arguments(arguments, tool.schema)
 
     def remember(call_id: str, raw: str) -> None:
         signatures[call_id] = (family, tag, raw)
@@ -3269,6 +3254,9 @@ def normal_model_name(name: str) -> str:
     return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
 
 
+_UNKNOWN_MODEL = (200000, 32000, 1024, 30976, -1, False, "")    # careful limits for ids of accounts
+
+
 def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple]) -> Model:
     """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
     own.  Of several that fit, the first any account serves.  Raises ProxyError not_found."""
@@ -3291,8 +3279,7 @@ def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, 
         for choice in choices or (wanted,):
             if choice in account.models and choice not in MODELS:
                 family = "claude" if choice.startswith("claude") else "gemini3"
-                known.append(Model(choice, choice, family, 200000, 32000, 1024, 31999, -1, False,
-                                   ""))
+                known.append(Model(choice, choice, family, *_UNKNOWN_MODEL))
     for model in known:
         if any(account_serves(account, model) for account in accounts):
             return model
@@ -3540,11 +3527,12 @@ def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) ->
     if all(v.state == "stopped" for v in verdicts):
         return ProxyError("no_account",
                           f"no account can serve {asked} until a person acts: {told}; {tip}")
-    if last is not None and not any(v.state == "stated" for v in verdicts):
+    if last is not None and not all(v.state in ("stated", "stopped") for v in verdicts):
+        # the last failure says best what happened; a guessed rest is not worth waiting for
         rest = min((v.until - now for v in verdicts if v.until > now), default=None)
+        wait_s = rest if last.rule.status in (429, 529) else None
         more = f" ({told})" if len(verdicts) > 1 else ""
-        answer = ProxyError(last.kind, last.message + more, last.retry_after_s or rest)
-        return answer
+        return ProxyError(last.kind, last.message + more, last.retry_after_s or wait_s)
     soonest = min((v.until for v in verdicts if v.until > now), default=now + 1)
     at = time.strftime("%H:%M", time.localtime(soonest))
     error = ProxyError("exhausted", f"all accounts for {asked} are exhausted until {at} "
@@ -3664,9 +3652,9 @@ def oauth_access_token(account: Account, connections: ConnectionCache, clock: Cl
 def user_agent(account: Account) -> str:
     """The provider's fixed User-Agent with this machine's system in Go's naming."""
     system = {"win32": "windows"}.get(sys.platform, sys.platform)
-    machine = os.uname().machine if hasattr(os,
-                                            "uname") else os.environ.get("PROCESSOR_ARCHITECTURE",
-                                                                         "")
+    machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    if hasattr(os, "uname"):
+        machine = os.uname().machine
     arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
     text = account.user_agent or account.provider.user_agent
     return text.replace("{os}", system).replace("{arch}", arch)
@@ -4093,6 +4081,7 @@ class Services:
     meters: Meters
     signatures: Memory
     save_token: Callable[[Account, str, str], None]     # (account, old, new)
+    simulator: str = ""         # its URL, where it is the upstream
 
 
 class Conducting:
@@ -4151,9 +4140,9 @@ class Conducting:
         """After a candidate failed: the next one, or the answer to the client."""
         if error.rule.step in (Step.CLIENT, Step.REPAIR):
             raise error
-        marks = error.kind in LOGIN_KINDS or (error.delay_s is not None
-                                              and error.kind in ("quota", "rate"))
-        if not marks:       # a stated rest blocks it by itself, and may end while we wait
+        is_stated = error.delay_s is not None and error.kind in ("quota", "rate")
+        if not is_stated and error.kind not in LOGIN_KINDS:
+            # a stated rest blocks it by itself, and may end while we wait
             self.tried.add(candidate)
         self.soft_failures += error.kind == "soft_429"
         if self.tries_left <= 0 or self.soft_failures >= 2 or self._elapsed_s() > LAST_TRY_BEGINS_S:
@@ -4373,8 +4362,8 @@ class Exchange:
             fields["x-agproxy-account"] = self.record.account
         if self.route:
             fields["x-agproxy-route"] = self.route
-        lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n" for name,
-                        value in fields.items())
+        lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n"
+                        for name, value in fields.items())
         return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, _REASONS.get(status, b"Status"),
                                               lines.encode("latin-1", "replace"))
 
@@ -4394,8 +4383,8 @@ class Exchange:
         if self.is_started:
             self.keeps_alive = False
             if self.is_open:
-                self.downstream.send(self.frame(self.render(Fault(error)).encode("ascii"))
-                                     + (b"" if self.is_http_1_0 else LAST_CHUNK))
+                event = self.render(Fault(error)).encode("ascii")
+                self.downstream.send(self.frame(event) + self.last_frame())
             return
         headers = {}
         if error.retry_after_s is not None:
@@ -4415,6 +4404,9 @@ class Exchange:
 
     def frame(self, data: bytes) -> bytes:
         return data if self.is_http_1_0 or not data else chunk(data)
+
+    def last_frame(self) -> bytes:
+        return b"" if self.is_http_1_0 else LAST_CHUNK
 
     def open_stream(self) -> bytes:
         """Head of a stream, once; later b""."""
@@ -4445,8 +4437,8 @@ class Exchange:
         """Returns when `sock` is readable.  Meanwhile opens a held stream, keeps it alive, notices
         the client's departure (ClientGone) and the deadlines (ProxyError stall or timeout)."""
         now = time.monotonic()
-        config, is_streaming = self.services.config, bool(self.request
-                                                          and self.request.is_streaming)
+        config = self.services.config
+        is_streaming = bool(self.request and self.request.is_streaming)
         total_s = config.total_timeout_s if is_streaming else config.unary_timeout_s
         deadline, last = now + timeout_s, self.record.started_at + total_s
         while True:
@@ -4589,7 +4581,7 @@ class RelayedStream:
             self.exchange.keeps_alive = False
             self.exchange.record.note = redact(f"{error.kind}: {error.message}")
             out += self.exchange.render(Fault(error)).encode("ascii")
-        last = self.exchange.frame(out) + (b"" if self.exchange.is_http_1_0 else LAST_CHUNK)
+        last = self.exchange.frame(out) + self.exchange.last_frame()
         if last:
             self.push(last)
         else:
@@ -5035,8 +5027,7 @@ class Handler:
         usage = reply.finish.usage          # a stream that needs no upstream
         out = "".join(map(exchange.render, (Begin(usage), reply.finish))).encode("ascii")
         head = exchange.open_stream()
-        exchange.downstream.send(head + exchange.frame(out) + (b"" if exchange.is_http_1_0
-                                                               else LAST_CHUNK))
+        exchange.downstream.send(head + exchange.frame(out) + exchange.last_frame())
         return False
 
     def _stream(self, exchange: Exchange, stream: OpenStream, out: bytes) -> bool:
@@ -5051,8 +5042,7 @@ class Handler:
         is_over = answer.is_done or error is not None
         data = exchange.open_stream() + exchange.frame(out)
         try:
-            exchange.downstream.send(data + (LAST_CHUNK if is_over and not exchange.is_http_1_0
-                                             else b""))
+            exchange.downstream.send(data + exchange.last_frame() if is_over else data)
         except ClientGone:
             stream.close(is_gone=True)
             raise
@@ -5077,9 +5067,8 @@ class Handler:
             row = next((r for r in rows if r["id"] == name), None)
             if row is None:
                 pool, config = self.services.pool, self.services.config
-                row = {**anthropic_render_model(resolve_model(name, pool.accounts,
-                                                              config.aliases)),
-                       "id": name}
+                model = resolve_model(name, pool.accounts, config.aliases)
+                row = {**anthropic_render_model(model), "id": name}
             exchange.send_json(200, row)
             return
         query = dict(urllib.parse.parse_qsl(exchange.query))
@@ -5365,8 +5354,8 @@ def _sim_open_steps(contents: list) -> list[dict]:
     """Model turns with calls after the last user turn that holds text."""
     steps: list[dict] = []
     for content in reversed(contents):
-        if content["role"] == "user" and not any("functionResponse" in p
-                                                 for p in content["parts"]):
+        answers = any("functionResponse" in p for p in content["parts"])
+        if content["role"] == "user" and not answers:
             break
         if content["role"] == "model" and any("functionCall" in p for p in content["parts"]):
             steps.insert(0, content)
@@ -5474,8 +5463,8 @@ def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
         if name in meant and (name in required or kind):
             arguments[name] = meant[name]
         elif name in required:
-            arguments[name] = child["enum"][0] if child.get("enum") else values[child.get("type",
-                                                                                          "string")]
+            kind_of_value = child.get("type", "string")
+            arguments[name] = child["enum"][0] if child.get("enum") else values[kind_of_value]
     if kind == "read":
         arguments = {n: v for n, v in arguments.items() if v == path or n in required}
     return arguments
@@ -5735,8 +5724,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         for position, parts in enumerate(sim_agent(inner)):
             calls = [p for p in parts if "functionCall" in p]
             for call in calls if family in ("claude", "gemini3") else ():
-                call["functionCall"]["id"] = ("toolu_vrtx_" if family == "claude"
-                                              else "fc_") + os.urandom(8).hex()
+                prefix = "toolu_vrtx_" if family == "claude" else "fc_"
+                call["functionCall"]["id"] = prefix + os.urandom(8).hex()
             if calls and family == "gemini3":
                 calls[0]["thoughtSignature"] = signature
             yield event(parts)
@@ -5829,10 +5818,8 @@ def check_bind(config: Config) -> None:
                           "characters, not from documentation")
 
 
-def keep_token(path: str, log: Log, account: Account, old: str, new: str, is_demo: bool) -> None:
+def keep_token(path: str, log: Log, account: Account, old: str, new: str) -> None:
     """Stores a rotated refresh token.  Where that fails it is used from memory and said so."""
-    if is_demo:
-        return
     try:
         save_rotated_token(path, account.label, old, new)
     except (OSError, ConfigError) as err:
@@ -5854,11 +5841,14 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
     pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts
                         if row.get("enabled", True)], clock, config.strategy,
                         config.max_upstream_calls)
-    log = Log(log_out, args.debug)
+    log = Log(log_out)
+
+    def rotated(account: Account, old: str, new: str) -> None:
+        if not sim:
+            keep_token(path, log, account, old, new)
+
     services = Services(config, pool, ConnectionCache(clock, os.environ), clock, log, Meters(),
-                        Memory(),
-                        lambda account, old,
-                        new: keep_token(path, log, account, old, new, bool(sim)))
+                        Memory(), rotated, sim.url if sim else "")
     try:
         server = ProxyServer(services, config.host, config.port)
     except OSError as err:
@@ -5928,13 +5918,16 @@ def command_serve(args: argparse.Namespace) -> int:
             signal.signal(getattr(signal, name), stop)
     with running_proxy(args, out) as server:
         config, url = server.services.config, server_url(server)
-        say(f"agproxy {VERSION} listens on {url}" + ("  (demo: simulated accounts)" if args.demo
-                                                     else ""))
+        mode = "  (demo: simulated accounts)" if args.demo else ""
+        say(f"agproxy {VERSION} listens on {url}{mode}")
         say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
         say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                      for a, state in server.services.pool.states()))
         key = "$PROXY_API_KEY" if config.api_key else "agproxy"
         say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
+        if server.services.simulator:
+            say(f"simulator {server.services.simulator}  "
+                """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
         while not stopping.wait(0.5):
             pass
         say("stopping: running answers are finished first, a second signal ends at once")

@@ -95,7 +95,7 @@ class Proxy:
         self.pool = ag.AccountPool([ag.account_from_row(r, config.providers) for r in config.accounts],
                                    clock, config.strategy, config.max_upstream_calls)
         self.lines = open(tmp_path / "log.txt", "w+", encoding="utf-8")
-        self.log = ag.Log(self.lines, True)
+        self.log = ag.Log(self.lines)
         self.services = ag.Services(config, self.pool, ag.ConnectionCache(clock, {}), clock, self.log,
                                     ag.Meters(), ag.Memory(), lambda *a: self.rotated.append(a))
         self.rotated = []
@@ -1410,7 +1410,7 @@ def test_a_client_that_leaves_while_the_upstream_is_silent_is_noticed(make_proxy
     proxy = make_proxy({"a": None})
     proxy.sim.plan("a", "stall")
     sock = open_stream(proxy)
-    until(lambda: proxy.pool.in_flight == 1)
+    until(lambda: proxy.sim.accounts["a"].calls == 1)
     sock.close()
     until(lambda: proxy.pool.in_flight == 0)
     assert proxy.sim.accounts["a"].calls == 1
