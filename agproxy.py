@@ -119,19 +119,24 @@ HOLD_S = 15                     # the status line waits this long for the first 
 PING_EVERY_S = 10               # silence towards a streaming client before a ping
 BEAT_EVERY_S = 45               # ... before an empty delta: Claude Code 2.1.197 ignores pings
 SEND_STALL_S = 30               # a client that reads nothing for so long is dropped
+THREAD_WAIT_S = 2.0             # a request that no thread takes for so long is answered 503
 KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
 MAX_HEAD_BYTES = 32 << 10       # all header lines together
 MAX_LINE_BYTES = 8 << 10        # request line, or one header line
 MAX_HEADERS = 100
+MAX_MODEL_NAME = 200
 MAX_JSON_DEPTH = 200
 MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic time
 MAX_EVENT_BYTES = 16 << 20      # one upstream event
 MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
+MAX_ERROR_BYTES = 1 << 20       # the body of an upstream's error
+MAX_PUBLIC_BODY_BYTES = 1 << 20     # a request body on a route that needs no key
 MAX_STATED_DELAY_S = 8 * 86400  # Google's windows are a week at most; more is void
 RECV_BYTES = 64 << 10
 UPSTREAM_IDLE_S = 60            # a kept upstream connection
 UPSTREAM_IDLE_PER_HOST = 64
 TOKEN_TIMEOUT_S = 15
+PROJECT_ASKED_EVERY_S = 300     # where the answer failed
 TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
 WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
 GUESSED_REST_S = {              # rests nobody stated, by consecutive failures of the key
@@ -319,6 +324,7 @@ ERRORS = {
     "head_too_large": Rule(431, _BAD),
     "locked_out": Rule(429, "rate_limit_error"),
     "internal": Rule(500, _API),
+    "busy": Rule(503, _API),
     "full": Rule(529, "overloaded_error"),
     # what an upstream's answer means
     "quota": Rule(429, "rate_limit_error", Scope.CANDIDATE, "quota", Step.NEXT),
@@ -343,7 +349,7 @@ ERRORS = {
     "too_long": Rule(400, _BAD),
     "bad_request": Rule(400, _BAD),
     "empty": Rule(529, "overloaded_error", step=Step.AGAIN, pause_s=0.5),
-    "cut": Rule(502, _API, Scope.NOTHING, "", Step.NEXT),
+    "cut": Rule(502, _API, step=Step.ONE_MORE, pause_s=0.5),
     "timeout": Rule(504, "timeout_error"),
     # what the pool as a whole says
     "exhausted": Rule(429, "rate_limit_error"),
@@ -617,17 +623,20 @@ def resolve_secret(text: str) -> str:
         try:
             with open(os.path.expanduser(rest), encoding="utf-8") as handle:
                 value = handle.read().strip()
-        except OSError as err:
-            raise ConfigError(f"secret {text!r}: {err.strerror}") from err
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"secret file:{rest} cannot be read: {err}") from err
     elif kind == "cmd":
-        done = subprocess.run(rest, shell=True, capture_output=True, text=True, timeout=30)
+        try:
+            done = subprocess.run(rest, shell=True, capture_output=True, text=True, timeout=30)
+        except (OSError, ValueError, subprocess.SubprocessError) as err:
+            raise ConfigError(f"secret cmd:... did not run: {type(err).__name__}") from err
         if done.returncode:
-            raise ConfigError(f"secret {text!r}: the command ended with {done.returncode}")
+            raise ConfigError(f"secret cmd:... ended with {done.returncode}")
         value = done.stdout.strip()
     else:
         value = text
     if not value:
-        raise ConfigError(f"secret {text!r} is empty")
+        raise ConfigError(f"secret {kind}:... is empty")
     remember_secret(value)
     return value
 
@@ -715,6 +724,8 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
             raise ConfigError(f"{where}.{name}: {allowed} is required")
     if row.get("provider") not in providers:
         raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
+    if not providers[row["provider"]].base_urls:
+        raise ConfigError(f"{where}.provider: {row['provider']} has no base_url")
     given = [name for name in CREDENTIALS if row.get(name)]
     if len(given) != 1:
         raise ConfigError(f"{where}: exactly one of {', '.join(CREDENTIALS)} is required")
@@ -1050,6 +1061,8 @@ class BodyReader:
 
     def _chunk_line(self, line: bytes) -> None:
         """One line between chunks: the end of a chunk, a size, or a trailer."""
+        if b"\n" in line or b"\r" in line:
+            raise ValueError("bare line break between chunks")
         if self._state == "end":
             if line:
                 raise ValueError("chunk longer than its size")
@@ -1151,11 +1164,12 @@ class Kind(enum.Enum):
     """Kinds of blocks and pieces; also of the loose pieces that upstream parsers give."""
     TEXT = "text"
     THINKING = "thinking"
-    SIGNATURE = "signature"     # loose: of the thinking before it
+    SIGNATURE = "signature"     # loose: (raw, whether it stood on a thought)
     CALL = "call"
     ARGUMENTS = "arguments"
     IMAGE = "image"             # loose: (media type, base64)
-    METER = "meter"             # loose: Usage so far
+    METER = "meter"             # loose: counters so far, {"input" with cached, "cached", "visible",
+                                # "thinking", "output" in all}; missing ones stay as they were
     FINISH = "finish"           # loose: (Stop | None for "no usable answer", word of the upstream)
 
 
@@ -1315,7 +1329,7 @@ def _block_tokens(block: Any) -> float:
         return text_tokens(block.text)
     if isinstance(block, Media):
         if block.media_type == "application/pdf":
-            return 258 * max(1, base64.b64decode(block.data + "==").count(b"/Type /Page"))
+            return 258 * max(1, base64.b64decode(block.data).count(b"/Type /Page"))
         return 1000
     if isinstance(block, ToolCall):
         return 8 + len(block.name) / 4 + len(json_encode(block.arguments)) / 3.3
@@ -1357,12 +1371,13 @@ class Assembler:
         self.shape = shape
         self.open: Kind | None = None
         self.index = -1
-        self.usage = Usage()
+        self.counts: dict[str, int] = {}
         self.begun = False
         self.stop: tuple | None = None      # loose FINISH value
         self.calls = 0
         self.has_text = self.has_thinking = False
         self._signature = ""                # of the open thinking block, sent when it closes
+        self._late: list[str] = []          # thoughts after text: [A4] holds them until more comes
         self._letters = 0                   # sent so far, for upstreams that report no usage
         self._ids = set(shape.used_ids)
         self._actions = {
@@ -1401,12 +1416,13 @@ class Assembler:
     def known_usage(self) -> Usage:
         """The upstream's numbers; estimates where it gave none, since a client that reads 0
         never compacts its conversation."""
-        usage = self.usage
-        if not usage.input_tokens and not usage.cached_tokens:
-            usage = replace(usage, input_tokens=self.shape.estimate_input())
-        if not usage.output_tokens and self._letters:
-            usage = replace(usage, output_tokens=self._letters // 4 + 1)
-        return usage
+        get = self.counts.get
+        cached, thinking = get("cached", 0), get("thinking", 0)
+        given = get("input") or self.shape.estimate_input()
+        output = max(get("visible", 0) + thinking, get("output", 0))
+        if not output and self._letters:
+            output = self._letters // 4 + 1
+        return Usage(max(0, given - cached), cached, output, thinking)
 
     def _begin(self, out: list) -> None:
         if not self.begun:
@@ -1430,34 +1446,53 @@ class Assembler:
         self.open = None
 
     def _text(self, text: str, out: list) -> None:
+        if not text or (not self.has_text and text.isspace()):
+            return              # blank text before any other opens no block
+        if self._late:
+            self._flush_late(out)
         if self.open is not Kind.TEXT:
-            if not text or (not self.has_text and text.isspace()):
-                return          # blank text before any other opens no block
             self._switch(Kind.TEXT, out)
             self.has_text = True
-        if text:
-            self._letters += len(text)
-            out.append(Piece(self.index, Kind.TEXT, text))
+        self._letters += len(text)
+        out.append(Piece(self.index, Kind.TEXT, text))
 
     def _thinking(self, text: str, out: list) -> None:
         self.has_thinking = True
-        if not self.shape.shows_thinking:
+        if not self.shape.shows_thinking or not text:
             return
+        if self.open is Kind.TEXT:
+            # a thinking block after the last text empties the result of `claude -p`
+            self._late.append(text)
+            return
+        if self._signature:
+            self._close(out)    # signed text is complete; this is the next thought
         if self.open is not Kind.THINKING:
-            if not text:
-                return
             self._switch(Kind.THINKING, out)
-        if text and self.shape.thinking_text:
+        if self.shape.thinking_text:
             out.append(Piece(self.index, Kind.THINKING, text))
 
-    def _signature_piece(self, raw: str, out: list) -> None:
-        # a later one replaces it; elsewhere nobody can carry it
+    def _flush_late(self, out: list) -> None:
+        texts, self._late = self._late, []
+        self._close(out)
+        self._thinking("".join(texts), out)
+
+    def _signature_piece(self, value: tuple[str, bool], out: list) -> None:
+        """`value` is (raw, whether it stood on a thought): an unopened thought gets its block, a
+        later signature replaces the earlier, and one on text has nobody to carry it."""
+        raw, is_thought = value
+        if is_thought and self._late:
+            self._flush_late(out)
+        if is_thought and self.open is not Kind.TEXT and self.shape.shows_thinking:
+            if self.open is not Kind.THINKING:
+                self._switch(Kind.THINKING, out)
         if self.open is Kind.THINKING:
             self._signature = self.shape.wrap_signature(raw, "t")
 
     def _call(self, call: ToolCall, out: list) -> None:
         if self.shape.one_call and self.calls:
             return
+        if self._late:
+            self._flush_late(out)
         if call.signature and self.shape.shows_thinking:
             if self.open is not Kind.THINKING:
                 # a carrier: clients echo thinking blocks only
@@ -1483,25 +1518,38 @@ class Assembler:
         media_type, data = image
         self._text(f"[{media_type}, {len(data) * 3 // 4096} KB]", out)
 
-    def _meter(self, usage: Usage, out: list) -> None:
-        self.usage = usage
+    def _meter(self, counts: dict[str, int], out: list) -> None:
+        self.counts.update(counts)
 
     def _finish(self, value: tuple, out: list) -> None:
         if self.stop is None or self.stop[0] is Stop.END:
             self.stop = value
 
 
+def first_json(text: str) -> str:
+    """The first JSON object or array inside `text`, which models like to wrap in prose or fences;
+    the text itself where there is none."""
+    for match in re.finditer(r"[\[{]", text):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, match.start())
+        except (ValueError, RecursionError):
+            continue
+        return text[match.start():end]
+    return text
+
+
 class TextGate:
     """Deltas in, deltas out: ends the answer at a stop sequence, or far beyond `max_tokens` of
     visible text (thinking counts inside the upstream's own limit), and cuts a repeated `prefill`
-    off its start.  Holds back the longest tail that could still become a stop sequence."""
+    off its start.  Holds back the longest tail that could still become a stop sequence; all of a
+    text that is to be JSON, to take out the JSON value."""
 
     def __init__(self, stop_sequences: Iterable[str], max_tokens: int, prefill: str,
-                 usage: Callable[[], Usage]):
-        self.usage, self.prefill = usage, prefill
+                 is_json: bool, usage: Callable[[], Usage]):
+        self.usage, self.prefill, self.is_json = usage, prefill, is_json
         self.sequences = [s for s in stop_sequences if s.strip()]
-        # small limits are meant (probes, classifiers); large ones only guard against a runaway
-        self.budget = max_tokens if max_tokens <= 256 else max_tokens * 1.25
+        # our count is a guess and the upstream has the true limit: this only stops a runaway
+        self.budget = max_tokens * 1.25 + 16
         self.done = False
         self._tail, self._tokens = "", 0.0
         self._longest = max(map(len, self.sequences), default=0)
@@ -1522,6 +1570,11 @@ class TextGate:
 
     def _text(self, index: int, text: str, out: list, is_last: bool) -> None:
         text, self._tail = self._tail + text, ""
+        if self.is_json and not is_last:
+            self._tail = text
+            return
+        if self.is_json:
+            text = first_json(text)
         if self.prefill and not is_last:
             if len(text) < len(self.prefill) and self.prefill.startswith(text):
                 self._tail = text
@@ -1651,7 +1704,7 @@ def _pointer(root: Any, ref: str) -> Any:
         word = urllib.parse.unquote(word).replace("~1", "/").replace("~0", "~")
         if isinstance(root, dict):
             root = root.get(word)
-        elif isinstance(root, list) and word.isdigit() and int(word) < len(root):
+        elif isinstance(root, list) and re.fullmatch(r"[0-9]{1,6}", word) and int(word) < len(root):
             root = root[int(word)]
         else:
             return None
@@ -1706,8 +1759,8 @@ def _branch_worth(branch: dict) -> int:
 def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str], bool, tuple]:
     """anyOf and oneOf become their richest branch: (schema, hints, whether null was among them,
     the references followed)."""
-    branches = [b for word in ("anyOf", "oneOf") for b in (node.get(word) or ())
-                if isinstance(node.get(word), list) and isinstance(b, dict)]
+    branches = [b for word in ("anyOf", "oneOf") if isinstance(node.get(word), list)
+                for b in node[word] if isinstance(b, dict)]
     if not branches:
         return node, [], False, refs
     rest = {k: v for k, v in node.items() if k not in ("anyOf", "oneOf")}
@@ -1821,12 +1874,20 @@ def _clean(node: Any, job: _Cleaning, depth: int, refs: tuple) -> dict:
     return out
 
 
+def clean_answer_schema(schema: dict) -> dict:
+    """The core-only form of a schema for an answer (`responseSchema`), of any type."""
+    try:
+        return _clean(schema, _Cleaning(schema, False), 0, ())
+    except RecursionError as err:
+        raise invalid("output_config.format.schema", "nested too deeply") from err
+
+
 @functools.lru_cache(maxsize=2048)
 def _clean_cached(schema_json: str, is_claude: bool) -> dict:
     root = json.loads(schema_json)
     if not isinstance(root, dict):
         root = {}
-    words = {"type", "properties", "$ref", "allOf", "anyOf", "oneOf", "items", "enum", "required"}
+    words = {"properties", "$defs", "definitions"}
     if root and not words & root.keys() and all(isinstance(v, dict) for v in root.values()):
         root = {"type": "object", "properties": root}       # a bare property map
     cleaned = _clean(root, _Cleaning(root, is_claude), 0, ())
@@ -1917,22 +1978,33 @@ def unwrap_signature(text: str) -> Signature | None:
 # turn ahead, so the same prefix of a conversation always gives the same bytes (prompt caches).
 
 def fold_system_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
-    """Mid-conversation system turns become reminders in the user turn before them; those before any
-    user turn go to the system texts.  No Gemini upstream has a system role in `contents`."""
-    system, out = [], []
+    """Mid-conversation system turns become reminders in the user turn they follow, or else in the
+    next one; those before any user turn go to the system texts.  No Gemini upstream has a system
+    role in `contents`, and an earlier turn is never changed (prompt caches)."""
+    system: list[str] = []
+    waiting: list[Text] = []
+    out: list[Turn] = []
+    has_user = False
     for turn in turns:
         if turn.role != "system":
             out.append(turn)
+            has_user = has_user or turn.role == "user"
+            if turn.role == "user" and waiting:
+                out.append(Turn("user", tuple(waiting)))
+                waiting = []
             continue
         text = "\n".join(b.text for b in turn.blocks if isinstance(b, Text))
-        at = next((i for i in range(len(out) - 1, -1, -1) if out[i].role == "user"), None)
         if not text.strip():
             continue
-        if at is None:
+        reminder = Text(f"<system-reminder>\n{text}\n</system-reminder>")
+        if not has_user:
             system.append(text)
+        elif out[-1].role == "assistant":
+            waiting.append(reminder)
         else:
-            reminder = Text(f"<system-reminder>\n{text}\n</system-reminder>")
-            out[at] = Turn("user", out[at].blocks + (reminder,))
+            out.append(Turn("user", (reminder,)))
+    if waiting:
+        out.append(Turn("user", tuple(waiting)))
     return system, out
 
 
@@ -1943,16 +2015,36 @@ def is_blank(block: Any) -> bool:
 def merge_turns(turns: Iterable[Turn]) -> list[Turn]:
     """Blank texts and empty assistant turns dropped, neighbours of one role joined: Claude refuses
     both.  An emptied user turn keeps a dot, so that the order of roles stays."""
-    out: list[Turn] = []
+    joined: list[tuple[str, list]] = []
     for turn in turns:
-        blocks = tuple(b for b in turn.blocks if not is_blank(b))
-        if not blocks and turn.role == "assistant":
-            continue
-        blocks = blocks or (Text("."),)
-        if out and out[-1].role == turn.role:
-            out[-1] = Turn(turn.role, out[-1].blocks + blocks)
+        blocks = [b for b in turn.blocks if not is_blank(b)]
+        if turn.role == "assistant" and all(isinstance(b, Thinking) for b in blocks):
+            continue            # a thought without words or deeds leaves nothing to answer
+        if joined and joined[-1][0] == turn.role:
+            joined[-1][1].extend(blocks)
         else:
-            out.append(Turn(turn.role, blocks))
+            joined.append((turn.role, blocks))
+    return [Turn(role, tuple(blocks) or (Text("."),)) for role, blocks in joined]
+
+
+def number_repeated_ids(turns: list[Turn]) -> list[Turn]:
+    """Calls that reuse an earlier id get a number, and so do the results that follow them: some
+    clients count ids anew in every turn, and a result must not answer two calls."""
+    uses: collections.Counter = collections.Counter()
+    newest: dict[str, str] = {}
+    out = []
+    for turn in turns:
+        blocks = []
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                uses[block.id] += 1
+                count = uses[block.id]
+                newest[block.id] = block.id if count == 1 else f"{block.id}_{count}"
+                block = replace(block, id=newest[block.id])
+            elif isinstance(block, ToolResult):
+                block = replace(block, call_id=newest.get(block.call_id, block.call_id))
+            blocks.append(block)
+        out.append(Turn(turn.role, tuple(blocks)))
     return out
 
 
@@ -2005,7 +2097,8 @@ def close_ends(turns: list[Turn]) -> list[Turn]:
 def repair_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
     """All repairs in their order: (texts for the system instruction, alternating turns)."""
     system, folded = fold_system_turns(turns)
-    return system, close_ends(merge_turns(pair_tool_results(merge_turns(folded))))
+    return system, close_ends(merge_turns(pair_tool_results(merge_turns(
+        number_repeated_ids(folded)))))
 
 
 def short_prefill(turns: tuple) -> str:
@@ -2036,6 +2129,7 @@ def short_prefill(turns: tuple) -> str:
 IMAGE_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
                (b"%PDF", "application/pdf"))
 _ROLES = ("user", "assistant", "system")
+_BASE64, _URL_SAFE = re.compile(r"[A-Za-z0-9+/]+"), str.maketrans("-_", "+/")
 # Tools that Anthropic's API knows by type only; clients run them themselves.
 CLIENT_TOOLS = {
     "bash_": {"command": "string", "restart": "boolean"},
@@ -2121,11 +2215,12 @@ def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
         data = data.partition(",")[2]
     if any(c in data for c in "\r\n\t "):
         data = "".join(data.split())
-    head = data[:32].replace("-", "+").replace("_", "/")
-    if not re.fullmatch(r"[A-Za-z0-9+/]{4,}={0,2}", head):
+    data = data.translate(_URL_SAFE).rstrip("=")
+    if not data or len(data) % 4 == 1 or not _BASE64.fullmatch(data):
         raise invalid(path + ".data", "base64 is required")
+    data += "=" * (-len(data) % 4)
     # the declared type is often wrong; the first bytes are not
-    start = base64.b64decode(head[:len(head) // 4 * 4])
+    start = base64.b64decode(data[:32])
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         media_type = "image/webp"
     media_type = next((name for magic, name in IMAGE_MAGIC if start.startswith(magic)), media_type)
@@ -2214,7 +2309,11 @@ def _turns(messages: Any, reading: _Reading) -> tuple[tuple, str]:
         content = message.get("content")
         if not isinstance(content, (str, list)):
             raise invalid(path + ".content", "a string or a list of blocks is required")
-        turns.append(Turn(message["role"], reading.blocks(content, path + ".content")))
+        blocks = reading.blocks(content, path + ".content")
+        # a model's blocks in a person's mouth count for nothing
+        if message["role"] != "assistant":
+            blocks = tuple(b for b in blocks if not isinstance(b, (ToolCall, Thinking)))
+        turns.append(Turn(message["role"], blocks))
         directive = message.get("output_config")
         if isinstance(directive, dict) and isinstance(directive.get("effort"), str):
             effort = directive["effort"]
@@ -2261,6 +2360,8 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
         if isinstance(examples, list) and examples:
             text += "\nExamples: " + "; ".join(map(json_encode, examples[:2]))
         tool = Tool(name, text, schema or {})
+        if name == "DeferredToolPlaceholder":
+            continue
         if not row.get("defer_loading"):
             plain[name] = tool
         elif name in mentioned:
@@ -2268,8 +2369,9 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
     return tuple(plain.values()) + tuple(deferred[n] for n in mentioned if n in deferred)
 
 
-def _tool_choice(value: Any, tools: tuple) -> tuple[tuple, bool]:
-    """((mode, name), whether parallel calls are unwanted)."""
+def _tool_choice(value: Any, tools: tuple, offered: set) -> tuple[tuple, bool]:
+    """((mode, name), whether parallel calls are unwanted).  `offered` are all names the client
+    gave; one that was left out cannot be forced."""
     if value is None:
         return ("auto", ""), False
     kind = _dict_at(value, "tool_choice").get("type")
@@ -2278,7 +2380,9 @@ def _tool_choice(value: Any, tools: tuple) -> tuple[tuple, bool]:
     name = ""
     if kind == "tool":
         name = _text_at(value.get("name"), "tool_choice.name")
-        if name not in {tool.name for tool in tools}:
+        if name in offered and name not in {tool.name for tool in tools}:
+            kind, name = "auto", ""
+        elif name not in offered:
             raise invalid("tool_choice.name", f"{name!r} is not among the tools")
     return (kind, name), value.get("disable_parallel_tool_use") is True
 
@@ -2321,7 +2425,7 @@ def _session(body: Mapping, headers: Mapping[str, str]) -> str:
     if not isinstance(user_id, str):
         return ""
     if user_id.startswith("{"):
-        with contextlib.suppress(ValueError):       # not JSON after all: taken as it stands
+        with contextlib.suppress(ValueError, RecursionError):   # not JSON: taken as it stands
             return str(json.loads(user_id).get("session_id") or user_id)
     return user_id.rpartition("_session_")[2]
 
@@ -2332,6 +2436,8 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
     the offending field.  Unknown fields are ignored: newer clients send them."""
     body = _dict_at(body, "body")
     model = _text_at(body.get("model"), "model")
+    if len(model) > MAX_MODEL_NAME:
+        raise invalid("model", f"at most {MAX_MODEL_NAME} characters are allowed")
     if body.get("thread") is not None:      # the SDK's tool runner goes on without when told so
         error = invalid("thread", "threads are not supported")
         error.details = {"error_code": "thread_unsupported_request"}
@@ -2352,7 +2458,8 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
     if isinstance(choice, dict) and isinstance(choice.get("name"), str):
         reading.mentioned.setdefault(choice["name"])
     tools = _tools(body.get("tools"), reading.mentioned)
-    tool_choice, one_call = _tool_choice(choice, tools)
+    offered = {t.get("name") for t in body.get("tools") or () if isinstance(t, dict)}
+    tool_choice, one_call = _tool_choice(choice, tools, offered)
     stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
     top_k = _number_at(body, "top_k", 0, 1 << 31)
     return Request(
@@ -2612,7 +2719,7 @@ class _Contents:
         self.target, self.signatures = target, signatures
         self.is_claude = target.model.family == "claude"
         self.is_thinking, self.repair = is_thinking, repair
-        self.sends_ids = self.is_claude or target.model.family == "gemini3"
+        self.sends_ids = target.model.family in ("claude", "gemini3", "gpt-oss")
         self.names: dict[str, str] = {}
 
     def render(self, turns: list[Turn]) -> list[dict]:
@@ -2695,7 +2802,7 @@ class _Contents:
         inline = self.target.model.family == "gemini3" and not self.target.provider.envelope
         if images and not inline:
             media.extend(images)
-            text += "".join(f"\n[image {n + 1} of {len(images)} follows]"
+            text += "".join(f"\n[file {n + 1} of {len(images)} follows]"
                             for n in range(len(images)))
         if result.is_error:
             response = {"error": text.strip() or "failed without output"}
@@ -2760,7 +2867,8 @@ def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerSh
     tools = {tool_name(tool.name): tool for tool in request.tools}
 
     def client_call(name: str, arguments: dict) -> tuple[str, dict]:
-        tool = tools.get(name) or tools.get(re.sub(r"\Adefault_api[:.]", "", name))
+        name = re.sub(r"\Adefault_api[:.]", "", name)
+        tool = tools.get(name)
         if tool is None:
             return name, arguments
         return tool.name, restore_arguments(arguments, tool.schema)
@@ -2800,7 +2908,10 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     if request.json_schema is not None:
         if model.family == "gemini3" or (model.family == "gemini25" and "tools" not in inner):
             config["responseMimeType"] = "application/json"
-            config["responseSchema"] = clean_schema(request.json_schema, False)
+            if target.provider.envelope:
+                config["responseSchema"] = clean_answer_schema(request.json_schema)
+            else:
+                config["responseJsonSchema"] = request.json_schema
         else:
             inner["contents"][-1]["parts"].append({"text": (
                 "Answer with one JSON value of this schema and nothing else: "
@@ -2834,21 +2945,26 @@ _FINISH = {         # finishReason -> (Stop | None for "nothing usable", explana
                      "MODEL_ARMOR", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
                      "IMAGE_OTHER", "NO_IMAGE"), Stop.REFUSAL),
     **dict.fromkeys(("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS",
-                     "MALFORMED_RESPONSE", "MISSING_THOUGHT_SIGNATURE"), None),
+                     "MALFORMED_RESPONSE"), None),
 }
-_SCAN = json.JSONDecoder().scan_once
 
 
-def gemini_parse_usage(meta: Mapping) -> Usage | None:
-    """None for a usageMetadata without counters (Vertex sends such chunks first)."""
-    prompt, visible = meta.get("promptTokenCount") or 0, meta.get("candidatesTokenCount") or 0
-    if not prompt and not visible:
-        return None
-    cached, thinking = meta.get("cachedContentTokenCount") or 0, meta.get("thoughtsTokenCount") or 0
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+_SCAN = json.JSONDecoder(parse_constant=_no_constant).scan_once
+
+
+def gemini_parse_usage(meta: Mapping) -> dict[str, int]:
+    """The counters this usageMetadata has; missing ones keep what an earlier chunk said."""
     extra = meta.get("toolUsePromptTokenCount") or 0
-    total = meta.get("totalTokenCount") or 0
-    return Usage(max(0, prompt + extra - cached), cached,
-                 max(visible + thinking, total - prompt - extra), thinking)
+    prompt, total = meta.get("promptTokenCount") or 0, meta.get("totalTokenCount") or 0
+    found = {"input": prompt + extra, "cached": meta.get("cachedContentTokenCount"),
+             "visible": meta.get("candidatesTokenCount"),
+             "thinking": meta.get("thoughtsTokenCount"),
+             "output": total - prompt - extra if total and prompt else 0}
+    return {name: count for name, count in found.items() if count}
 
 
 def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
@@ -2862,7 +2978,7 @@ def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
         elif text:
             pieces.append((Kind.TEXT, text))
         if signature:
-            pieces.append((Kind.SIGNATURE, signature))
+            pieces.append((Kind.SIGNATURE, (signature, bool(part.get("thought")))))
         return
     call = part.get("functionCall")
     if call is not None:
@@ -2871,7 +2987,7 @@ def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
                                            arguments if isinstance(arguments, dict) else {},
                                            part.get("thoughtSignature") or "")))
     elif part.get("thoughtSignature"):
-        pieces.append((Kind.SIGNATURE, part["thoughtSignature"]))
+        pieces.append((Kind.SIGNATURE, (part["thoughtSignature"], bool(part.get("thought")))))
     elif part.get("inlineData"):
         image = part["inlineData"]
         pieces.append((Kind.IMAGE, (str(image.get("mimeType")), str(image.get("data") or ""))))
@@ -2892,7 +3008,7 @@ def gemini_parse_event(text: str) -> list[tuple[Kind, Any]]:
         event = event[0]
     if not isinstance(event, dict):
         raise ValueError("not an object")
-    if "error" in event:
+    if event.get("error"):
         raise UpstreamFault(event)
     body = event.get("response", event)
     pieces: list[tuple[Kind, Any]] = []
@@ -2901,17 +3017,19 @@ def gemini_parse_event(text: str) -> list[tuple[Kind, Any]]:
             for part in (candidate.get("content") or {}).get("parts") or ():
                 _parse_part(part, pieces)
             word = candidate.get("finishReason")
+            if word == "MISSING_THOUGHT_SIGNATURE":     # a 400 of its own kind, told in the stream
+                raise UpstreamFault({"error": {"code": 400,
+                                               "message": "missing thought_signature"}})
             if word:
                 stop = _FINISH.get(word, Stop.END)
                 note = candidate.get("finishMessage") or word
                 pieces.append((Kind.FINISH, (stop, note)))
             break                   # one candidate is asked for
-        else:
-            blocked = (body.get("promptFeedback") or {}).get("blockReason")
-            if blocked:
-                pieces.append((Kind.FINISH, (Stop.REFUSAL, blocked)))
+        blocked = (body.get("promptFeedback") or {}).get("blockReason")
+        if blocked:
+            pieces.append((Kind.FINISH, (Stop.REFUSAL, blocked)))
         meta = body.get("usageMetadata")
-        usage = gemini_parse_usage(meta) if meta else None
+        usage = gemini_parse_usage(meta) if meta else {}
     except (AttributeError, TypeError) as err:
         raise ValueError("not of the expected shape") from err
     if usage:
@@ -2959,7 +3077,7 @@ def _innermost(error: Any, depth: int = 3) -> tuple[str, dict]:
         return str(inner), error
     message = str(inner.get("message") or "")
     if depth and message.lstrip().startswith(("{", "[")):
-        with contextlib.suppress(ValueError):       # it only looked like JSON
+        with contextlib.suppress(ValueError, RecursionError):       # it only looked like JSON
             return _innermost(json.loads(message), depth - 1)[0], inner
     return message, inner
 
@@ -2978,13 +3096,16 @@ def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
         yield float(headers["x-ratelimit-reset"]) - now
 
 
+def _dicts(value: Any) -> list[dict]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def _link(details: list[dict], metadata: Mapping, message: str) -> str:
     if isinstance(metadata.get("validation_url"), str):
         return metadata["validation_url"]
     for detail in details:
-        for link in detail.get("links") or ():
-            if isinstance(link,
-                          dict) and "learn more" not in str(link.get("description", "")).lower():
+        for link in _dicts(detail.get("links")):
+            if "learn more" not in str(link.get("description", "")).lower():
                 return str(link.get("url", ""))
     match = _LOGIN_LINK.search(message.replace("\\u0026", "&"))
     return match[0] if match else ""
@@ -3000,19 +3121,16 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
             text = re.sub(r"<[^>]*>|\s+", " ", raw[:400].decode("utf-8", "replace")).strip()
             raw = {"error": {"message": text}}
     message, error = _innermost(raw)
-    details = [d for d in error.get("details") or () if isinstance(d, dict)] \
-        if isinstance(error.get("details"), list) else []
+    details = _dicts(error.get("details"))
     reasons, metadata = set(), {}
     delays = list(_retry_headers_s(headers, now))
     for detail in details:
         reasons.add(str(detail.get("reason", "")))
         if isinstance(detail.get("metadata"), dict):
             metadata.update(detail["metadata"])
-        reasons.update(str(v.get("quotaId", "")) for v in detail.get("violations") or ()
-                       if isinstance(v, dict))
+        reasons.update(str(v.get("quotaId", "")) for v in _dicts(detail.get("violations")))
         delays.append(parse_duration_s(str(detail.get("retryDelay", ""))))
-    reasons.update(str(e.get("reason", "")) for e in error.get("errors") or ()
-                   if isinstance(e, dict))
+    reasons.update(str(e.get("reason", "")) for e in _dicts(error.get("errors")))
     delays.append(parse_duration_s(str(metadata.get("quotaResetDelay", ""))))
     for match in _IN_PROSE.finditer(message):
         delays.append(float(match[2]) if match[2]
@@ -3046,6 +3164,27 @@ def readable(socks: list, timeout_s: float) -> list:
             poll.register(number, select.POLLIN)
         return [by_number[number] for number, _ in poll.poll(max(0.0, timeout_s) * 1000)]
     return select.select(socks, [], [], max(0.0, timeout_s))[0]
+
+
+def receive(sock: socket.socket, wait: Callable[[Any, float], None], timeout_s: float) -> bytes:
+    """One recv of a socket made non-blocking.  A readable TLS socket may hold no data (session
+    tickets, half a record): waited on again, within the same deadline."""
+    deadline = time.monotonic() + timeout_s
+    sock.setblocking(False)
+    while True:
+        wait(sock, max(0.0, deadline - time.monotonic()))
+        try:
+            return sock.recv(RECV_BYTES)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            continue
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """All of `data`, each 64 KiB of it within SEND_STALL_S; raises OSError."""
+    sock.settimeout(SEND_STALL_S)
+    view = memoryview(data)
+    for start in range(0, len(view), RECV_BYTES):
+        sock.sendall(view[start:start + RECV_BYTES])
 
 
 def network_error(err: BaseException, host: str) -> ProxyError:
@@ -3146,14 +3285,15 @@ class ConnectionCache:
         if scheme == "https":
             opener: http.client.HTTPConnection = http.client.HTTPSConnection(
                 *address, timeout=timeout_s, context=self._tls_context())
-            if via:
-                headers = {}
-                if via.username:
-                    pair = f"{via.username}:{via.password or ''}".encode()
-                    headers["Proxy-Authorization"] = "Basic " + base64.b64encode(pair).decode()
-                opener.set_tunnel(host, port, headers)
         else:
-            opener = http.client.HTTPConnection(host, port, timeout=timeout_s)
+            opener = http.client.HTTPConnection(*address, timeout=timeout_s)
+        if via:
+            headers = {}
+            if via.username:
+                pair = f"{via.username}:{via.password or ''}"
+                token = base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
+                headers["Proxy-Authorization"] = "Basic " + token
+            opener.set_tunnel(host, port, headers)
         opener.connect()            # sets TCP_NODELAY
         with self._lock:
             self.opened += 1
@@ -3162,10 +3302,11 @@ class ConnectionCache:
 
 def simple_call(connections: ConnectionCache, method: str, url: str, headers: Mapping[str, str],
                 body: bytes | None = None,
+                proxy: str = "",
                 timeout_s: float = TOKEN_TIMEOUT_S) -> tuple[int, dict, bytes]:
     """(status, lower-case headers, body) of a small call: tokens, projects.  Raises ProxyError."""
     parts = urllib.parse.urlsplit(url)
-    connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, fresh=True)
+    connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, proxy, True)
     client = http.client.HTTPConnection(connection.host)
     client.sock = connection.sock
     client.sock.settimeout(timeout_s)
@@ -3209,6 +3350,7 @@ class Account:
     flight: Any = None                      # Event of the refresh under way
     refresh_failure: tuple | None = None    # (monotonic time, ProxyError), shared for 5 s
     found_project: str | None = None        # None: not asked yet, "": there is none
+    project_asked_at: float = -1e9          # monotonic; a failed question rests five minutes
 
     @property
     def label(self) -> str:
@@ -3317,6 +3459,11 @@ class Choice(NamedTuple):
     reason: str             # why this one: the x-agproxy-route header
 
 
+def is_stated(error: ProxyError) -> bool:
+    """Whether the upstream itself said until when this candidate is limited."""
+    return error.delay_s is not None and error.kind in ("quota", "rate")
+
+
 def candidate_keys(candidate: Candidate) -> tuple:
     """Everything whose rest makes this candidate rest; hosts count when all of them rest."""
     name, pool, model = candidate.account.name, candidate.account.provider.id, candidate.model.id
@@ -3380,8 +3527,9 @@ class Lease:
     (with nothing to blame) unless it was settled or passed on with its open stream."""
 
     def __init__(self, settle: Callable[[Lease, Any, bool], None], candidate: Candidate,
-                 reason: str):
+                 reason: str, began_at: float):
         self._settle, self.candidate, self.reason = settle, candidate, reason
+        self.began_at = began_at        # epoch seconds
         self.is_settled = self.is_passed_on = False
 
     def settle(self, error: ProxyError | None = None, is_success: bool = False) -> None:
@@ -3432,7 +3580,8 @@ class AccountPool:
             self._last[model] = account.name
             if chosen.state == "guessed":
                 self._probing.add(chosen.candidate)
-        return Choice(Lease(self.settle, chosen.candidate, reason), None, verdicts, reason)
+        lease = Lease(self.settle, chosen.candidate, reason, now)
+        return Choice(lease, None, verdicts, reason)
 
     def verdicts(self, candidates: Iterable[Candidate], tried: Iterable) -> tuple:
         now = self.clock.now()
@@ -3447,10 +3596,22 @@ class AccountPool:
             self.in_flight -= 1
             self._probing.discard(candidate)
             if is_success:
-                for key in candidate_keys(candidate):
-                    self._rests.pop(key, None)
+                self._clear_rests(lease)
             elif error is not None:
                 self._punish(candidate, error, now)
+
+    def proved(self, lease: Lease) -> None:
+        """The candidate answers with content: guesses about it are over, others may come."""
+        with self._lock:
+            self._probing.discard(lease.candidate)
+            self._clear_rests(lease)
+
+    def _clear_rests(self, lease: Lease) -> None:
+        """Drops guesses that are older than the lease; what was stated, or is newer, stays."""
+        for key in candidate_keys(lease.candidate):
+            rest = self._rests.get(key)
+            if rest and not rest.is_stated and rest.failed_at <= lease.began_at:
+                del self._rests[key]
 
     def rest_host(self, url: str, error: ProxyError) -> None:
         now = self.clock.now()
@@ -3497,15 +3658,17 @@ class AccountPool:
         if old and now - old.failed_at < 3600:
             failures = old.failures + (now - old.failed_at > 2)
         ladder = GUESSED_REST_S[error.rule.rest]
-        is_stated = error.delay_s is not None and error.kind in ("quota", "rate")
-        if is_stated:
+        stated = is_stated(error)
+        if stated:
             rest_s = max(1.0, error.delay_s) + 1.0      # grace: clocks differ
         else:
             rest_s = ladder[min(failures, len(ladder)) - 1]
             if error.rule.rest == "capacity":
                 # so that waiting requests do not return at once
                 rest_s *= 0.9 + 0.2 * random.random()
-        self._rests[key] = Rest(error.kind, now + rest_s, is_stated, failures, now, error.message)
+        if old and old.is_stated and old.until > now + rest_s * stated:
+            return          # a stated limit is not shortened, and not by a guess at all
+        self._rests[key] = Rest(error.kind, now + rest_s, stated, failures, now, error.message)
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
@@ -3562,15 +3725,16 @@ def oauth_client(provider: Provider, environ: Mapping[str, str]) -> tuple[str, s
                      f"providers.{provider.id}")
 
 
-def oauth_refresh(refresh_token: str, provider: Provider, connections: ConnectionCache) -> dict:
+def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
     """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  Raises
     ProxyError revoked when a person must sign in again, token_endpoint for what passes."""
+    provider = account.provider
     client_id, client_secret = oauth_client(provider, connections.environ)
     form = urllib.parse.urlencode({"client_id": client_id, "client_secret": client_secret,
                                    "grant_type": "refresh_token", "refresh_token": refresh_token})
     status, _, raw = simple_call(connections, "POST", provider.token_url,
                                  {"Content-Type": "application/x-www-form-urlencoded"},
-                                 form.encode())
+                                 form.encode(), account.proxy)
     try:
         answer = json_decode(raw)
     except ValueError:
@@ -3594,7 +3758,10 @@ def _fly(account: Account, flight: threading.Event, connections: ConnectionCache
     token, expires_at = "", 0.0
     try:
         old = resolve_secret(account.secret)
-        answer = oauth_refresh(old, account.provider, connections)
+        if account.credential != "refresh_token":
+            token = old
+            return token
+        answer = oauth_refresh(old, account, connections)
         token = answer["access_token"]
         remember_secret(token)
         lifetime = answer.get("expires_in")
@@ -3606,7 +3773,7 @@ def _fly(account: Account, flight: threading.Event, connections: ConnectionCache
             account.secret = new
         return token
     except ConfigError as err:
-        failure = ProxyError("revoked", str(err))
+        failure = ProxyError("revoked", f"its secret cannot be had: {err}")
         raise failure from err
     except ProxyError as err:
         failure = err if err.kind in ("revoked", "token_endpoint") else ProxyError(
@@ -3625,17 +3792,13 @@ def oauth_access_token(account: Account, connections: ConnectionCache, clock: Cl
                        on_rotate: Callable[[Account, str, str], None], refused: str = "") -> str:
     """A token with life left.  `refused` is one that the upstream answered 401: it is not handed
     out again.  One caller refreshes, all others wait for its result, a failure included."""
+    is_static = account.credential != "refresh_token"
     while True:
         with account.lock:
-            if account.credential != "refresh_token":
-                if not account.access_token:
-                    account.access_token = resolve_secret(account.secret)
-                if refused == account.access_token:
-                    raise ProxyError("revoked",
-                                     "the credential is not accepted; put a new one into "
-                                     "accounts.json")
-                return account.access_token
-            fresh = account.token_expires_at - clock.now() > TOKEN_REFRESH_BEFORE_S
+            if is_static and refused and refused == account.access_token:
+                raise ProxyError("revoked", "the credential is not accepted; put a new one into "
+                                 "accounts.json")
+            fresh = is_static or account.token_expires_at - clock.now() > TOKEN_REFRESH_BEFORE_S
             if account.access_token and fresh and account.access_token != refused:
                 return account.access_token
             failed = account.refresh_failure
@@ -3660,13 +3823,16 @@ def user_agent(account: Account) -> str:
     return text.replace("{os}", system).replace("{arch}", arch)
 
 
-def oauth_project(account: Account, token: str, connections: ConnectionCache) -> str:
+def oauth_project(account: Account, token: str, connections: ConnectionCache, clock: Clock) -> str:
     """The Cloud Code project: the configured one, else asked for once (loadCodeAssist).  "" sends
     requests without one.  Raises ProxyError validation where Google wants the owner to act."""
     if account.project or not account.provider.envelope:
         return account.project
-    if account.found_project is not None:
-        return account.found_project
+    with account.lock:
+        is_fresh = clock.monotonic() - account.project_asked_at < PROJECT_ASKED_EVERY_S
+        if account.found_project is not None or is_fresh:
+            return account.found_project or ""
+        account.project_asked_at = clock.monotonic()
     body = json_encode({"metadata": {"ideType": "ANTIGRAVITY", "pluginType": "GEMINI"}}).encode()
     headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
                "User-Agent": user_agent(account)}
@@ -3675,7 +3841,7 @@ def oauth_project(account: Account, token: str, connections: ConnectionCache) ->
         try:
             status, _, raw = simple_call(connections, "POST",
                                          base_url + "/v1internal:loadCodeAssist",
-                                         headers, body)
+                                         headers, body, account.proxy)
             answer = json_decode(raw)
         except (ProxyError, ValueError):
             continue                # the next host may know
@@ -3735,11 +3901,12 @@ class Meaning(NamedTuple):
 
 MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile(row.reason))
                  for row in (
-    Meaning((), "", r"prompt is too long|input token count .* exceeds|request_too_large",
+    Meaning((), "", r"prompt is too long|input token count.*exceeds|request_too_large",
             "too_long"),
     Meaning((413,), "", "", "too_long"),
     Meaning((400,), "", r"thought[ _]?signature|invalid `signature`|signature: field required"
-            r"|expected `thinking`|must start with a thinking block|cannot be modified",
+            r"|expected `thinking`|must start with a thinking block|cannot be modified"
+            r"|bound to a different",
             "signature"),
     Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
             r"|tool_use_id|`tool_use` ids were found", "pairing"),
@@ -3823,7 +3990,7 @@ class Pipe:
         self.gate = None
         if request.stop_sequences or prefill or 0 < request.max_tokens:
             self.gate = TextGate(request.stop_sequences, request.max_tokens, prefill,
-                                 self.assembler.known_usage)
+                                 request.json_schema is not None, self.assembler.known_usage)
         self.fault: ProxyError | None = None
         self.is_done = False            # the answer is over before the upstream's end
         self.skipped = 0                # events that could not be read
@@ -3864,6 +4031,9 @@ class Pipe:
     def _event(self, event: str, out: list[str]) -> None:
         if self.is_done:
             return
+        if not self.assembler.begun and "version of Antigravity is no longer supported" in event:
+            raise UpstreamFault({"error": {"code": 503, "message": "This version of Antigravity is "
+                                           "no longer supported"}})     # told as model text
         try:
             pieces = self.parse_event(event)
         except ValueError:
@@ -3949,10 +4119,8 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
     while True:
         connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
         try:
-            connection.sock.settimeout(SEND_STALL_S)
-            connection.sock.sendall(message)
-            wait(connection.sock, config.first_byte_timeout_s)
-            data = connection.sock.recv(RECV_BYTES)
+            send_all(connection.sock, message)
+            data = receive(connection.sock, wait, config.first_byte_timeout_s)
             if data:
                 return connection, data
             raise ConnectionResetError("closed without an answer")
@@ -3973,8 +4141,7 @@ def _read_answer_head(connection: Connection, data: bytes, wait: Any, config: Co
         if not mark:
             if len(data) > MAX_HEAD_BYTES:
                 raise ProxyError("network", f"{connection.host} sent an endless head")
-            wait(connection.sock, config.idle_timeout_s)
-            more = connection.sock.recv(RECV_BYTES)
+            more = receive(connection.sock, wait, config.idle_timeout_s)
             if not more:
                 raise ProxyError("network", f"{connection.host} closed the connection in its head")
             data += more
@@ -3989,11 +4156,11 @@ def _read_answer_head(connection: Connection, data: bytes, wait: Any, config: Co
 
 
 def _read_whole(connection: Connection, body: BodyReader, data: bytes, wait: Any) -> bytes:
-    """The body of an error, at most a mebibyte, for at most ten seconds."""
+    """The body of an error, for at most ten seconds; what is there counts when it is cut."""
     parts = [body.feed(data)] if data else []
+    deadline = time.monotonic() + 10
     while not body.done:
-        wait(connection.sock, 10)
-        data = connection.sock.recv(RECV_BYTES)
+        data = receive(connection.sock, wait, max(0.0, deadline - time.monotonic()))
         if not data:
             break
         parts.append(body.feed(data))
@@ -4011,7 +4178,7 @@ def upstream_call(connections: ConnectionCache, call: Call,
     try:
         status, headers, rest = _read_answer_head(connection, data, wait, config)
         framing = body_framing(headers, False, status in (204, 304))
-        body = BodyReader(framing, MAX_REPLY_BYTES if status != 200 else 1 << 40,
+        body = BodyReader(framing, MAX_ERROR_BYTES if status != 200 else 1 << 40,
                           headers.get("content-encoding", "").lower())
         keeps_alive = framing != "close" and headers.get("connection", "").lower() != "close"
         if status != 200:
@@ -4028,9 +4195,6 @@ def upstream_call(connections: ConnectionCache, call: Call,
         if answer.fault and not call.pipe.has_content:
             raise answer.fault
         # a refusal told as model text
-        if b"version of Antigravity is no longer supported" in out:
-            raise call.understand(503, headers,
-                                  {"error": {"message": out.decode("ascii", "replace")}})
         return answer, out
     except BaseException as err:
         if connection is not None:
@@ -4082,6 +4246,7 @@ class Services:
     signatures: Memory
     save_token: Callable[[Account, str, str], None]     # (account, old, new)
     simulator: str = ""         # its URL, where it is the upstream
+    stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
 
 class Conducting:
@@ -4140,10 +4305,12 @@ class Conducting:
         """After a candidate failed: the next one, or the answer to the client."""
         if error.rule.step in (Step.CLIENT, Step.REPAIR):
             raise error
-        is_stated = error.delay_s is not None and error.kind in ("quota", "rate")
-        if not is_stated and error.kind not in LOGIN_KINDS:
+        if not is_stated(error) and error.kind not in LOGIN_KINDS:
             # a stated rest blocks it by itself, and may end while we wait
             self.tried.add(candidate)
+        if error.kind == "capacity":        # another account of the pool meets the same crowd
+            self.tried.update(c for c in self.candidates
+                              if c.account.provider.id == candidate.account.provider.id)
         self.soft_failures += error.kind == "soft_429"
         if self.tries_left <= 0 or self.soft_failures >= 2 or self._elapsed_s() > LAST_TRY_BEGINS_S:
             self._refuse(self.services.pool.verdicts(self.candidates, self.tried))
@@ -4162,11 +4329,12 @@ class Conducting:
             try:
                 result = self._call(lease, hosts[0], refused, repair, fold, tokens)
                 pool.host_answered(hosts[0])
+                pool.proved(lease)
                 return result
             except ProxyError as err:
                 self.record.failures.append(f"{candidate.account.label}: {err.kind}")
                 step, error = err.rule.step, err
-            if error.kind not in LOGIN_KINDS and error.delay_s is None:
+            if error.kind not in LOGIN_KINDS and not is_stated(error):
                 self.tries_left -= 1
             if error.rule.scope is Scope.HOST:
                 pool.rest_host(hosts[0], error)
@@ -4203,7 +4371,7 @@ class Conducting:
                                    services.save_token,
                                    refused)
         tokens.append(token)
-        project = oauth_project(account, token, services.connections)
+        project = oauth_project(account, token, services.connections, services.clock)
         target = Target(candidate.model, provider, candidate.upstream_id, project)
         rendered = dialect.render_request(self.request, target, services.signatures, repair)
         auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
@@ -4279,8 +4447,7 @@ class Downstream:
     def send(self, data: bytes) -> None:
         """All of `data`, or ClientGone: one that takes nothing for SEND_STALL_S is gone too."""
         try:
-            self.sock.settimeout(SEND_STALL_S)
-            self.sock.sendall(data)
+            send_all(self.sock, data)
         except OSError as err:
             raise ClientGone() from err
 
@@ -4443,10 +4610,13 @@ class Exchange:
         deadline, last = now + timeout_s, self.record.started_at + total_s
         while True:
             now = time.monotonic()
-            due = min(deadline, last)
+            if self.services.stopping.is_set():
+                raise ProxyError("stopping", "the proxy is stopping")
+            held_until = float("inf")
             if is_streaming:
-                due = min(due, self.last_out_at + PING_EVERY_S if self.is_open
-                          else self.record.started_at + HOLD_S)
+                held_until = (self.last_out_at + PING_EVERY_S if self.is_open
+                              else self.record.started_at + HOLD_S)
+            due = min(deadline, last, held_until, now + 1)      # a stop is noticed within a second
             socks = [s for s in (sock, self.downstream.sock if self.is_watching else None)
                      if s is not None]
             ready = readable(socks, due - now) if socks else time.sleep(max(0, due - now)) or []
@@ -4464,7 +4634,7 @@ class Exchange:
                 if sock is None:
                     return
                 raise ProxyError("stall", f"the upstream was silent for {human_s(timeout_s)}")
-            if is_streaming and now >= due:
+            if now >= held_until:
                 self._while_held(now)
 
     def pause(self, seconds: float) -> None:
@@ -4515,6 +4685,8 @@ class RelayedStream:
     def on_upstream(self, mask: int) -> None:
         """Everything that is there: one read, one write, until nothing more can be had at once."""
         answer = self.stream.answer
+        if self not in self.relay.streams:      # an event of the same batch ended it
+            return
         while not self.is_ending and not self.pending:
             out = answer.read()
             if out is None:
@@ -4533,9 +4705,9 @@ class RelayedStream:
                 return
 
     def on_client(self, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
+        if mask & selectors.EVENT_WRITE and self in self.relay.streams:
             self.flush()
-        if mask & selectors.EVENT_READ and not self.exchange.downstream.is_closed:
+        if mask & selectors.EVENT_READ and self in self.relay.streams:
             left = self.exchange.downstream.has_left()
             if left:
                 self.finish(is_gone=True)
@@ -4587,6 +4759,13 @@ class RelayedStream:
         else:
             self.finish()
 
+    def fail(self) -> None:
+        """Something inside the proxy broke: an error event where that still works, then the end."""
+        if self.is_ending:
+            self.finish(is_gone=True)
+        else:
+            self.end(ProxyError("internal", "the stream failed inside the proxy"))
+
     def tick(self, now: float) -> None:
         """Once a second: keep-alives, a dead upstream, a client that takes nothing, total time."""
         config = self.exchange.services.config
@@ -4627,8 +4806,9 @@ class Relay:
     its thread touches selector, streams and idle; others put calls into the inbox and wake it."""
 
     def __init__(self, services: Services, serve: Callable[[Downstream], None],
-                 release: Callable[[Downstream], None]):
+                 release: Callable[[Downstream], None], each_second: Callable[[float], None]):
         self.services, self.serve, self.release = services, serve, release
+        self.each_second = each_second
         self.streams: set[RelayedStream] = set()
         self.idle: dict[Downstream, float] = {}         # -> deadline, monotonic
         self._selector = selectors.DefaultSelector()
@@ -4719,14 +4899,18 @@ class Relay:
             action(*values)
         except Exception as err:
             self.services.log.line("relay: %s", short_trace(err))
-            if stream is not None:
-                stream.outcome = ProxyError("internal", "the stream failed inside the proxy")
-                stream.finish(is_gone=True)
+            if stream is not None and action != stream.fail:
+                self._guard(stream, stream.fail)
 
     def _run(self) -> None:
         next_tick = time.monotonic() + 1
         while not self._is_stopping:
-            ready = self._selector.select(max(0.0, next_tick - time.monotonic()))
+            try:
+                ready = self._selector.select(max(0.0, next_tick - time.monotonic()))
+            except (OSError, ValueError) as err:    # more sockets than select() takes
+                self.services.log.line("relay: %s", short_trace(err))
+                ready = []
+                time.sleep(0.05)
             for key, mask in ready:
                 if key.data is None:
                     with contextlib.suppress(BlockingIOError):
@@ -4745,6 +4929,7 @@ class Relay:
     def _tick(self, now: float) -> None:
         for stream in list(self.streams):
             self._guard(stream, stream.tick, now)
+        self.each_second(now)
         for downstream in [d for d, deadline in self.idle.items() if deadline < now]:
             del self.idle[downstream]
             self.watch(downstream.sock, 0, None)
@@ -4753,37 +4938,42 @@ class Relay:
 
 class Workers:
     """Threads that serve connections: a few wait, more start when needed, at most `limit`.
-    The lock guards the two counts."""
+    The condition's lock guards jobs and counts."""
 
     def __init__(self, limit: int, work: Callable[[Downstream], None]):
         self.limit, self.work = limit, work
         self.threads = self.waiting = 0
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._change = threading.Condition()
+        self._jobs: collections.deque = collections.deque()     # (since monotonic, Downstream)
 
     def submit(self, downstream: Downstream) -> None:
-        self._jobs.put(downstream)
-        with self._lock:
-            is_needed = self.waiting < self._jobs.qsize() and self.threads < self.limit
+        with self._change:
+            self._jobs.append((time.monotonic(), downstream))
+            is_needed = self.waiting < len(self._jobs) and self.threads < self.limit
             self.threads += is_needed
+            self._change.notify()
         if is_needed:
             threading.Thread(target=self._run, name="worker", daemon=True).start()
 
+    def overdue(self, now: float) -> list[Downstream]:
+        """Connections for which no thread was free for two seconds; they are no jobs any more."""
+        out = []
+        with self._change:
+            while self._jobs and now - self._jobs[0][0] > THREAD_WAIT_S:
+                out.append(self._jobs.popleft()[1])
+        return out
+
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._change:
                 self.waiting += 1
-            try:
-                job = self._jobs.get(timeout=10)
-            except queue.Empty:
-                job = None
-            with self._lock:
+                self._change.wait_for(lambda: self._jobs, 10)
                 self.waiting -= 1
-                if job is None and self._jobs.empty():
+                if not self._jobs:
                     self.threads -= 1
                     return
-            if job is not None:
-                self.work(job)
+                _, downstream = self._jobs.popleft()
+            self.work(downstream)
 
 
 # Routes
@@ -4835,7 +5025,8 @@ class Handler:
                 exchange = self._read_request()
                 if exchange is None:
                     return
-                is_handed_over = self._answer(exchange)
+                with self.server.counted():
+                    is_handed_over = self._answer(exchange)
             except ClientGone:
                 self.server.release(downstream)
                 return
@@ -4884,7 +5075,7 @@ class Handler:
             raise invalid("", "HTTP/1.0 has no Transfer-Encoding")
         return Exchange(downstream, self.services, line, head.headers)
 
-    def _read_body(self, exchange: Exchange) -> None:
+    def _read_body(self, exchange: Exchange, limit: int) -> None:
         """The whole body, within its limits.  Unread bytes would be taken for a request, so every
         error here closes the connection."""
         config, headers, downstream = self.services.config, exchange.headers, self.downstream
@@ -4892,24 +5083,25 @@ class Handler:
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
             raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
-        too_large = ProxyError("too_large",
-                               f"the body is larger than {config.max_body_bytes} bytes")
+        too_large = ProxyError("too_large", f"the body is larger than {limit} bytes")
         try:
             framing = body_framing(headers, True)
-            if isinstance(framing, int) and framing > config.max_body_bytes:
+            if isinstance(framing, int) and framing > limit:
                 raise too_large
             if framing and headers.get("expect", "").lower() == "100-continue":
                 downstream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = BodyReader(framing, config.max_body_bytes, encoding, True)
-            parts, data = [], downstream.buffer
+            body = BodyReader(framing, limit, encoding, True)
+            parts, data, received, armed_at = [], downstream.buffer, 0, 0
+            deadline = time.monotonic() + config.client_body_timeout_s
             while True:
                 if data:
                     parts.append(body.feed(data))
                 if body.done:
                     break
-                # a fresh deadline for each 64 KiB at most: one byte a second does not hold a thread
-                deadline = time.monotonic() + config.client_body_timeout_s
+                if received - armed_at >= RECV_BYTES:   # each 64 KiB earn a fresh deadline
+                    deadline, armed_at = time.monotonic() + config.client_body_timeout_s, received
                 data = downstream.receive(deadline, "the request's body")
+                received += len(data)
                 if not data:
                     raise ClientGone()
         except OverflowError:
@@ -4936,7 +5128,9 @@ class Handler:
         try:
             route, match = self._find_route(exchange)
             self._admit(exchange, route)
-            self._read_body(exchange)
+            limit = self.services.config.max_body_bytes
+            self._read_body(exchange, limit if route.access == "api"
+                            else min(limit, MAX_PUBLIC_BODY_BYTES))
             is_handed_over = bool(route.handle(self, exchange, match))
         except ProxyError as err:
             exchange.send_error(err)
@@ -4985,7 +5179,8 @@ class Handler:
             server.guard.check(headers, time.monotonic())
             has_key = True
         host = headers.get("host", "").lower()
-        name, _, port = host.rpartition(":") if re.search(r":\d+\Z", host) else (host, "", "")
+        name, _, port = host.rpartition(":") if re.search(r":[0-9]{1,5}\Z", host) else (host, "",
+                                                                                        "")
         names = ("127.0.0.1", "localhost", "[::1]", *config.hosts)
         is_own = name in names and (not port or int(port) == server.server_port
                                     or name in config.hosts)
@@ -5063,7 +5258,7 @@ class Handler:
     def models(self, exchange: Exchange, match: Any) -> None:
         rows = self.server.model_rows()
         if match["id"]:
-            name = urllib.parse.unquote(match["id"])
+            name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
             row = next((r for r in rows if r["id"] == name), None)
             if row is None:
                 pool, config = self.services.pool, self.services.config
@@ -5134,7 +5329,7 @@ ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The listener: accepted connections wait in the relay for their first byte, then get a thread.
-    The lock guards `connections`."""
+    The lock guards `connections` and `active`."""
     request_queue_size = 256
     # on Windows it would let two programs share the port
     allow_reuse_address = os.name != "nt"
@@ -5145,12 +5340,16 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.guard = KeyGuard(services.config.api_key) if services.config.api_key else None
         self.connections: set[Downstream] = set()
         self._lock = threading.Lock()
+        self.active = 0         # requests in threads
+        # select() on Windows takes 512 sockets, and a stream has two
+        self.max_connections = min(services.config.max_connections,
+                                   240 if os.name == "nt" else 1 << 30)
         self.is_stopping, self.started_at = False, time.monotonic()
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
         self.workers = Workers(services.config.max_threads, self._work)
-        self.relay = Relay(services, self.workers.submit, self.release)
+        self.relay = Relay(services, self.workers.submit, self.release, self._refuse_overdue)
 
     def server_bind(self) -> None:
         """Binds without http.server's reverse look-up of the host name, which may take seconds."""
@@ -5165,18 +5364,30 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         downstream = Downstream(request, client_address)
         with self._lock:
-            is_full = len(self.connections) >= self.services.config.max_connections
+            is_full = len(self.connections) >= self.max_connections
             if not is_full:
                 self.connections.add(downstream)
         if is_full:
-            with contextlib.suppress(OSError):      # refusing is best effort
-                request.settimeout(0.1)
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
-                                b"Connection: close\r\nContent-Length: 0\r\n\r\n")
-            downstream.close()
+            self._refuse(downstream)
             return
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):      # it was reset already: the relay will notice
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.relay.park(downstream, self.services.config.client_head_timeout_s)
+
+    def _refuse(self, downstream: Downstream) -> None:
+        """503 without a thread and without reading: best effort, at once."""
+        error = ProxyError("busy", "the proxy is at its limit of connections or threads")
+        body = json_encode(anthropic_render_error(error, new_id("req_"))).encode("ascii")
+        with contextlib.suppress(OSError):
+            downstream.sock.settimeout(0.1)
+            downstream.sock.sendall(
+                b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        self.release(downstream)
+
+    def _refuse_overdue(self, now: float) -> None:
+        for downstream in self.workers.overdue(now):
+            self._refuse(downstream)
 
     def release(self, downstream: Downstream) -> None:
         """Forgets and closes a connection."""
@@ -5192,6 +5403,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         except Exception as err:        # a thread's top: log, close this connection, go on
             self.services.log.line("worker: %s", short_trace(err))
             self.release(downstream)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a request as active, so that a drain waits for it."""
+        with self._lock:
+            self.active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.active -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.services.log.line("accept: %s", short_trace(sys.exc_info()[1]))
@@ -5215,11 +5437,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and (self.relay.streams or self.services.pool.in_flight):
+        while time.monotonic() < deadline and (self.relay.streams or self.active):
             time.sleep(0.05)
+        self.services.stopping.set()        # who still waits for content hears it within a second
         self.relay.end_all(ProxyError("stopping", "the proxy is stopping"))
-        ended = time.monotonic() + 1
-        while time.monotonic() < ended and self.relay.streams:
+        ended = time.monotonic() + 2
+        while time.monotonic() < ended and (self.relay.streams or self.active):
             time.sleep(0.02)
         self.relay.stop()
         with self._lock:
@@ -5963,7 +6186,8 @@ def command_models(args: argparse.Namespace) -> int:
     if args.demo:
         rows = [{"name": name, "provider": "sim", "refresh_token": "demo"}
                 for name in DEMO_ACCOUNTS]
-        config = load_config("", {}, os.environ, {"accounts": rows})
+        nowhere = {"sim": {"base_url": "http://127.0.0.1"}}
+        config = load_config("", {}, os.environ, {"accounts": rows, "providers": nowhere})
     else:
         config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
     accounts = [account_from_row(row, config.providers) for row in config.accounts

@@ -396,7 +396,8 @@ def random_pieces(rng):
         kind = rng.choice([Kind.TEXT, Kind.THINKING, Kind.SIGNATURE, Kind.CALL, Kind.METER, Kind.IMAGE, Kind.FINISH])
         yield kind, {
             Kind.TEXT: rng.choice(["", " ", "word", "\n"]), Kind.THINKING: rng.choice(["", "hm"]),
-            Kind.SIGNATURE: "sig", Kind.METER: ag.Usage(3, 0, rng.randint(0, 9)), Kind.IMAGE: ("image/png", "AAAA"),
+            Kind.SIGNATURE: ("sig", rng.random() < .5),
+            Kind.METER: rng.choice([{}, {"input": 3, "cached": 1}, {"visible": rng.randint(0, 9)}]), Kind.IMAGE: ("image/png", "AAAA"),
             Kind.CALL: ag.ToolCall(rng.choice(["", "x", "bad id"]), "t", {"a": [1, "\n\""]}, rng.choice(["", "s"])),
             Kind.FINISH: (rng.choice([Stop.END, Stop.LENGTH, Stop.REFUSAL, None]), "why")}[kind]
 
@@ -406,7 +407,7 @@ def test_any_pieces_make_a_grammatical_stream_or_one_named_failure():
         rng = random.Random(seed)
         shape = ag.AnswerShape(rng.random() < .7, rng.random() < .7, rng.random() < .3)
         assembler, deltas = ag.Assembler(shape), []
-        gate = ag.TextGate(["rd", "hm w"], rng.choice([1, 500]), "", assembler.known_usage) if seed % 2 else None
+        gate = ag.TextGate(["rd", "hm w"], rng.choice([1, 500]), "", False, assembler.known_usage) if seed % 2 else None
         for piece in random_pieces(rng):
             out = assembler.feed([piece])
             deltas += gate.feed(out) if gate else out
@@ -432,7 +433,7 @@ def test_any_pieces_make_a_grammatical_stream_or_one_named_failure():
     (["ab"], "aab", "a"), (["END", "STOP"], "one STOP END", "one "), ([" "], "a b", "a b")])
 def test_a_stop_sequence_ends_the_text_before_it_wherever_it_is_cut(stops, text, expected):
     for pieces in every_split(text):
-        gate, got, finish = ag.TextGate(stops, 1000, "", ag.Usage), "", None
+        gate, got, finish = ag.TextGate(stops, 1000, "", False, ag.Usage), "", None
         for piece in pieces:
             for delta in gate.feed([ag.Piece(0, Kind.TEXT, piece)]):
                 if isinstance(delta, ag.Piece):
@@ -446,7 +447,7 @@ def test_a_stop_sequence_ends_the_text_before_it_wherever_it_is_cut(stops, text,
 
 def test_a_repeated_prefill_is_not_repeated_to_the_client():
     for pieces in every_split('{"a":1}'):
-        gate = ag.TextGate((), 1000, "{", ag.Usage)
+        gate = ag.TextGate((), 1000, "{", False, ag.Usage)
         out = [d for piece in pieces for d in gate.feed([ag.Piece(0, Kind.TEXT, piece)])]
         assert "".join(d.text for d in out) == '"a":1}'
 
@@ -500,6 +501,11 @@ def test_recursive_and_deep_schemas_end():
     ({"a": {"type": "string"}}, {"type": "object", "properties": {"a": {"type": "string"}}}),
     ({"type": "object", "properties": {"title": {"type": "string"}}, "title": "T", "required": None},
      {"type": "object", "properties": {"title": {"type": "string"}}}),
+    ({"type": {"type": "string"}, "items": {"type": "string"}}, {"type": "object", "properties": {
+        "type": {"type": "string"}, "items": {"type": "string"}}}),
+    ({"type": "object", "properties": {"a": {"anyOf": 5}, "b": {"$ref": "#/required/²"}}, "required": ["a"]},
+     {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "object", "description": "See: ²"}},
+      "required": ["a"]}),
     ({"type": "object", "properties": {"n": {"enum": [1, 2]}}}, {"type": "object", "properties": {
         "n": {"type": "string", "enum": ["1", "2"], "description": "Allowed: 1, 2"}}}),
     ({"type": "object", "properties": {"a": {"type": ["string", "null"], "minLength": 1}}, "required": ["a"]},
@@ -547,6 +553,8 @@ BAD_BODIES = [
      "messages.0.content.0.source"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "@@@"}}]}]},
      "messages.0.content.0.source.data"),
+    ({"messages": [{"role": "user", "content": [{"type": "document", "source": {
+        "type": "base64", "media_type": "application/pdf", "data": "JVBERi0xL"}}]}]}, "messages.0.content.0.source.data"),
     ({"max_tokens": None}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": "5"}, "max_tokens"), ({"stream": "yes"}, "stream"), ({"system": 5}, "system"),
     ({"system": [{"type": "text"}]}, "system.0.text"), ({"temperature": "hot"}, "temperature"),
@@ -673,6 +681,26 @@ def test_broken_pairs_are_mended_before_the_service_sees_them(name, messages, ex
         assert text in json.dumps(inner["contents"])
 
 
+def test_ids_that_are_used_again_keep_their_own_results():
+    inner = rendered([U, answered(use("0")), said(result("0", "first")), answered(use("0"), use("0")),
+                      said(result("0", "second"))])
+    assert [next(iter(r["response"].values())) for r in responses(inner)] == [
+        "first", "no result was recorded for this call", "second"]
+    assert len({r["id"] for r in responses(inner)}) == 3
+
+
+def test_blocks_of_the_model_in_a_persons_turn_count_for_nothing():
+    inner = rendered([said({"type": "thinking", "thinking": "SECRET", "signature": ""}, use("x"), {"type": "text", "text": "t"})])
+    assert inner["contents"] == [{"role": "user", "parts": [{"text": "t"}]}]
+
+
+def test_a_reminder_after_the_models_turn_leaves_earlier_turns_alone():
+    before = rendered([U, answered({"type": "text", "text": "x"}), U])
+    after = rendered([U, answered({"type": "text", "text": "x"}), {"role": "system", "content": "S"}, U])
+    assert after["contents"][0] == before["contents"][0]
+    assert after["contents"][2]["parts"][-1]["text"] == "<system-reminder>\nS\n</system-reminder>"
+
+
 def test_system_turns_become_reminders_in_the_user_turn_before_them():
     inner = rendered([{"role": "system", "content": "first"}, U, {"role": "system", "content": "Env"}])
     assert [c["role"] for c in inner["contents"]] == ["user"]
@@ -682,7 +710,7 @@ def test_system_turns_become_reminders_in_the_user_turn_before_them():
 
 def test_blank_texts_vanish_and_roles_alternate():
     inner = rendered([U, answered({"type": "text", "text": "  "}), U, said({"type": "text", "text": ""})])
-    assert inner["contents"] == [{"role": "user", "parts": [{"text": "hi"}, {"text": "hi"}, {"text": "."}]}]
+    assert inner["contents"] == [{"role": "user", "parts": [{"text": "hi"}, {"text": "hi"}]}]
 
 
 def test_a_conversation_begins_and_ends_with_the_user():
@@ -872,6 +900,32 @@ def test_hidden_thoughts_never_become_text():
     assert omitted.blocks == (ag.Thinking("", "S"), ag.Text("x"))
 
 
+def test_counters_of_earlier_chunks_stay_when_a_later_one_lacks_them():
+    usage = answer([chunk_of({"text": "a"}, promptTokenCount=900, cachedContentTokenCount=600, candidatesTokenCount=1),
+                    chunk_of(finish="STOP", candidatesTokenCount=30)]).finish.usage
+    assert usage == ag.Usage(300, 600, 30)
+
+
+def test_each_thought_keeps_its_own_signature_and_none_ends_the_answer():
+    signed = lambda raw, **more: {"thought": True, "thoughtSignature": raw, **more}     # noqa: E731
+    call = {"functionCall": {"name": "t"}}
+    reply = answer([chunk_of({"text": "a", "thought": True}, signed("R1")), chunk_of({"text": "b", "thought": True}, signed("R2")),
+                    chunk_of(call, finish="STOP")])
+    assert reply.blocks[:2] == (ag.Thinking("a", "R1"), ag.Thinking("b", "R2"))
+    assert answer([chunk_of(signed("R1")), chunk_of(call, finish="STOP")]).blocks[0] == ag.Thinking("", "R1")
+    trailing = answer([chunk_of({"text": "x"}), chunk_of({"text": "late", "thought": True}, finish="STOP")])
+    assert trailing.blocks == (ag.Text("x"),)
+    between = answer([chunk_of({"text": "x"}), chunk_of({"text": "mid", "thought": True}), chunk_of({"text": "y"}, finish="STOP")])
+    assert between.blocks == (ag.Text("x"), ag.Thinking("mid", ""), ag.Text("y"))
+
+
+def test_json_answers_are_freed_of_fences_and_prose():
+    request = neutral([U], output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
+    reply = answer([chunk_of({"text": "Sure:\n```json\n{\"title\":"}), chunk_of({"text": " \"x\"}\n```"}, finish="STOP")],
+                   request=request)
+    assert reply.blocks == (ag.Text('{"title": "x"}'),)
+
+
 def test_only_the_first_call_when_parallel_calls_are_unwanted():
     calls = [{"functionCall": {"name": "t", "id": "same"}}] * 3
     assert kinds(answer([chunk_of(*calls, finish="STOP")], ag.AnswerShape(one_call=True))) == ["ToolCall"]
@@ -920,6 +974,9 @@ NESTED = json.dumps({"error": {"message": json.dumps({"type": "error", "error": 
     (400, NESTED, "signature"), (502, b"<html>x</html>", "server"), (504, b"", "stall"), (529, b"{}", "capacity"),
     (400, google("API key not valid.", reason="API_KEY_INVALID"), "revoked"),
     (429, google("limit: 0, model: x"), "entitlement"), (429, google("x", retry="7s"), "rate"),
+    (400, google("thinking is bound to a different conversation"), "signature"),
+    (400, google("The input token count exceeds the maximum number of tokens allowed 1048576."), "too_long"),
+    (429, b'{"error":{"code":429,"message":"m","errors":true,"details":[{"violations":3.5,"links":1}]}}', "soft_429"),
     (413, b"{}", "too_long"), (403, b"{}", "project"), (418, b"{}", "bad_request"),
 ])
 def test_what_an_answer_means(status, raw, kind):
@@ -1007,10 +1064,10 @@ def test_guessed_rests_grow_and_bursts_count_once():
     waits = []
     for gap in (0, 1, 100, 400, 2000, 100):
         clock.at += gap
-        pool.settle(ag.Lease(pool.settle, candidate, ""), ag.ProxyError("quota", "m"), False)
+        pool.settle(ag.Lease(pool.settle, candidate, "", clock.at), ag.ProxyError("quota", "m"), False)
         waits.append(round(pool.verdicts([candidate], ())[0].until - clock.at))
     assert waits == [60, 60, 300, 1800, 7200, 7200]
-    pool.settle(ag.Lease(pool.settle, candidate, ""), None, True)
+    pool.settle(ag.Lease(pool.settle, candidate, "", clock.at), None, True)
     assert pool.verdicts([candidate], ())[0].state == "usable"
 
 
@@ -1035,6 +1092,25 @@ def test_a_stated_limit_is_never_tested():
     error = ag.refusal("m", choice.verdicts, clock.now(), None)
     assert error.kind == "exhausted" and "a0" in error.message and "a1" in error.message and "16m 41s" in error.message
     assert "python3 agproxy.py" in error.message
+
+
+def test_a_stated_limit_outlives_older_successes_and_later_guesses():
+    clock = FakeClock()
+    pool = make_pool(1, clock=clock)
+    early, late, later = lent(pool).lease, lent(pool).lease, lent(pool).lease
+    late.settle(ag.ProxyError("quota", "spent", delay_s=7000))
+    early.settle(is_success=True)
+    later.settle(ag.ProxyError("soft_429", "m"))
+    verdict = pool.verdicts(pool.candidates(ag.MODELS["gemini-3-flash"]), ())[0]
+    assert verdict.state == "stated" and verdict.until - clock.at > 6999
+
+
+def test_a_tested_account_serves_others_as_soon_as_it_answers():
+    pool = make_pool(1)
+    lent(pool).lease.settle(ag.ProxyError("rate", "m"))
+    first = lent(pool).lease
+    pool.proved(first)
+    assert lent(pool).lease is not None         # although the first stream still goes on
 
 
 def test_in_flight_caps_and_lower_priority_values_first():
@@ -1190,6 +1266,33 @@ def test_a_short_stated_limit_is_waited_for_with_keep_alives(make_proxy, monkeyp
     assert names[-1] == "message_stop" and events[0][1]["message"]["usage"]["input_tokens"] > 0
 
 
+def test_an_outage_of_the_whole_pool_is_not_amplified(make_proxy, no_pauses):
+    proxy = make_proxy({f"a{i}": None for i in range(8)})
+    for name in proxy.sim.accounts:
+        proxy.sim.plan(name, *["capacity"] * 9)
+    assert proxy.ask()[0] == 529
+    assert sum(a.calls for a in proxy.sim.accounts.values()) <= 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_refusal_told_as_model_text_is_no_answer(make_proxy, no_pauses, monkeypatch, stream):
+    proxy = make_proxy({"a": None})
+    monkeypatch.setattr(ag, "sim_agent", lambda inner: [[{
+        "text": "This version of Antigravity is no longer supported. Please update."}]])
+    status, _, body = proxy.ask(stream=stream)
+    assert status == 503 and "no longer supported" in body["error"]["message"]
+
+
+def test_an_account_whose_secret_is_missing_stops_and_the_others_serve(make_proxy):
+    proxy = make_proxy({"a": None, "b": None}, provider="gemini")
+    proxy.pool.accounts[0].secret = "env:AG_NOT_SET_ANYWHERE"
+    status, headers, _ = proxy.ask()
+    assert status == 200 and headers["x-agproxy-account"] == "b"
+    proxy.pool.accounts[1].secret, proxy.pool.accounts[1].access_token = "cmd:echo hunter2; false", ""
+    _, _, body = proxy.ask()
+    assert body["error"]["type"] == "permission_error" and "hunter2" not in json.dumps(body)
+
+
 def test_the_gemini_api_is_spoken_without_an_envelope(make_proxy):
     proxy = make_proxy({"k": None}, provider="gemini")
     status, headers, body = proxy.ask("count to 3", model="claude-opus-4-8", thinking={"type": "adaptive"})
@@ -1299,6 +1402,9 @@ HOSTILE = [
     (b"GET /%2e%2e/etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404), (b"GET //v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
     (b"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n", 403),
+    (b"GET / HTTP/1.1\r\nHost: localhost:" + b"9" * 5000 + b"\r\n\r\n", 403),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\n2;a\nb\r\n{}\r\n0\r\n\r\n", 400),
+    (POST + b"Content-Length: %d\r\n\r\n" % 100_050 + b'{"model":"' + b"[" * 100_038 + b'"}', 400),
     (POST + b"Sec-Fetch-Site: cross-site\r\nContent-Length: 2\r\n\r\n{}", 403),
 ]
 
@@ -1484,6 +1590,33 @@ def test_draining_ends_streams_with_an_error_event(make_proxy):
     assert b"event: error" in data and b"overloaded_error" in data and b"message_stop" not in data
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_draining_answers_those_who_still_wait_for_content(make_proxy, stream):
+    proxy = make_proxy({"a": None})
+    proxy.sim.plan("a", "stall")
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(proxy.ask(stream=stream)))
+    asking.start()
+    until(lambda: proxy.sim.accounts["a"].calls == 1)
+    proxy.server.drain(0.1)
+    asking.join()
+    assert answers[0][0] == 529, answers
+    assert answers[0][2]["error"]["type"] == "overloaded_error"
+
+
+def test_without_a_free_thread_the_answer_is_503_and_nobody_else_notices(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "THREAD_WAIT_S", 0.2)
+    proxy = make_proxy({"a": None}, max_threads=1)
+    proxy.sim.plan("a", "stall")
+    sock = open_stream(proxy)
+    until(lambda: proxy.sim.accounts["a"].calls == 1)
+    status, headers, raw = proxy.call("GET", "/health")
+    assert status == 503 and headers["retry-after"] == "1" and json.loads(raw)["type"] == "error"
+    sock.close()
+    until(lambda: proxy.pool.in_flight == 0)
+    assert proxy.call("GET", "/health")[0] == 200
+
+
 def test_an_error_inside_the_proxy_is_one_500_with_an_id(make_proxy, monkeypatch):
     proxy = make_proxy({"a": None})
 
@@ -1563,7 +1696,7 @@ def text_of(name):
 SOURCE, README = text_of("agproxy.py"), text_of("README.md")
 TREE = ast.parse(SOURCE)
 MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18), "select": (12, 17), "selectors": (12, 17),
-           "threading": (3, 5, 12, 13, 14, 17, 18, 19, 20), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
+           "threading": (3, 5, 12, 16, 13, 14, 17, 18, 19, 20), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
            "subprocess": (4, 14, 20), "signal": (17, 20), "random": (3, 13), "argparse": (20,)}
 
 
