@@ -1274,6 +1274,14 @@ class Request:
     is_streaming: bool = False
 
 
+class Target(NamedTuple):
+    """Where a request goes upstream."""
+    model: Model
+    provider: Provider
+    upstream_id: str
+    project: str = ""
+
+
 # Deltas of an answer
 
 @dataclass(frozen=True)
@@ -2628,14 +2636,6 @@ def anthropic_render_model(model: Model) -> dict:
 # [G8] Metering and signatures belong to the deployment: they do not travel between providers.
 
 SKIP_SIGNATURE = "skip_thought_signature_validator"
-
-
-class Target(NamedTuple):
-    """Where a request goes."""
-    model: Model
-    provider: Provider
-    upstream_id: str
-    project: str = ""
 
 
 class Rendered(NamedTuple):

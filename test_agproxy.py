@@ -1300,6 +1300,32 @@ def test_the_gemini_api_is_spoken_without_an_envelope(make_proxy):
     assert "request" not in proxy.sim.requests[0][1] and "contents" in proxy.sim.requests[0][1]
 
 
+def test_a_dead_host_is_passed_over_and_a_429_asks_no_other(make_proxy, no_pauses):
+    proxy = make_proxy({"a": None, "b": None})
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))             # bound, not listening: connections are refused
+        nowhere = f"http://127.0.0.1:{dead.getsockname()[1]}"
+        for account in proxy.pool.accounts:
+            account.provider = account.provider._replace(base_urls=(nowhere, proxy.sim.url))
+        assert proxy.ask()[1]["x-agproxy-account"] == "a"
+        assert proxy.pool.hosts(proxy.pool.accounts[0].provider)[0] == proxy.sim.url
+    for account in proxy.pool.accounts:
+        account.provider = account.provider._replace(base_urls=(proxy.sim.url, proxy.sim.url + "/"))
+    proxy.sim.plan("a", "quota")
+    assert proxy.ask()[1]["x-agproxy-account"] == "b" and proxy.sim.accounts["a"].calls == 2
+
+
+def test_the_project_is_asked_for_once_unless_it_is_configured(make_proxy):
+    proxy = make_proxy({"a": None})
+    for _ in range(3):
+        proxy.ask()
+    assert [body["project"] for _, body in proxy.sim.requests] == ["sim-project-a"] * 3
+    assert proxy.services.connections.opened <= 3       # token, project, generation
+    proxy.pool.accounts[0].project = "mine"
+    proxy.ask()
+    assert proxy.sim.requests[-1][1]["project"] == "mine"
+
+
 def test_connections_are_reused_and_stale_ones_replaced(make_proxy):
     proxy = make_proxy({"a": None})
     for _ in range(5):
@@ -1725,6 +1751,25 @@ def test_nothing_is_used_before_it_is_defined():
     ahead = sorted({f"{getattr(node, 'name', node.lineno)} -> {used.id}" for node in TREE.body for used in ast.walk(node)
                     if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load) and lines.get(used.id, 0) > node.lineno})
     assert ahead == []
+
+
+MAY_USE = {1: "", 2: "1", 3: "1 2", 4: "1 2 3", 5: "1 2 3 4", 6: "1 2 3", 7: "1 2 3", 8: "1 2 3 7", 9: "1 2 3 6 7 8",
+           10: "1 2 3 6 7 8", 11: "1 2 3 6 7 8", 12: "1 2 3 4 5", 13: "1 2 3 4 5", 14: "1 2 3 4 5 12 13",
+           15: "1 2 3 4 5 6 7 8 9 10 11 12", 16: "1 2 3 4 5 6 7 12 13 14 15", 18: "1 2 3 4 5 6 7", 19: "1 2 3 4 5 12"}
+
+
+def test_each_room_uses_only_the_rooms_it_may():
+    home = {}
+    for node in TREE.body:
+        for name in ([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else
+                     [x.id for x in getattr(node, "targets", []) if isinstance(x, ast.Name)]):
+            home.setdefault(name, room_of(node.lineno))
+    trespasses = {f"{room} uses {used.id} of {home[used.id]}" for node in TREE.body
+                  for room in (room_of(node.lineno),) if room in MAY_USE
+                  for used in ast.walk(node) if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load)
+                  and home.get(used.id, 0) not in (0, room)
+                  and str(home[used.id]) not in MAY_USE[room].split()}
+    assert trespasses == set()
 
 
 def test_only_the_standard_library_is_imported_and_modules_stay_in_their_rooms():
