@@ -1601,6 +1601,74 @@ def test_many_streams_take_few_threads_and_never_mix(make_proxy):
     assert proxy.server.workers.threads <= len(socks)
 
 
+# A key pair for these tests alone: self-signed for localhost, made for this file, worth nothing elsewhere
+TLS_PAIR = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgSHIG8lYUqDx5LLC5
+aNR1bDBvPPpLVPXcwKNJyww5glKhRANCAAS90a3F+ZqXaXTMEvtaoUFIYieoPAMy
+NVyHtbYKr0Y77x9y/NKleTRnsMTRncYnlnA8zWawsOXc9rz08egvkhGO
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUZJhNVWrUF/YlE8bVNj8qfvm1QQEwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMTE1NDgwN1oYDzIxMjYxMDI4
+MTU0ODA3WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS90a3F+ZqXaXTMEvtaoUFIYieoPAMyNVyHtbYKr0Y77x9y/NKleTRn
+sMTRncYnlnA8zWawsOXc9rz08egvkhGOo28wbTAdBgNVHQ4EFgQUATTltChfRQQ9
+zIXslIuIeoflh+kwHwYDVR0jBBgwFoAUATTltChfRQQ9zIXslIuIeoflh+kwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIgVJHRuWukyVVxM/ofZAtjhCMZn/uVRC00sF8tAfX5fmgCIQDE
+w9DHxm6Q5vfD1Ou5fAuGJd/HL+63kWoyK958vxUYAw==
+-----END CERTIFICATE-----
+"""
+
+
+@pytest.fixture
+def tls_proxy(make_proxy, tmp_path):
+    import ssl
+    (tmp_path / "pair.pem").write_text(TLS_PAIR)
+    proxy = make_proxy({"a": None})
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pair.pem")
+    plain = proxy.sim.get_request
+
+    def get_request():
+        sock, address = plain()
+        return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), address
+    proxy.sim.get_request = get_request
+    proxy.services.connections._tls = ssl.create_default_context(cafile=str(tmp_path / "pair.pem"))
+    url = proxy.sim.url.replace("http:", "https:")
+    for account in proxy.pool.accounts:
+        account.provider = account.provider._replace(base_urls=(url,), token_url=url + "/token")
+    return proxy
+
+
+def test_streams_over_tls_arrive_whole_and_connections_are_kept(tls_proxy):
+    for pace in (0, 0.002):
+        tls_proxy.sim.pace_s = pace
+        for _ in range(3):
+            _, _, events = tls_proxy.ask("count to 400", stream=True)
+            blocks, stop = check_anthropic_stream(events)
+            assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 401)]
+    assert tls_proxy.ask("count to 5")[2]["content"][0]["text"].split()[-1] == "5"
+    assert tls_proxy.services.connections.opened <= 3
+
+
+def test_a_client_that_leaves_a_silent_tls_upstream_is_noticed(tls_proxy):
+    tls_proxy.sim.plan("a", "stall")
+    sock = open_stream(tls_proxy)
+    until(lambda: tls_proxy.sim.accounts["a"].calls == 1)
+    sock.close()
+    until(lambda: tls_proxy.pool.in_flight == 0)
+
+
+def test_an_upstream_with_a_wrong_certificate_is_not_spoken_to(tls_proxy):
+    import ssl
+    tls_proxy.services.connections._tls = ssl.create_default_context()
+    status, _, body = tls_proxy.ask()
+    assert status == 502 and "cannot be reached" in body["error"]["message"]
+    assert tls_proxy.sim.accounts["a"].calls == 0
+
+
 def test_draining_ends_streams_with_an_error_event(make_proxy):
     proxy = make_proxy({"a": None})
     proxy.sim.pace_s = 0.01
