@@ -4423,6 +4423,13 @@ class Conducting:
 # connections live in the relay, one thread with one selector.
 
 
+class Peek(enum.Enum):
+    """What a client's readable socket says while its answer is under way."""
+    NOTHING = "nothing"
+    MORE = "bytes of its next request"
+    GONE = "its end"
+
+
 class Downstream:
     """One client connection.  Owned by one thread or by the relay, never by both.  `buffer` holds
     bytes read past what was consumed: the beginning of a pipelined request."""
@@ -4451,14 +4458,14 @@ class Downstream:
         except OSError as err:
             raise ClientGone() from err
 
-    def has_left(self) -> bool | None:
-        """After its socket became readable: True for an end, None for bytes of another request."""
+    def peek(self) -> Peek:
+        """What its readable socket holds, without taking it."""
         try:
-            return True if not socket.socket.recv(self.sock, 1, socket.MSG_PEEK) else None
+            return Peek.MORE if socket.socket.recv(self.sock, 1, socket.MSG_PEEK) else Peek.GONE
         except (BlockingIOError, InterruptedError):
-            return False
+            return Peek.NOTHING
         except OSError:
-            return True
+            return Peek.GONE
 
     def close(self, linger: bool = False) -> None:
         """Closes; with `linger` unread bytes are drained first, so that the client sees the answer
@@ -4476,8 +4483,8 @@ class Downstream:
 
 
 _REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
-            403: b"Forbidden",
-            404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
+            403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
+            408: b"Request Timeout",
             413: b"Content Too Large", 414: b"URI Too Long", 415: b"Unsupported Media Type",
             429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
             500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable",
@@ -4516,11 +4523,11 @@ class Exchange:
 
     # Answers
 
-    def send_head(self, status: int, headers: Mapping[str, str], is_stream: bool = False) -> bytes:
+    def head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head's bytes; upstream text never becomes a header with a line break in it."""
         self.is_started, self.record.status = True, status
-        fields = {"request-id": self.record.id, "connection": "keep-alive" if self.keeps_alive
-                  else "close",
+        connection = "keep-alive" if self.keeps_alive else "close"
+        fields = {"request-id": self.record.id, "connection": connection,
                   "date": http_date(int(time.time())), **headers}
         if self.cors_origin:
             fields.update({"access-control-allow-origin": self.cors_origin, "vary": "origin"})
@@ -4536,9 +4543,8 @@ class Exchange:
 
     def send_bytes(self, status: int, content_type: str, data: bytes,
                    headers: Mapping[str, str] | None = None) -> None:
-        head = self.send_head(status,
-                              {"content-type": content_type, "content-length": str(len(data)),
-                                       **(headers or {})})
+        fields = {"content-type": content_type, "content-length": str(len(data)), **(headers or {})}
+        head = self.head_bytes(status, fields)
         self.downstream.send(head if self.method == "HEAD" else head + data)
 
     def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
@@ -4586,7 +4592,7 @@ class Exchange:
                   "x-accel-buffering": "no"}
         if not self.is_http_1_0:
             fields["transfer-encoding"] = "chunked"
-        return self.send_head(200, fields, True)
+        return self.head_bytes(200, fields)
 
     def keep_alive(self, now: float) -> bytes:
         """What a silent stream needs at monotonic `now`: b"", a ping, or a beat."""
@@ -4621,10 +4627,10 @@ class Exchange:
                      if s is not None]
             ready = readable(socks, due - now) if socks else time.sleep(max(0, due - now)) or []
             if self.is_watching and self.downstream.sock in ready:
-                left = self.downstream.has_left()
-                if left:
+                seen = self.downstream.peek()
+                if seen is Peek.GONE:
                     raise ClientGone()
-                self.is_watching = left is False
+                self.is_watching = seen is Peek.NOTHING
             if sock is not None and sock in ready:
                 return
             now = time.monotonic()
@@ -4708,10 +4714,10 @@ class RelayedStream:
         if mask & selectors.EVENT_WRITE and self in self.relay.streams:
             self.flush()
         if mask & selectors.EVENT_READ and self in self.relay.streams:
-            left = self.exchange.downstream.has_left()
-            if left:
+            seen = self.exchange.downstream.peek()
+            if seen is Peek.GONE:
                 self.finish(is_gone=True)
-            elif left is None:
+            elif seen is Peek.MORE:
                 self.exchange.is_watching = False       # a pipelined request waits for its turn
                 self._watch_client()
 
@@ -5308,7 +5314,7 @@ class Handler:
                             "access-control-allow-headers": exchange.headers.get(
                                 "access-control-request-headers", "*"),
                             "access-control-max-age": "600"})
-        exchange.downstream.send(exchange.send_head(204, headers))
+        exchange.downstream.send(exchange.head_bytes(204, headers))
 
 
 ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
