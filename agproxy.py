@@ -136,7 +136,6 @@ RECV_BYTES = 64 << 10
 UPSTREAM_IDLE_S = 60            # a kept upstream connection
 UPSTREAM_IDLE_PER_HOST = 64
 TOKEN_TIMEOUT_S = 15
-PROJECT_ASKED_EVERY_S = 300     # where the answer failed
 TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
 WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
 GUESSED_REST_S = {              # rests nobody stated, by consecutive failures of the key
@@ -254,7 +253,7 @@ class Provider(NamedTuple):
     client_secret: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     signature_tag: str = ""         # signatures do not travel between upstream services
-    policy: str = ""
+    policy: str = ""                # said at start, where the terms have something against us
 
 
 PROVIDERS = {row.id: row for row in (
@@ -267,7 +266,7 @@ PROVIDERS = {row.id: row for row in (
     Provider("gemini", "gemini", ("https://generativelanguage.googleapis.com",),
              "x-goog-api-key", False, "key_id", "agproxy/" + VERSION, signature_tag="k"),
     Provider("sim", "gemini", (), "oauth", True, "on_cloud_code", "agproxy/" + VERSION,
-             signature_tag="s", policy="The simulated upstream inside this file."),
+             signature_tag="s"),
 )}
 
 EFFORT_BUDGETS = {"minimal": 0, "off": 0, "low": 1024, "medium": 8192, "high": 24576,
@@ -408,9 +407,6 @@ class Clock:
         """Seconds that never jump: for deadlines."""
         return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
 
 _BASE62 = (string.ascii_letters + string.digits).encode()
 _TO_BASE62 = bytes(_BASE62[n % 62] for n in range(256))
@@ -431,11 +427,11 @@ def _json_int(digits: str) -> int:
     return int(digits)
 
 
-def _json_constant(word: str) -> None:
+def refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_int=_json_int, parse_constant=_json_constant)
+_DECODER = json.JSONDecoder(parse_int=_json_int, parse_constant=refuse_constant)
 _SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
                          r"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
 
@@ -2466,7 +2462,7 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
     if isinstance(choice, dict) and isinstance(choice.get("name"), str):
         reading.mentioned.setdefault(choice["name"])
     tools = _tools(body.get("tools"), reading.mentioned)
-    offered = {t.get("name") for t in body.get("tools") or () if isinstance(t, dict)}
+    offered = {t["name"] for t in body.get("tools") or () if isinstance(t.get("name"), str)}
     tool_choice, one_call = _tool_choice(choice, tools, offered)
     stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
     top_k = _number_at(body, "top_k", 0, 1 << 31)
@@ -2949,11 +2945,7 @@ _FINISH = {         # finishReason -> (Stop | None for "nothing usable", explana
 }
 
 
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
-
-
-_SCAN = json.JSONDecoder(parse_constant=_no_constant).scan_once
+_SCAN = json.JSONDecoder(parse_constant=refuse_constant).scan_once
 
 
 def gemini_parse_usage(meta: Mapping) -> dict[str, int]:
@@ -3335,7 +3327,7 @@ class Account:
     provider: Provider
     credential: str                         # which of CREDENTIALS
     secret: str                             # unresolved: may be env:, file: or cmd:
-    project: str = ""
+    project: str = ""                       # configured, else found with the first token
     priority: int = 0                       # lower first
     models: tuple = ()                      # () serves all of its provider's
     max_in_flight: int = 0                  # 0 is no limit
@@ -3349,8 +3341,6 @@ class Account:
     token_expires_at: float = 0.0           # epoch seconds
     flight: Any = None                      # Event of the refresh under way
     refresh_failure: tuple | None = None    # (monotonic time, ProxyError), shared for 5 s
-    found_project: str | None = None        # None: not asked yet, "": there is none
-    project_asked_at: float = -1e9          # monotonic; a failed question rests five minutes
 
     @property
     def label(self) -> str:
@@ -3751,33 +3741,80 @@ def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionC
     raise ProxyError("token_endpoint", f"the token endpoint answered {status}")
 
 
+def user_agent(account: Account) -> str:
+    """The provider's fixed User-Agent with this machine's system in Go's naming."""
+    system = {"win32": "windows"}.get(sys.platform, sys.platform)
+    machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
+    if hasattr(os, "uname"):
+        machine = os.uname().machine
+    arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
+    text = account.user_agent or account.provider.user_agent
+    return text.replace("{os}", system).replace("{arch}", arch)
+
+
+def oauth_project(account: Account, token: str, connections: ConnectionCache) -> str:
+    """The Cloud Code project Google has for this account (loadCodeAssist), "" where it names none.
+    Raises ProxyError validation where Google wants the owner to act."""
+    body = json_encode({"metadata": {"ideType": "ANTIGRAVITY", "pluginType": "GEMINI"}}).encode()
+    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
+               "User-Agent": user_agent(account)}
+    found = ""
+    for base_url in account.provider.base_urls:
+        try:
+            status, _, raw = simple_call(connections, "POST",
+                                         base_url + "/v1internal:loadCodeAssist",
+                                         headers, body, account.proxy)
+            answer = json_decode(raw)
+        except (ProxyError, ValueError):
+            continue                # the next host may know
+        if status != 200 or not isinstance(answer, dict):
+            continue
+        project = answer.get("cloudaicompanionProject")
+        project = project.get("id") if isinstance(project, dict) else project
+        found = project if isinstance(project, str) else ""
+        for tier in answer.get("ineligibleTiers") or () if not found else ():
+            if isinstance(tier, dict) and tier.get("validationUrl"):
+                raise ProxyError("validation", "Google wants this account verified: "
+                                 + str(tier["validationUrl"]))
+        return found
+    return found
+
+
+def _new_token(account: Account, connections: ConnectionCache, clock: Clock,
+               on_rotate: Callable[[Account, str, str], None]) -> tuple[str, float]:
+    """(access token or key, epoch seconds of its end, 0 where that is not known)."""
+    secret = resolve_secret(account.secret)
+    if account.credential != "refresh_token":
+        return secret, 0.0
+    answer = oauth_refresh(secret, account, connections)
+    remember_secret(answer["access_token"])
+    new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
+    if isinstance(new, str) and new and new != secret:
+        remember_secret(new)
+        on_rotate(account, secret, new)         # on disk before it is used
+        account.secret = new
+    is_number = isinstance(lifetime, (int, float))
+    return answer["access_token"], clock.now() + (lifetime if is_number else 3600)
+
+
 def _fly(account: Account, flight: threading.Event, connections: ConnectionCache, clock: Clock,
          on_rotate: Callable[[Account, str, str], None]) -> str:
-    """The one refresh: asks without the lock, then publishes its result."""
+    """The one refresh: asks without the lock, then publishes its result.  It asks for a missing
+    project too, so that nobody sends without."""
     failure: ProxyError | None = None
     token, expires_at = "", 0.0
     try:
-        old = resolve_secret(account.secret)
-        if account.credential != "refresh_token":
-            token = old
-            return token
-        answer = oauth_refresh(old, account, connections)
-        token = answer["access_token"]
-        remember_secret(token)
-        lifetime = answer.get("expires_in")
-        expires_at = clock.now() + (lifetime if isinstance(lifetime, (int, float)) else 3600)
-        new = answer.get("refresh_token")
-        if isinstance(new, str) and new and new != old:
-            remember_secret(new)
-            on_rotate(account, old, new)        # on disk before it is used
-            account.secret = new
+        fresh, expires_at = _new_token(account, connections, clock, on_rotate)
+        if account.provider.envelope and not account.project:
+            account.project = oauth_project(account, fresh, connections)
+        token = fresh
         return token
     except ConfigError as err:
         failure = ProxyError("revoked", f"its secret cannot be had: {err}")
         raise failure from err
     except ProxyError as err:
-        failure = err if err.kind in ("revoked", "token_endpoint") else ProxyError(
-            "token_endpoint", err.message)
+        # a network failure is the token endpoint's here, not the generating host's
+        failure = ProxyError("token_endpoint", err.message) if err.rule.scope is Scope.HOST else err
         raise failure from err
     finally:
         with account.lock:
@@ -3810,53 +3847,6 @@ def oauth_access_token(account: Account, connections: ConnectionCache, clock: Cl
         if is_mine:
             return _fly(account, flight, connections, clock, on_rotate)
         flight.wait(3 * TOKEN_TIMEOUT_S)
-
-
-def user_agent(account: Account) -> str:
-    """The provider's fixed User-Agent with this machine's system in Go's naming."""
-    system = {"win32": "windows"}.get(sys.platform, sys.platform)
-    machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
-    if hasattr(os, "uname"):
-        machine = os.uname().machine
-    arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
-    text = account.user_agent or account.provider.user_agent
-    return text.replace("{os}", system).replace("{arch}", arch)
-
-
-def oauth_project(account: Account, token: str, connections: ConnectionCache, clock: Clock) -> str:
-    """The Cloud Code project: the configured one, else asked for once (loadCodeAssist).  "" sends
-    requests without one.  Raises ProxyError validation where Google wants the owner to act."""
-    if account.project or not account.provider.envelope:
-        return account.project
-    with account.lock:
-        is_fresh = clock.monotonic() - account.project_asked_at < PROJECT_ASKED_EVERY_S
-        if account.found_project is not None or is_fresh:
-            return account.found_project or ""
-        account.project_asked_at = clock.monotonic()
-    body = json_encode({"metadata": {"ideType": "ANTIGRAVITY", "pluginType": "GEMINI"}}).encode()
-    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
-               "User-Agent": user_agent(account)}
-    found = ""
-    for base_url in account.provider.base_urls:
-        try:
-            status, _, raw = simple_call(connections, "POST",
-                                         base_url + "/v1internal:loadCodeAssist",
-                                         headers, body, account.proxy)
-            answer = json_decode(raw)
-        except (ProxyError, ValueError):
-            continue                # the next host may know
-        if status != 200 or not isinstance(answer, dict):
-            continue
-        project = answer.get("cloudaicompanionProject")
-        project = project.get("id") if isinstance(project, dict) else project
-        found = project if isinstance(project, str) else ""
-        for tier in answer.get("ineligibleTiers") or () if not found else ():
-            if isinstance(tier, dict) and tier.get("validationUrl"):
-                raise ProxyError("validation", "Google wants this account verified: "
-                                 + str(tier["validationUrl"]))
-        account.found_project = found
-        return found
-    return found
 
 
 # ── 15. Upstream call ─────────────────────────────────────────────────────
@@ -4371,8 +4361,7 @@ class Conducting:
                                    services.save_token,
                                    refused)
         tokens.append(token)
-        project = oauth_project(account, token, services.connections, services.clock)
-        target = Target(candidate.model, provider, candidate.upstream_id, project)
+        target = Target(candidate.model, provider, candidate.upstream_id, account.project)
         rendered = dialect.render_request(self.request, target, services.signatures, repair)
         auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
             "Authorization": "Bearer " + token}
@@ -5805,6 +5794,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             return self._json(*SIM_FAULTS["auth"])
         body = json.loads(raw)
         if path == "/v1internal:loadCodeAssist":
+            with self.server.lock:
+                self.server.discoveries += 1
             return self._json(200, {"currentTier": {"id": "free-tier"},
                                     "cloudaicompanionProject": "sim-project-" + account.name})
         match = re.fullmatch(r"/v1internal:streamGenerateContent"
@@ -5976,7 +5967,7 @@ class SimUpstream(http.server.ThreadingHTTPServer):
     def __init__(self, accounts: Mapping[str, int | None], pace_s: float = 0.0):
         self.lock = threading.Lock()
         self.accounts = {name: SimAccount(name, left) for name, left in accounts.items()}
-        self.pace_s, self.refreshes = pace_s, 0
+        self.pace_s, self.refreshes, self.discoveries = pace_s, 0, 0
         self.rotates_tokens = False
         # (account, envelope or body)
         self.requests: collections.deque = collections.deque(maxlen=500)
@@ -6152,6 +6143,8 @@ def command_serve(args: argparse.Namespace) -> int:
         say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
         say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                      for a, state in server.services.pool.states()))
+        for policy in {a.provider.policy for a in server.services.pool.accounts} - {""}:
+            say(f"terms     {policy}")
         key = "$PROXY_API_KEY" if config.api_key else "agproxy"
         say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
         if server.services.simulator:

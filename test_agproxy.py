@@ -67,9 +67,6 @@ class FakeClock(ag.Clock):
     def monotonic(self):
         return self.at
 
-    def sleep(self, seconds):
-        self.at += seconds
-
 
 def every_split(data):
     """Lists of pieces of `data`: whole, byte by byte, and cut once at each place."""
@@ -1317,10 +1314,13 @@ def test_a_dead_host_is_passed_over_and_a_429_asks_no_other(make_proxy, no_pause
 
 def test_the_project_is_asked_for_once_unless_it_is_configured(make_proxy):
     proxy = make_proxy({"a": None})
-    for _ in range(3):
-        proxy.ask()
-    assert [body["project"] for _, body in proxy.sim.requests] == ["sim-project-a"] * 3
-    assert proxy.services.connections.opened <= 3       # token, project, generation
+    asking = [threading.Thread(target=proxy.ask) for _ in range(8)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert [body["project"] for _, body in proxy.sim.requests] == ["sim-project-a"] * 8
+    assert proxy.sim.discoveries == 1
     proxy.pool.accounts[0].project = "mine"
     proxy.ask()
     assert proxy.sim.requests[-1][1]["project"] == "mine"
