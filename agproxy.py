@@ -29,6 +29,7 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
     16. Conductor
     17. Relay and server
     18. Simulated upstream
+    19. Terminal
     20. Commands
 
 `python3 agproxy.py map` prints them with their present line numbers.
@@ -92,7 +93,19 @@ class Setting(NamedTuple):
 SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "host": Setting("127.0.0.1", "BIND_ADDRESS", "address to listen on"),
     "port": Setting(8080, "PORT", "port to listen on; 0 takes any free one"),
-    "strategy": Setting("sticky", "", "`sticky` (same account until limited) or `round-robin`"),
+    "strategy": Setting("hybrid", "", "how an account is chosen, see above"),
+    "soft_limit": Setting(0.2, "SOFT_LIMIT_THRESHOLD",
+                          "accounts with at most this fraction left are passed over; 0 is off"),
+    "fallback": Setting(False, "ENABLE_FALLBACK", "serve a model's pair when it is exhausted"),
+    "pid_offset": Setting(False, "", "begin with another account in each process"),
+    "auto_refresh": Setting(False, "", "start each account's 5 h window as soon as it may begin"),
+    "quota_poll_s": Setting(420, "", "between two quota readings of an account in use"),
+    "affinity_s": Setting(3600, "", "how long a conversation's account is remembered"),
+    "hybrid_fresh": Setting(1000.0, "", "score of an account not used for five hours"),
+    "hybrid_health": Setting(2.0, "", "... per point of health (0 to 100)"),
+    "hybrid_tokens": Setting(5.0, "", "... per percent of its burst allowance"),
+    "hybrid_quota": Setting(3.0, "", "... per percent of quota left"),
+    "hybrid_idle": Setting(0.1, "", "... per second since its last use, an hour at most"),
     "max_attempts": Setting(4, "", "tries per request that mark no account"),
     "max_empty_retries": Setting(2, "", "repeats after an empty answer"),
     "max_wait_s": Setting(120, "", "longest wait for an account to be released"),
@@ -110,6 +123,7 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "max_threads": Setting(256, "", "threads that serve requests"),
     "max_upstream_calls": Setting(1536, "", "upstream calls in flight"),
     "max_body_bytes": Setting(32 << 20, "", "request body; the Messages API's own limit"),
+    "max_state_bytes": Setting(64 << 20, "", "state.db; the oldest requests go first"),
     "hosts": Setting((), "", "further Host names that requests may be addressed to"),
     "cors_origins": Setting((), "CORS_ORIGINS", "web origins that may call from a browser"),
 }
@@ -140,8 +154,25 @@ TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
 WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
 GUESSED_REST_S = {              # rests nobody stated, by consecutive failures of the key
     "quota": (60, 300, 1800, 7200), "rate": (30,), "soft": (10,),
-    "capacity": (5, 10, 20, 30, 60), "host": (20,), "hour": (3600,), "version": (600,),
+    "capacity": (5, 10, 20, 30, 60), "host": (20,), "token": (5, 20, 60, 300),
+    "hour": (3600,), "day": (86400,), "version": (600,),
 }
+RAMP_START, RAMP_END = 8, 64    # requests at a time after a switch, doubled by each success
+HEALTH_START, HEALTH_LEAST = 70, 50     # of 100; below the least an account is the last choice
+HEALTH_STEPS = {"success": 1, "limit": -10, "failure": -20, "hour": 10}
+BURST_TOKENS, BURST_PER_MINUTE = 50, 6  # allowance of requests that the hybrid score watches
+QUOTA_CRITICAL = 0.05           # the hybrid strategy takes such an account last
+WINDOW_S = {"5h": 5 * 3600, "weekly": 7 * 86400}
+QUOTA_TIMEOUT_S = 10
+QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
+QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
+QUOTA_POINTS = 200              # remembered per window for the burn rate
+RECHECK_S = 900                 # a long stated limit is looked at again by a free quota reading
+FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
+ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
+KEEP_REQUESTS_S = 30 * 86400    # in state.db
+LOGIN_WAIT_S = 300              # a browser sign-in in all
+ONBOARD_TRIES, ONBOARD_PAUSE_S = 12, 5
 
 
 class Model(NamedTuple):
@@ -237,6 +268,16 @@ TIERS = {       # a word in a Claude name; clients ask for ids that no other ups
     "haiku": ("gemini-3-flash",),
     "sonnet": ("claude-sonnet-4-6", "gemini-3-flash-agent"),
 }
+FALLBACKS = {       # with `fallback`: what serves when a model is exhausted; one hop, no chains
+    "claude-opus-4-6-thinking": "gemini-pro-agent", "claude-sonnet-4-6": "gemini-3-flash",
+    "gemini-pro-agent": "claude-opus-4-6-thinking", "gemini-3.1-pro-low": "claude-sonnet-4-6",
+    "gpt-oss-120b-medium": "gemini-3-flash", "*flash*": "claude-sonnet-4-6",
+}
+# The Gemini CLI pool knows models by their ids on the Gemini API; those it serves, with exceptions
+GEMINI_CLI_IDS = {**{name: name for name in (
+    "gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3-pro-preview",
+    "gemini-3.1-pro-preview", "gemini-3-flash-preview", "gemini-3.1-flash-lite")},
+    "gemini-3.5-flash": "gemini-3-flash"}
 
 
 class Provider(NamedTuple):
@@ -245,8 +286,8 @@ class Provider(NamedTuple):
     dialect: str                    # key of DIALECTS (room 15)
     base_urls: tuple[str, ...]      # in order of preference
     auth: str                       # oauth, x-goog-api-key
-    envelope: bool                  # Cloud Code wraps requests and answers
-    catalogue: str                  # column of MODELS: on_cloud_code or key_id
+    envelope: str                   # which Cloud Code wrapping: antigravity, gemini-cli, none
+    catalogue: str                  # how it names models: on_cloud_code, key_id or cli_id
     user_agent: str                 # {os} and {arch} in Go's naming
     token_url: str = ""
     client_id: str = ""             # an OAuth client comes from the owner, never from here
@@ -254,18 +295,38 @@ class Provider(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     signature_tag: str = ""         # signatures do not travel between upstream services
     policy: str = ""                # said at start, where the terms have something against us
+    auth_url: str = ""              # of the browser sign-in
+    userinfo_url: str = ""
+    scopes: str = ""
+    redirect: str = ""              # {port} is the listener's
+    ports: tuple[int, ...] = ()     # tried in order, then any free one
+    pools: tuple[str, ...] = ()     # further providers that the same sign-in may use, in order
 
 
+_GOOGLE = {"auth_url": "https://accounts.google.com/o/oauth2/v2/auth",
+           "token_url": "https://oauth2.googleapis.com/token",
+           "userinfo_url": "https://www.googleapis.com/oauth2/v1/userinfo?alt=json"}
+_SCOPE = "https://www.googleapis.com/auth/"
+_SCOPES = f"{_SCOPE}cloud-platform {_SCOPE}userinfo.email {_SCOPE}userinfo.profile"
 PROVIDERS = {row.id: row for row in (
     Provider("antigravity", "gemini",
              ("https://daily-cloudcode-pa.googleapis.com", "https://cloudcode-pa.googleapis.com"),
-             "oauth", True, "on_cloud_code", "antigravity/hub/2.9.1 {os}/{arch}",
-             "https://oauth2.googleapis.com/token", signature_tag="a",
+             "oauth", "antigravity", "on_cloud_code", "antigravity/hub/2.9.1 {os}/{arch}",
+             signature_tag="a", **_GOOGLE,
+             scopes=f"{_SCOPES} {_SCOPE}cclog {_SCOPE}experimentsandconfigs",
+             redirect="http://localhost:{port}/oauth-callback", ports=tuple(range(51121, 51127)),
+             pools=("gemini-cli",),
              policy="Google's terms do not allow third-party clients on this sign-in; "
                     "accounts have been disabled for it."),
+    Provider("gemini-cli", "gemini", ("https://cloudcode-pa.googleapis.com",), "oauth",
+             "gemini-cli", "cli_id", "GeminiCLI/0.61.0/{model} ({os}; {arch}; terminal)",
+             signature_tag="c", **_GOOGLE, scopes=_SCOPES,
+             redirect="http://127.0.0.1:{port}/oauth2callback",
+             policy="Google serves this sign-in to its own clients, since June 2026 with Standard "
+                    "and Enterprise licences only; third-party use may cost the account."),
     Provider("gemini", "gemini", ("https://generativelanguage.googleapis.com",),
-             "x-goog-api-key", False, "key_id", "agproxy/" + VERSION, signature_tag="k"),
-    Provider("sim", "gemini", (), "oauth", True, "on_cloud_code", "agproxy/" + VERSION,
+             "x-goog-api-key", "", "key_id", "agproxy/" + VERSION, signature_tag="k"),
+    Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
              signature_tag="s"),
 )}
 
@@ -283,6 +344,7 @@ class Scope(enum.Enum):
     NOTHING = "nothing"
     CANDIDATE = "account+model"
     ACCOUNT = "account"
+    PAIR = "account+pool"
     CAPACITY = "pool+model"
     HOST = "host"
     POOL = "pool"
@@ -296,6 +358,7 @@ class Step(enum.Enum):
     ONE_MORE = "same candidate once, then one other"
     HOST = "next host, then next candidate"
     REFRESH = "refresh the token once, then next"
+    DISCOVER = "look its project up again once, then next"
     REPAIR = "repair the conversation once"
 
 
@@ -335,13 +398,14 @@ ERRORS = {
     "stall": Rule(504, "timeout_error", Scope.HOST, "host", Step.HOST),
     "auth_expired": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.REFRESH),
     "revoked": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
-    "token_endpoint": Rule(502, _API, Scope.ACCOUNT, "host", Step.NEXT),
+    "token_endpoint": Rule(502, _API, Scope.ACCOUNT, "token", Step.NEXT),
     "validation": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
     "disabled": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
-    "project": Rule(403, "permission_error", Scope.ACCOUNT, "hour", Step.NEXT),
+    "project": Rule(403, "permission_error", Scope.PAIR, "hour", Step.DISCOVER),
+    "absent": Rule(403, "permission_error", step=Step.NEXT),
     "region": Rule(403, "permission_error", Scope.CANDIDATE, "hour", Step.NEXT),
     "model_missing": Rule(404, "not_found_error", Scope.CANDIDATE, "hour", Step.NEXT),
-    "entitlement": Rule(429, "rate_limit_error", Scope.CANDIDATE, "hour", Step.NEXT),
+    "entitlement": Rule(429, "rate_limit_error", Scope.CANDIDATE, "day", Step.NEXT),
     "version": Rule(503, _API, Scope.POOL, "version", Step.NEXT),
     "signature": Rule(400, _BAD, step=Step.REPAIR),
     "pairing": Rule(400, _BAD, step=Step.REPAIR),
@@ -355,7 +419,8 @@ ERRORS = {
     "no_account": Rule(403, "permission_error"),
     "stopping": Rule(529, "overloaded_error"),
 }
-LOGIN_KINDS = frozenset(("auth_expired", "revoked", "validation", "disabled"))
+# these mark their candidate for good, so they cost a request none of its tries
+LOGIN_KINDS = frozenset(("auth_expired", "revoked", "validation", "disabled", "absent"))
 
 
 class ProxyError(Exception):
@@ -406,6 +471,11 @@ class Clock:
     def monotonic(self) -> float:
         """Seconds that never jump: for deadlines."""
         return time.monotonic()
+
+
+def jitter(seconds: float, share: float = 0.2) -> float:
+    """`seconds`, up to `share` more or less, so that several do not come in step."""
+    return seconds * (1 - share + 2 * share * random.random())
 
 
 _BASE62 = (string.ascii_letters + string.digits).encode()
@@ -565,6 +635,18 @@ def parse_duration_s(text: str) -> float | None:
     return days * 86400 + hours * 3600 + minutes * 60 + seconds + ms / 1000
 
 
+_TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+
+
+def parse_timestamp(text: str) -> float | None:
+    """Epoch seconds of an RFC 3339 time in UTC."""
+    match = _TIMESTAMP.search(text)
+    if not match:
+        return None
+    import calendar
+    return float(calendar.timegm(tuple(int(g) for g in match.groups()) + (0, 0, 0)))
+
+
 # ── 4. Config ─────────────────────────────────────────────────────────────
 # What a person decides: settings, providers, accounts, aliases.  Read from
 # accounts.json, validated field by field; secrets are resolved when asked for.
@@ -580,6 +662,7 @@ ACCOUNT_FIELDS = {          # field -> (types, what is allowed)
     "api_key": (str, "a secret"),
 }
 CREDENTIALS = ("refresh_token", "access_token", "api_key")
+STRATEGY_NAMES = ("hybrid", "sticky", "fill-first", "round-robin", "weighted")
 
 
 @dataclass(frozen=True)
@@ -645,19 +728,28 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{where}: a list of names is required")
         return tuple(v.strip() for v in value if v.strip())
-    if isinstance(default, int) and not isinstance(value, bool):
+    if isinstance(default, bool):
+        word = str(value).lower()
+        if word not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise ConfigError(f"{where}: true or false is required, not {value!r}")
+        return word in ("true", "1", "yes", "on")
+    if isinstance(default, (int, float)) and not isinstance(value, bool):
         try:
-            value = float(value) if name.endswith("_s") else int(value)
+            exact = int if isinstance(default, int) and not name.endswith("_s") else float
+            value = exact(value)
         except (TypeError, ValueError):
             raise ConfigError(f"{where}: a number is required, not {value!r}") from None
-        if value < 0 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
+        if not value >= 0 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
             raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
+        if name == "soft_limit" and value >= 1:
+            raise ConfigError(f"{where}: a fraction below 1 is required, not {value!r}")
         return value
     if not isinstance(value, str):
         wanted = "text" if isinstance(default, str) else "a number"
         raise ConfigError(f"{where}: {wanted} is required")
-    if name == "strategy" and value not in ("sticky", "fill-first", "round-robin"):
-        raise ConfigError(f"{where}: sticky, fill-first or round-robin is allowed, not {value!r}")
+    if name == "strategy" and value not in STRATEGY_NAMES:
+        raise ConfigError(f"{where}: one of {', '.join(STRATEGY_NAMES)} is required, "
+                          f"not {value!r}")
     return value
 
 
@@ -686,7 +778,7 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
     """A built-in row with cells replaced, or a new row of a known dialect."""
     if not isinstance(cells, dict):
         raise ConfigError(f"providers.{name}: an object is required")
-    row = known or Provider(name, "", (), "x-goog-api-key", False, "key_id", "agproxy/" + VERSION,
+    row = known or Provider(name, "", (), "x-goog-api-key", "", "key_id", "agproxy/" + VERSION,
                             signature_tag=hashlib.sha256(name.encode()).hexdigest()[:4])
     for cell, value in cells.items():
         where = f"providers.{name}.{cell}"
@@ -698,7 +790,8 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
         elif cell == "headers" and isinstance(value, dict):
             row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
-        elif cell in ("dialect", "auth", "user_agent", "token_url", "client_id", "client_secret"):
+        elif cell in ("dialect", "auth", "user_agent", "token_url", "client_id", "client_secret",
+                      "auth_url", "userinfo_url"):
             if not isinstance(value, str):
                 raise ConfigError(f"{where}: text is required")
             row = row._replace(**{cell: value})
@@ -732,9 +825,16 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
     return dict(row)
 
 
-def read_accounts_file(path: str) -> dict:
+def _parse_accounts(raw: bytes) -> dict:
+    stored = json_decode(raw)
+    if not isinstance(stored, dict):
+        raise ValueError("an object is required")
+    return stored
+
+
+def read_accounts_file(path: str, recovers: bool = True) -> dict:
     """The stored object, {} when there is no file.  A damaged one is set aside and the last good
-    version is used; without one ConfigError, never an empty pool."""
+    version is used; without one, or without `recovers`, ConfigError, never an empty pool."""
     try:
         with open(path, "rb") as handle:
             raw = handle.read()
@@ -743,21 +843,19 @@ def read_accounts_file(path: str) -> dict:
     except OSError as err:
         raise ConfigError(f"{path}: {err.strerror}") from err
     try:
-        stored = json_decode(raw)
-        if not isinstance(stored, dict):
-            raise ValueError("an object is required")
-        return stored
+        return _parse_accounts(raw)
     except ValueError as err:
         aside = f"{path}.corrupt-{int(time.time())}"
-        if not os.path.exists(path + ".bak"):
+        if not recovers or not os.path.exists(path + ".bak"):
             raise ConfigError(f"{path} is damaged ({err}); mend it, nothing was changed") from err
-        os.replace(path, aside)
-        with open(path + ".bak", "rb") as handle:
-            raw = handle.read()
-        write_atomic(path, raw)
+        with file_lock(path):       # a command may be mending it at this moment
+            with open(path + ".bak", "rb") as handle:
+                good = handle.read()
+            os.replace(path, aside)
+            write_atomic(path, good)
         print(f"agproxy: {path} was damaged ({err}); the last good version is used, "
               f"the damaged one is {aside}", file=sys.stderr)
-        return json_decode(raw)
+        return _parse_accounts(good)
 
 
 def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
@@ -791,23 +889,49 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
                   providers, tuple(accounts), aliases, api_key)
 
 
+def edit_accounts(path: str, change: Callable[[dict], Any], validates: bool = True) -> Any:
+    """What `change` answers, after it changed the stored object and the file was replaced: read
+    again under the lock, validated, whole or not at all, the good version kept beside it.  Unknown
+    keys and the order of keys stay.  Raises ConfigError or OSError, and the old file stays."""
+    path = os.path.realpath(path)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with file_lock(path):
+        stored = read_accounts_file(path, recovers=False)
+        result = change(stored)
+        if validates:
+            load_config(path, {}, {}, stored)
+        data = json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
+        if _parse_accounts(data) != stored:
+            raise ConfigError(f"{path}: the change cannot be written as JSON")
+        write_atomic(path, data)
+        write_atomic(path + ".bak", data)
+    return result
+
+
+def sweep_temporaries(path: str) -> None:
+    """Removes what a killed writer left beside `path`, once it is a minute old."""
+    folder, name = os.path.split(os.path.realpath(path))
+    with contextlib.suppress(OSError):      # a folder that cannot be read holds nothing of ours
+        for entry in os.scandir(folder):
+            if entry.name.startswith(name) and entry.name.endswith(".tmp") and (
+                    time.time() - entry.stat().st_mtime > 60):
+                os.unlink(entry.path)
+
+
 def save_rotated_token(path: str, account: str, old: str, new: str) -> None:
     """Writes a rotated refresh token over the old one, on the file as it is now."""
-    with file_lock(path):
-        stored = read_accounts_file(path)
-        for row in stored.get("accounts", []):
-            if row.get("refresh_token") == old:
-                row["refresh_token"] = new
-                data = json.dumps(stored, indent=2, ensure_ascii=False).encode() + b"\n"
-                write_atomic(path, data)
-                write_atomic(path + ".bak", data)
-                return
-    raise OSError(errno.ENOENT, f"{account} is not in {path} with its old token")
+    def change(stored: dict) -> None:
+        row = next((r for r in stored.get("accounts", ()) if r.get("refresh_token") == old), None)
+        if row is None:
+            raise ConfigError(f"{account} is not in {path} with its old token")
+        row["refresh_token"] = new
+    edit_accounts(path, change, validates=False)    # whatever else a person is editing there
 
 
 # ── 5. Records ────────────────────────────────────────────────────────────
-# What happened: one line a request, written by a thread of its own, and
-# counters.  Nobody waits here; secrets do not get past `redact`.
+# What happened: one line a request and counters; what was learned: state.db.
+# Log and database have a thread each.  Nobody waits here; secrets do not get
+# past `redact`, and none is in the database.
 
 
 @dataclass
@@ -827,6 +951,7 @@ class Record:
     failures: list[str] = field(default_factory=list)   # "account: kind" of each failed try
     attempts: int = 0
     note: str = ""
+    choices: list = field(default_factory=list)         # (at, reason, verdicts) of each selection
 
 
 def request_line(record: Record, now: float) -> str:
@@ -880,6 +1005,212 @@ class Log:
                     self.out.flush()
             except (OSError, ValueError):
                 self.dropped += 1       # the terminal is gone; serving goes on
+
+
+# state.db
+
+MIGRATIONS = (      # by user_version: each script runs once, in its order; never edit an old one
+    """CREATE TABLE rests(key TEXT PRIMARY KEY, kind TEXT, until REAL, is_stated INTEGER,
+           failures INTEGER, failed_at REAL, message TEXT, changed_at REAL);
+       CREATE TABLE facts(account TEXT, pool TEXT, project TEXT, tier TEXT, absent TEXT,
+           models TEXT, at REAL, PRIMARY KEY(account, pool));
+       CREATE TABLE quotas(account TEXT, pool TEXT, scope TEXT, window TEXT, fraction REAL,
+           reset_at REAL, at REAL, PRIMARY KEY(account, pool, scope, window, at));
+       CREATE TABLE used(account TEXT PRIMARY KEY, at REAL);
+       CREATE TABLE requests(id TEXT PRIMARY KEY, at REAL, json TEXT);
+       CREATE INDEX requests_at ON requests(at);""",
+)
+
+
+class State:
+    """What the program learns, in one SQLite file shared by all processes of this owner.  `put` and
+    `delete` only enqueue; one thread writes, urgent rows at once, others in batches of a second.
+    Without write access, or with a newer version's file, it lives in memory, which is said once."""
+
+    def __init__(self, path: str, tell: Callable[[str], None], max_bytes: int = 64 << 20):
+        self.path, self.tell, self.max_bytes = path, tell, max_bytes
+        self.on_foreign_change: Callable[[], None] = lambda: None
+        self.dropped = 0
+        self._jobs: queue.Queue = queue.Queue(50_000)
+        self._lock = threading.Lock()       # guards the one connection of a database in memory
+        self._memory: Any = None
+        self._target = self._prepare()
+        self._thread = threading.Thread(target=self._run, name="state", daemon=True)
+        self._thread.start()
+
+    def put(self, table: str, *row: Any, urgent: bool = False) -> None:
+        """Inserts or replaces one row, in the order of the table's columns.  A value that is a
+        function is called in the writing thread."""
+        marks = ", ".join("?" * len(row))
+        self._enqueue(f"INSERT OR REPLACE INTO {table} VALUES({marks})", row, urgent)
+
+    def delete(self, table: str, account: str) -> None:
+        self._enqueue(f"DELETE FROM {table} WHERE account = ?", (account,), True)
+
+    def rows(self, table: str, where: str = "1", *values: Any) -> list[tuple]:
+        """What is on disk now; not for the request path.  [] when it cannot be read."""
+        import sqlite3
+        query = f"SELECT * FROM {table} WHERE {where}"
+        try:
+            if self._memory is not None:
+                with self._lock:
+                    return self._memory.execute(query, values).fetchall()
+            with contextlib.closing(self._connect(self._target)) as db:
+                return db.execute(query, values).fetchall()
+        except sqlite3.Error as err:
+            self.tell(f"state.db cannot be read: {err}")
+            return []
+
+    def flush(self) -> None:
+        """Returns when everything enqueued so far was written, or could not be."""
+        done = threading.Event()
+        self._jobs.put((done, (), True))
+        done.wait(10)
+
+    def close(self) -> None:
+        self._jobs.put((None, (), True))
+        self._thread.join(10)
+
+    def _enqueue(self, sql: str, values: tuple, urgent: bool) -> None:
+        try:
+            self._jobs.put_nowait((sql, values, urgent))
+        except queue.Full:
+            self.dropped += 1
+
+    def _prepare(self) -> str:
+        """The file, sound and migrated; else a database in memory."""
+        import sqlite3
+        why = ""
+        if self.path:
+            try:
+                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                for is_last in (False, True):
+                    try:
+                        with contextlib.closing(self._connect(self.path)) as db:
+                            why = self._migrate(db)
+                        break
+                    except sqlite3.DatabaseError as err:
+                        if is_last or isinstance(err, sqlite3.OperationalError):
+                            raise           # locked, full, read-only: not damage
+                        self._set_aside(err)
+            except (OSError, sqlite3.Error) as err:
+                why = str(err)
+            if not why:
+                return self.path
+            self.tell(f"{self.path} is not used ({why}); limits are kept in memory only")
+        self._memory = self._connect(":memory:")
+        self._migrate(self._memory)
+        return ":memory:"
+
+    def _set_aside(self, err: Exception) -> None:
+        aside = f"{self.path}.corrupt-{int(time.time())}"
+        os.replace(self.path, aside)
+        for ending in ("-wal", "-shm"):
+            with contextlib.suppress(OSError):      # there is none after a clean end
+                os.unlink(self.path + ending)
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        self.tell(f"{self.path} was damaged ({err}); it is {aside} now, a new one is begun")
+
+    def _migrate(self, db: Any) -> str:
+        """Brings a database to the present form; a sentence where it must not be touched."""
+        import sqlite3
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError("its integrity check failed")
+        if db.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
+            return "it belongs to a newer version of agproxy"
+        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("BEGIN IMMEDIATE")       # two processes may start at once
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for script in MIGRATIONS[version:]:
+            for statement in script.split(";")[:-1]:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+        db.execute("COMMIT")
+        return ""
+
+    def _connect(self, target: str) -> Any:
+        import sqlite3
+        db = sqlite3.connect(target, timeout=5, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous=NORMAL")
+        return db
+
+    def _run(self) -> None:
+        import sqlite3
+        db = self._memory or self._connect(self._target)
+        pending, due, tidy_at, seen = [], 0.0, 0.0, None
+        while True:
+            now = time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                job = self._jobs.get(timeout=max(0.02, min(1.0, due - now)) if pending else 1.0)
+                due = due if pending else now + 1.0
+                pending.append(job)
+            if pending and (pending[-1][2] or time.monotonic() >= due or len(pending) > 5000):
+                due = time.monotonic() + 5      # for what could not be written
+                try:
+                    with self._lock:
+                        if self._write(db, pending):
+                            return
+                    pending = []
+                except sqlite3.Error as err:
+                    if any(sql is None for sql, _, _ in pending):
+                        return
+                    pending = self._keep_unwritten(pending, err)
+            try:
+                version = db.execute("PRAGMA data_version").fetchone()[0]
+                if seen not in (None, version):
+                    self.on_foreign_change()
+                seen = version
+                if time.monotonic() > tidy_at:
+                    tidy_at = time.monotonic() + 3600
+                    with self._lock:
+                        self._tidy(db)
+            except sqlite3.Error as err:
+                self.tell(f"state.db: {err}")
+
+    def _write(self, db: Any, jobs: list) -> bool:
+        """Writes jobs in one transaction; whether the end was among them."""
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for sql, values, _ in jobs:
+                if isinstance(sql, str):
+                    db.execute(sql, [v() if callable(v) else v for v in values])
+            db.execute("COMMIT")
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+        for sql, _, _ in jobs:
+            if isinstance(sql, threading.Event):
+                sql.set()
+        if any(sql is None for sql, _, _ in jobs):
+            db.close()
+            return True
+        return False
+
+    def _keep_unwritten(self, jobs: list, err: Exception) -> list:
+        """The newest of what could not be written, for another try; flushes do not wait for it."""
+        self.tell(f"state.db could not be written: {err}")
+        for sql, _, _ in jobs:
+            if isinstance(sql, threading.Event):
+                sql.set()
+        return [(sql, values, False) for sql, values, _ in jobs if isinstance(sql, str)][-5000:]
+
+    def _tidy(self, db: Any) -> None:
+        """Forgets what is old, and the oldest requests when the file is above its ceiling."""
+        now = time.time()
+        db.execute("DELETE FROM requests WHERE at < ?", (now - KEEP_REQUESTS_S,))
+        db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
+        db.execute("DELETE FROM rests WHERE until < ?", (now - 86400,))
+        while True:
+            pages = db.execute("PRAGMA page_count").fetchone()[0]
+            pages -= db.execute("PRAGMA freelist_count").fetchone()[0]
+            size = pages * db.execute("PRAGMA page_size").fetchone()[0]
+            if size <= self.max_bytes or not db.execute(
+                    "DELETE FROM requests WHERE id IN (SELECT id FROM requests ORDER BY at "
+                    "LIMIT 1 + (SELECT count(*) / 4 FROM requests))").rowcount:
+                break
+        db.execute("PRAGMA incremental_vacuum")
 
 
 class Meters:
@@ -1267,7 +1598,17 @@ class Request:
     thinking: ThinkingWish = ThinkingWish()
     json_schema: dict | None = None     # the answer must be JSON of this schema
     session: str = ""                   # same for all requests of one conversation
+    agent: str = ""                     # which of the session's agents asks
     is_streaming: bool = False
+
+    @property
+    def conversation(self) -> str:
+        """What tells this conversation from others: the client's session, else its beginning."""
+        if self.session:
+            return self.session
+        first = next((b.text for t in self.turns if t.role == "user"
+                      for b in t.blocks if isinstance(b, Text)), "")
+        return "\n".join(self.system) + "\0" + first
 
 
 class Target(NamedTuple):
@@ -2420,18 +2761,25 @@ def _json_schema(body: Mapping) -> dict | None:
     return None
 
 
+_SESSION_HEADERS = ("session-id", "session_id", "x-session-id", "x-session-affinity",
+                    "x-client-request-id")
+_SESSION_FIELDS = ("session_id", "sessionId", "conversation_id", "prompt_cache_key")
+
+
 def _session(body: Mapping, headers: Mapping[str, str]) -> str:
     """What all requests of one conversation share; "" when the client does not say."""
     if headers.get("x-claude-code-session-id"):
         return headers["x-claude-code-session-id"]
     metadata = body.get("metadata")
     user_id = metadata.get("user_id") if isinstance(metadata, dict) else None
-    if not isinstance(user_id, str):
-        return ""
-    if user_id.startswith("{"):
+    if isinstance(user_id, str) and user_id.startswith("{"):
         with contextlib.suppress(ValueError, RecursionError):   # not JSON: taken as it stands
             return str(json.loads(user_id).get("session_id") or user_id)
-    return user_id.rpartition("_session_")[2]
+    if isinstance(user_id, str) and "_session_" in user_id:
+        return user_id.rpartition("_session_")[2]
+    return next((str(v) for v in (*(headers.get(h) for h in _SESSION_HEADERS),
+                                  *(body.get(f) for f in _SESSION_FIELDS))
+                 if v and isinstance(v, str)), "")
 
 
 def anthropic_parse_request(body: Any, headers: Mapping[str, str],
@@ -2473,7 +2821,8 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
         top_k=None if top_k is None else int(top_k),
         stop_sequences=tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
         thinking=_thinking(body, effort), json_schema=_json_schema(body),
-        session=_session(body, headers), is_streaming=stream is True)
+        session=_session(body, headers), agent=headers.get("x-claude-code-agent-id", ""),
+        is_streaming=stream is True)
 
 
 # Answers
@@ -2678,7 +3027,7 @@ def _generation_config(request: Request, target: Target, may_think: bool) -> tup
     model, config = target.model, {}
     budget = _wanted_budget(request.thinking, model)
     limit, most = model.output_tokens, min(max(request.max_tokens, 1), model.output_tokens)
-    levels = [] if target.provider.envelope else model.levels.split()
+    levels = [] if target.provider.envelope == "antigravity" else model.levels.split()
     if model.family == "claude":
         budget = budget if may_think else 0
         if budget and most <= budget:       # Claude refuses a limit within the budget
@@ -2848,12 +3197,7 @@ def _tool_fields(request: Request, target: Target) -> dict:
 
 def _session_id(request: Request) -> str:
     """Groups a conversation's turns for the upstream's prompt cache: a signed 63-bit number."""
-    seed = request.session
-    if not seed:
-        first = next((b.text for t in request.turns if t.role == "user"
-                      for b in t.blocks if isinstance(b, Text)), "")
-        seed = "\n".join(request.system) + "\0" + first
-    digest = hashlib.sha256(seed.encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(request.conversation.encode("utf-8", "replace")).digest()
     return "-" + str(int.from_bytes(digest[:8], "big") & (2 ** 63 - 1))
 
 
@@ -2916,6 +3260,13 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     shape = _answer_shape(request, target, signatures)
     if not target.provider.envelope:
         return Rendered(inner, {}, shape)
+    if target.provider.envelope == "gemini-cli":
+        inner["session_id"] = _session_id(request)
+        body = {"model": target.upstream_id, "project": target.project,
+                "user_prompt_id": f"{inner['session_id']}########{os.urandom(4).hex()}",
+                "request": inner}
+        return Rendered(body if target.project else {
+            k: v for k, v in body.items() if k != "project"}, {}, shape)
     inner["sessionId"] = _session_id(request)
     body = {"project": target.project, "requestId": "agent-" + os.urandom(16).hex(),
             "model": target.upstream_id, "userAgent": "antigravity",
@@ -3045,17 +3396,7 @@ _IN_PROSE = re.compile(r"(?:reset(?:s)?\s+(?:after|in)|retry\s+(?:in|after)|quot
                        r"((?:\d+d)?\s*(?:\d+h)?\s*(?:\d+m(?!s))?\s*"
                        r"(?:\d+(?:\.\d+)?m?s(?:econds)?)?)"
                        r"(\d+(?=\s+seconds))?", re.I)
-_TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
 _LOGIN_LINK = re.compile(r"https://accounts\.google\.com/[^\s\"\\]+")
-
-
-def parse_timestamp(text: str) -> float | None:
-    """Epoch seconds of an RFC 3339 time in UTC."""
-    match = _TIMESTAMP.search(text)
-    if not match:
-        return None
-    import calendar
-    return float(calendar.timegm(tuple(int(g) for g in match.groups()) + (0, 0, 0)))
 
 
 def _innermost(error: Any, depth: int = 3) -> tuple[str, dict]:
@@ -3124,6 +3465,12 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
         delays.append(parse_duration_s(str(detail.get("retryDelay", ""))))
     reasons.update(str(e.get("reason", "")) for e in _dicts(error.get("errors")))
     delays.append(parse_duration_s(str(metadata.get("quotaResetDelay", ""))))
+    said_at = re.search(r"reset(?:s)?(?: at)?\W+(\d{4}-\d\d-\d\d[T ][\d:]{8}Z?)", message)
+    if said_at:
+        delays.append((parse_timestamp(said_at[1].replace(" ", "T")) or now) - now)
+    for name, origin in (("resets_in_seconds", 0.0), ("resets_at", now)):
+        if isinstance(error.get(name), (int, float)):
+            delays.append(error[name] - origin)
     for match in _IN_PROSE.finditer(message):
         delays.append(float(match[2]) if match[2]
                       else parse_duration_s(match[1].replace("econds", "")))
@@ -3133,6 +3480,9 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
     if reset_at is not None and 0 < reset_at - now <= MAX_STATED_DELAY_S:
         delay = reset_at - now
     code = error.get("code")
+    if isinstance(code, str) or (isinstance(code, int) and code >= 1000):
+        reasons.add(code if isinstance(code, str) and not code.isdigit() else f"CODE_{code}")
+    reasons.add(str(error.get("type") or ""))
     return ErrorFacts(message, frozenset(r.upper() for r in reasons if r), delay,
                       _link(details, metadata, message), code if isinstance(code, int) else 0)
 
@@ -3317,66 +3667,128 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
 # ── 13. Accounts ──────────────────────────────────────────────────────────
 # Who may speak upstream, and until when not.  One lock guards the pool;
 # methods decide under it and return, nobody waits or writes holding it.
-# Whether a candidate rests is derived from its times, never stored.
+# Whether a candidate rests is derived from times and readings, never stored;
+# `judge`, `score` and `choose` are pure, so a month is simulated in a second.
 
 
 @dataclass(eq=False)
 class Account:
     """One credential with its state.  `lock` guards the token fields; the pool's lock the rest."""
     name: str
-    provider: Provider
+    provider: Provider                      # of its first pool
     credential: str                         # which of CREDENTIALS
     secret: str                             # unresolved: may be env:, file: or cmd:
-    project: str = ""                       # configured, else found with the first token
+    pools: tuple = ()                       # further Providers that the same sign-in may use
+    project: str = ""                       # configured; what is found stands in its Facts
+    email: str = ""
+    enabled: bool = True
     priority: int = 0                       # lower first
+    weight: float = 1.0
     models: tuple = ()                      # () serves all of its provider's
     max_in_flight: int = 0                  # 0 is no limit
+    soft_limit: float | None = None         # None takes the setting
     proxy: str = ""
     headers: tuple = ()
     user_agent: str = ""
     in_flight: int = 0
-    stopped: ProxyError | None = None       # until a person acts
+    reserved: int = 0                       # places kept for requests that were woken
+    ramp: int = 0                           # requests at a time after a switch, 0 is no limit
+    used_at: float = 0.0                    # epoch seconds of its last lease
+    served: float = 0.0                     # fair-queueing time: leases by weight
+    health: float = HEALTH_START            # at `measured_at`
+    tokens: float = BURST_TOKENS
+    measured_at: float = 0.0
     lock: Any = field(default_factory=threading.Lock)
     access_token: str = ""
     token_expires_at: float = 0.0           # epoch seconds
-    flight: Any = None                      # Event of the refresh under way
-    refresh_failure: tuple | None = None    # (monotonic time, ProxyError), shared for 5 s
+    failure: tuple | None = None            # (monotonic time, ProxyError) of its last refresh
 
     @property
     def label(self) -> str:
         """What is shown: never an e-mail address."""
         return self.name.partition("@")[0]
 
+    @property
+    def providers(self) -> tuple:
+        return (self.provider, *self.pools)
+
+    def stop_key(self) -> tuple:
+        """Key of the rest that lasts until a person acts; another credential is another key."""
+        return ("stop", self.name, hashlib.sha256(self.secret.encode("utf-8")).hexdigest()[:12])
+
 
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
     """An Account of a validated row of accounts.json."""
     credential = next(name for name in CREDENTIALS if row.get(name))
+    provider = providers[row["provider"]]
     return Account(
-        name=row["name"], provider=providers[row["provider"]], credential=credential,
-        secret=row[credential], project=row.get("project", ""), priority=row.get("priority", 0),
+        name=row["name"], provider=provider, credential=credential, secret=row[credential],
+        pools=tuple(providers[p] for p in provider.pools), project=row.get("project", ""),
+        email=row.get("email", ""), enabled=row.get("enabled", True),
+        priority=row.get("priority", 0), weight=float(row.get("weight", 1)),
         models=tuple(row.get("models", ())), max_in_flight=row.get("max_in_flight", 0),
-        proxy=row.get("proxy", ""), user_agent=row.get("user_agent", ""),
+        soft_limit=row.get("soft_limit"), proxy=row.get("proxy", ""),
+        user_agent=row.get("user_agent", ""),
         headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()))
+
+
+class Facts(NamedTuple):
+    """What an upstream told about an account's pool."""
+    project: str
+    tier: str               # free, pro, ultra, or ""
+    absent: str             # why the pool cannot be used, "" where it can
+    models: tuple           # its catalogue as Model rows; () is unknown: all are tried
+    at: float               # epoch seconds
+
+
+class Window(NamedTuple):
+    """A reading of one quota.  `scope` is a model id, a quota group, or `account`."""
+    scope: str
+    window: str             # 5h, weekly, or the upstream's own word
+    fraction: float | None  # left, 0 to 1; None is unknown, which is not zero
+    reset_at: float         # epoch seconds, 0 where that is unknown
+    at: float
+
+
+class Candidate(NamedTuple):
+    account: Account
+    provider: Provider      # the pool
+    model: Model
+    upstream_id: str
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower first: the first pool of all accounts comes before the second of any."""
+        return self.account.priority, self.account.providers.index(self.provider)
 
 
 def upstream_id(model: Model, provider: Provider) -> str:
     """The id `provider` knows the model by, "" where it does not serve it."""
     if provider.catalogue == "key_id":
         return model.key_id
+    if provider.catalogue == "cli_id":
+        return GEMINI_CLI_IDS.get(model.key_id, "")
     return model.id if model.on_cloud_code else ""
 
 
-class Candidate(NamedTuple):
-    account: Account
-    model: Model
-    upstream_id: str
+def quota_group(model: Model, provider: Provider) -> str:
+    """The group whose models may share one allowance, as Cloud Code counts."""
+    if provider.envelope != "antigravity":
+        return model.id
+    return {"claude": "3p", "gpt-oss": "3p", "image": "gemini-image"}.get(model.family, "gemini")
 
 
-def account_serves(account: Account, model: Model) -> str:
-    """The upstream id of `model` for this account, "" when it does not serve it."""
+def account_serves(account: Account, model: Model, provider: Provider | None = None,
+                   facts: Facts | None = None) -> str:
+    """The upstream id of `model` in this pool of the account, "" when it does not serve it."""
+    provider = provider or account.provider
     if account.models and model.id not in account.models:
         return ""
-    return upstream_id(model, account.provider) or (model.id if model.id in account.models else "")
+    listed = {m.id for m in facts.models} if facts else ()
+    served = upstream_id(model, provider) or (
+        model.id if provider is account.provider and (
+            model.id in account.models or model.id in listed) else "")
+    return served if not listed or served in listed else ""
 
 
 def normal_model_name(name: str) -> str:
@@ -3386,19 +3798,27 @@ def normal_model_name(name: str) -> str:
     return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
 
 
-_UNKNOWN_MODEL = (200000, 32000, 1024, 30976, -1, False, "")    # careful limits for ids of accounts
+def model_from_id(name: str, label: str = "", **limits: int) -> Model:
+    """A row for an id that the catalogue here lacks: careful limits where none are given."""
+    family = next((f for word, f in (("claude", "claude"), ("gpt", "gpt-oss"), ("image", "image"),
+                                     ("gemini-2", "gemini25")) if word in name), "gemini3")
+    return Model(name, label or name, family, limits.get("context") or 200000,
+                 limits.get("output") or 32000, limits.get("least") or 1024, 30976,
+                 limits.get("budget") or -1, False, "")
 
 
-def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple]) -> Model:
+def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
+                  listed: Iterable[Model] = ()) -> Model:
     """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
-    own.  Of several that fit, the first any account serves.  Raises ProxyError not_found."""
-    accounts = list(accounts)
+    own or listed one.  Of several that fit, the first any account serves.  Raises ProxyError
+    not_found."""
+    accounts, listed = list(accounts), {m.id: m for m in listed}
     wanted = normal_model_name(name)
     patterns = sorted((p for p in aliases if fnmatch.fnmatchcase(wanted, p)), key=len,
                       reverse=True)
     if patterns:
         choices = tuple(normal_model_name(t) for t in aliases[patterns[0]])
-    elif wanted in MODELS:
+    elif wanted in MODELS or wanted in listed:
         choices = (wanted,)
     elif wanted.startswith("claude-") and wanted[7:] in MODELS:
         choices = (wanted[7:],)         # as listed for clients that keep only claude ids
@@ -3406,19 +3826,25 @@ def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, 
         choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
         if not choices and (wanted.startswith("claude") or wanted in TIERS):
             choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
-    known = [MODELS[c] for c in choices if c in MODELS]
+    known = [MODELS.get(c) or listed[c] for c in choices if c in MODELS or c in listed]
     for account in accounts:
         for choice in choices or (wanted,):
             if choice in account.models and choice not in MODELS:
-                family = "claude" if choice.startswith("claude") else "gemini3"
-                known.append(Model(choice, choice, family, *_UNKNOWN_MODEL))
+                known.append(model_from_id(choice))
     for model in known:
-        if any(account_serves(account, model) for account in accounts):
+        if model.id in listed or any(account_serves(a, model, p)
+                                     for a in accounts for p in a.providers):
             return model
     if known:
         return known[0]
     near = difflib.get_close_matches(wanted, list(MODELS), 3, 0.0)
     raise ProxyError("not_found", f"model: {name} is not known; nearest are {', '.join(near)}")
+
+
+def fallback_for(model: Model) -> str:
+    """The id of the model's pair, "" where it has none."""
+    return next((to for pattern, to in FALLBACKS.items()
+                 if fnmatch.fnmatchcase(model.id, pattern)), "")
 
 
 # Rests
@@ -3427,19 +3853,30 @@ def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, 
 class Rest:
     """Why and until when something is not asked.  Stated times are facts, guesses preferences."""
     kind: str
-    until: float            # epoch seconds
+    until: float            # epoch seconds; infinite until a person acts
     is_stated: bool
     failures: int
     failed_at: float
     message: str
+    changed_at: float = 0.0     # the newer of two processes' versions holds
+    seen_empty: bool = False    # a quota reading agreed with it: a later one may lift it
+
+    def holds(self, now: float) -> bool:
+        """Whether it is in force; one from the future (the clock was set back) is void."""
+        return self.until > now and self.failed_at <= now + 60
 
 
 class Verdict(NamedTuple):
-    """One candidate at one moment."""
+    """One candidate at one moment: a line of the score sheet."""
     candidate: Candidate
-    state: str              # usable, tried, stopped, busy, stated, guessed
+    state: str              # usable, soft, tried, stopped, busy, stated, guessed
     until: float            # epoch seconds, 0 where that says nothing
     reason: str             # for people
+    terms: tuple = ()       # ((name, points), ...) of the hybrid score
+
+    @property
+    def score(self) -> float:
+        return sum(points for _, points in self.terms)
 
 
 class Choice(NamedTuple):
@@ -3449,6 +3886,32 @@ class Choice(NamedTuple):
     reason: str             # why this one: the x-agproxy-route header
 
 
+class View(NamedTuple):
+    """What a decision looks at: the pool's tables and the settings, at one moment."""
+    rests: Mapping[tuple, Rest] = {}
+    facts: Mapping[tuple, Facts] = {}           # (account, pool)
+    quotas: Mapping[tuple, Mapping] = {}        # (account, pool) -> {(scope, window): Window}
+    settings: Mapping[str, Any] = {}
+
+
+@dataclass(eq=False)
+class Ask:
+    """One request before the pool: whose it is, and how it is woken when a place is kept for it."""
+    session: str = ""           # of its conversation
+    agent: str = ""             # of a session's agents, served in turn
+    wake: Callable[[], None] = lambda: None
+    arrived_at: float = 0.0     # monotonic
+    place: Any = None           # the Account that keeps a place for it
+
+
+class Binding(NamedTuple):
+    """Where a conversation's prompt cache is warm: its home, and who serves while that rests."""
+    home: tuple             # (account, pool)
+    home_at: float
+    guest: tuple
+    guest_at: float
+
+
 def is_stated(error: ProxyError) -> bool:
     """Whether the upstream itself said until when this candidate is limited."""
     return error.delay_s is not None and error.kind in ("quota", "rate")
@@ -3456,60 +3919,146 @@ def is_stated(error: ProxyError) -> bool:
 
 def candidate_keys(candidate: Candidate) -> tuple:
     """Everything whose rest makes this candidate rest; hosts count when all of them rest."""
-    name, pool, model = candidate.account.name, candidate.account.provider.id, candidate.model.id
-    return (("account", name), ("candidate", name, pool, model), ("capacity", pool, model),
-            ("pool", pool))
+    name, pool, model = candidate.account.name, candidate.provider.id, candidate.model
+    return (("account", name), ("pair", name, pool), ("candidate", name, pool, model.id),
+            ("group", name, pool, quota_group(model, candidate.provider)),
+            ("capacity", pool, model.id), ("pool", pool))
 
 
-def judge(candidate: Candidate, rests: Mapping[tuple, Rest], tried: Iterable,
-          now: float) -> Verdict:
+def fresh_windows(candidate: Candidate, view: View, now: float) -> list[Window]:
+    """Readings that tell something about the candidate now: not too old, not past their reset."""
+    readings = view.quotas.get((candidate.account.name, candidate.provider.id))
+    if not readings:
+        return []
+    scopes = (candidate.upstream_id, candidate.model.id, "account",
+              quota_group(candidate.model, candidate.provider))
+    oldest = now - max(QUOTA_STALE_S, 2 * view.settings.get("quota_poll_s", 0))
+    return [w for w in readings.values() if w.scope in scopes and w.fraction is not None
+            and oldest < w.at <= now + 60 and (w.reset_at > now or not w.reset_at)]
+
+
+def measured(account: Account, now: float) -> tuple[float, float]:
+    """(health, burst tokens) at `now`: both grow back with time."""
+    hours = max(0.0, now - account.measured_at) / 3600 if account.measured_at else 0.0
+    return (min(100.0, account.health + hours * HEALTH_STEPS["hour"]),
+            min(float(BURST_TOKENS), account.tokens + hours * 60 * BURST_PER_MINUTE))
+
+
+def score(candidate: Candidate, view: View, windows: list[Window], now: float) -> tuple:
+    """The terms of the hybrid score, each ready to be shown; () for other strategies.  What does
+    not qualify (health, allowance or quota too low) is taken last, by a term of its own."""
+    settings, account = view.settings, candidate.account
+    if settings.get("strategy") != "hybrid":
+        return ()
+    health, tokens = measured(account, now)
+    least = min((w.fraction for w in windows), default=None)
+    idle_s = min(3600.0, max(0.0, now - account.used_at)) if account.used_at else 3600.0
+    is_fresh = now - account.used_at > WINDOW_S["5h"]
+    is_last = health < HEALTH_LEAST or tokens < 1 or (least is not None
+                                                      and least <= QUOTA_CRITICAL)
+    return (("fresh", settings["hybrid_fresh"] * is_fresh),
+            ("health", settings["hybrid_health"] * health),
+            ("tokens", settings["hybrid_tokens"] * tokens / BURST_TOKENS * 100),
+            ("quota", settings["hybrid_quota"] * (50.0 if least is None else least * 100)),
+            ("idle", settings["hybrid_idle"] * idle_s), ("last choice", -1e6 * is_last))
+
+
+def judge(candidate: Candidate, view: View, tried: Iterable, ask: Ask, now: float) -> Verdict:
     """Pure: whether this candidate may be asked now, and if not, why and until when."""
-    account = candidate.account
-    if account.stopped:
-        return Verdict(candidate, "stopped", 0, account.stopped.message)
+    account, rests = candidate.account, view.rests
+    if not account.enabled:
+        return Verdict(candidate, "stopped", 0, "disabled; `accounts enable` brings it back")
+    stop = rests.get(account.stop_key())
+    if stop and stop.until > now:
+        return Verdict(candidate, "stopped", 0, stop.message)
+    facts = view.facts.get((account.name, candidate.provider.id))
+    if facts and facts.absent and now - facts.at < ABSENT_LASTS_S:
+        return Verdict(candidate, "stopped", 0, facts.absent)
     resting = [r for key in candidate_keys(candidate)
-               for r in (rests.get(key),) if r and r.until > now]
-    hosts = [rests.get(("host", url)) for url in account.provider.base_urls]
-    if hosts and all(r and r.until > now for r in hosts):
+               for r in (rests.get(key),) if r and r.holds(now)]
+    hosts = [rests.get(("host", url)) for url in candidate.provider.base_urls]
+    if hosts and all(r and r.holds(now) for r in hosts):
         resting.append(min(hosts, key=lambda r: r.until))
-    stated = [r for r in resting if r.is_stated]
+    stated = max((r for r in resting if r.is_stated), key=lambda r: r.until, default=None)
     if stated:
-        rest = max(stated, key=lambda r: r.until)
-        return Verdict(candidate, "stated", rest.until, rest.message)
+        return Verdict(candidate, "stated", stated.until, stated.message)
+    windows = fresh_windows(candidate, view, now)
+    spent = max((w for w in windows if w.fraction <= 0 and w.reset_at), key=lambda w: w.reset_at,
+                default=None)
+    if spent:
+        return Verdict(candidate, "stated", spent.reset_at,
+                       f"no quota is left in its {spent.window} window ({spent.scope})")
+    rest = max(resting, key=lambda r: r.until, default=None)
     if candidate in tried:
-        rest = max(resting, key=lambda r: r.until, default=None)
         return Verdict(candidate, "tried", rest.until if rest else 0,
                        rest.message if rest else "was tried")
-    if account.max_in_flight and account.in_flight >= account.max_in_flight:
-        return Verdict(candidate, "busy", now + 1, f"serves {account.in_flight} requests already")
-    if resting:
-        rest = max(resting, key=lambda r: r.until)
+    limit = min(filter(None, (account.max_in_flight, account.ramp)), default=0)
+    taken = account.in_flight + account.reserved - (ask.place is account)
+    if limit and taken >= limit:
+        return Verdict(candidate, "busy", now + 5, f"serves {account.in_flight} requests already")
+    if rest:
         return Verdict(candidate, "guessed", rest.until, rest.message)
-    return Verdict(candidate, "usable", 0, "")
+    terms = score(candidate, view, windows, now)
+    least = min((w.fraction for w in windows), default=1.0)
+    soft = account.soft_limit
+    soft = view.settings.get("soft_limit", 0.0) if soft is None else soft
+    if soft and least <= soft:
+        return Verdict(candidate, "soft", 0, f"{least:.0%} of its quota is left, "
+                       f"the soft limit is {soft:.0%}", terms)
+    return Verdict(candidate, "usable", 0, "", terms)
 
 
-def choose(verdicts: Iterable[Verdict], strategy: str, last: str, probing: Iterable,
-           now: float) -> tuple[Verdict | None, float | None, str]:
-    """Pure: (the verdict to act on, seconds to wait when there is none, why).  `last` is the
-    account that served this model last, `probing` the candidates a request is already testing."""
-    verdicts = list(verdicts)
-    usable = [v for v in verdicts if v.state == "usable"]
+# Strategies
+
+def choose_sticky(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
+    """The account that served last, until it is limited; then the next in order."""
+    return next((v for v in sheet if v.candidate.account.name == last), sheet[0])
+
+
+def choose_best(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
+    return max(sheet, key=lambda v: v.score)
+
+
+def choose_in_turn(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
+    """Start-time fair queueing: who had least by its weight; a long absence earns no burst."""
+    return min(sheet, key=lambda v: max(virtual, v.candidate.account.served))
+
+
+STRATEGIES = {"sticky": choose_sticky, "fill-first": choose_sticky, "hybrid": choose_best,
+              "round-robin": choose_in_turn, "weighted": choose_in_turn}
+
+
+def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, probing: Iterable,
+           virtual: float = 0.0) -> tuple[Verdict | None, str]:
+    """Pure: (the line of the sheet to act on or None, why).  `last` is the account that served this
+    model last, `bound` the (account, pool) pairs of the conversation in order of preference,
+    `virtual` the fair-queueing time."""
+    sheet = list(sheet)
+    usable = [v for v in sheet if v.state == "usable"] or [v for v in sheet if v.state == "soft"]
     if usable:
-        best = min(v.candidate.account.priority for v in usable)
-        usable = [v for v in usable if v.candidate.account.priority == best]
-        names = [v.candidate.account.name for v in verdicts]
-        after = names.index(last) + (strategy == "round-robin") if last in names else 0
-        turn = {name: (i - after) % len(names) for i, name in enumerate(names)}
-        chosen = min(usable, key=lambda v: turn[v.candidate.account.name])
-        return chosen, None, f"{strategy}; {len(usable)} of {len(verdicts)} usable"
-    guessed = [v for v in verdicts if v.state == "guessed"]
+        told = f"{len(usable)} of {len(sheet)} usable"
+        for pair in bound:
+            for v in usable:
+                if (v.candidate.account.name, v.candidate.provider.id) == pair:
+                    return v, f"{strategy}; its conversation's account; {told}"
+        best = min(v.candidate.rank for v in usable)
+        first = [v for v in usable if v.candidate.rank == best]
+        return STRATEGIES[strategy](first, last, virtual), f"{strategy}; {told}"
+    guessed = [v for v in sheet if v.state == "guessed"]
     free = [v for v in guessed if v.candidate not in probing]
     if free and len(free) == len(guessed):      # one request tests, the others wait for its result
-        return min(free, key=lambda v: v.until), None, "shortest guessed rest; none usable"
-    soon = [max(0.05, v.until - now) for v in verdicts if v.state in ("stated", "busy")]
-    if guessed:
-        soon.append(0.25)
-    return None, min(soon, default=None), ""
+        return min(free, key=lambda v: v.until), "shortest guessed rest; none usable"
+    return None, ""
+
+
+def sheet_rows(verdicts: Iterable[Verdict], now: float) -> list[dict]:
+    """The score sheet as JSON: for `why`, `explain` and the database."""
+    return [{"account": v.candidate.account.label, "pool": v.candidate.provider.id,
+             "model": v.candidate.model.id, "state": v.state, "reason": v.reason,
+             **({"free_in_s": round(v.until - now, 1)} if v.until > now else {}),
+             **({"score": round(v.score, 1),
+                 "terms": {name: round(points, 1) for name, points in v.terms}} if v.terms else {})}
+            for v in verdicts]
 
 
 class Lease:
@@ -3535,111 +4084,322 @@ class Lease:
             self.settle()
 
 
-class AccountPool:
-    """All accounts with their rests.  The lock guards rests, in_flight, stopped, last, probing."""
+STOPPED_STATES = {"validation": "needs verification", "disabled": "banned",
+                  "revoked": "needs login",
+              "auth_expired": "needs login"}
 
-    def __init__(self, accounts: Iterable[Account], clock: Clock, strategy: str = "sticky",
-                 max_in_flight: int = 1536):
-        self.accounts = sorted(accounts, key=lambda a: a.priority)
-        self.clock, self.strategy, self.max_in_flight = clock, strategy, max_in_flight
+
+def burn_rate(points: Iterable[tuple], reset_at: float,
+              now: float) -> tuple[str, float | None, float | None]:
+    """(burning, stable, recovering, exhausted or calculating; fraction per hour; seconds to empty)
+    by least squares over the points since the last reset, of a day at most."""
+    points = [p for p in points if now - p[0] <= min(86400, max(3600, reset_at - now))]
+    for i in range(len(points) - 1, 0, -1):
+        if points[i][1] - points[i - 1][1] > 0.3:       # a reset: what was before says nothing
+            points = points[i:]
+            break
+    if points and points[-1][1] <= 0:
+        return "exhausted", 0.0, 0.0
+    if len(points) < 2 or points[-1][0] - points[0][0] < 60:
+        return "calculating", None, None
+    mean_t = sum(t for t, _ in points) / len(points)
+    mean_f = sum(f for _, f in points) / len(points)
+    spread = sum((t - mean_t) ** 2 for t, _ in points)
+    per_h = 3600 * sum((t - mean_t) * (f - mean_f) for t, f in points) / spread
+    per_h = max(-1.0, min(1.0, per_h))
+    if abs(per_h) < 0.002:
+        return "stable", per_h, None
+    return ("recovering", per_h, None) if per_h > 0 else (
+        "burning", per_h, points[-1][1] / -per_h * 3600)
+
+
+class AccountPool:
+    """All accounts with their rests, readings and bindings.  The lock guards all of them; what
+    changes is put to `state`, which writes in its own thread."""
+
+    def __init__(self, accounts: Iterable[Account], clock: Clock, settings: Mapping[str, Any],
+                 state: State | None = None):
+        self.clock, self.settings, self.state = clock, settings, state
+        self.accounts: list[Account] = []
         self.in_flight = 0
         self._lock = threading.Lock()
         self._rests: dict[tuple, Rest] = {}
-        self._last: dict[str, str] = {}     # model id -> account name
-        self._probing: set[Candidate] = set()
+        self._facts: dict[tuple, Facts] = {}
+        self._quotas: dict[tuple, dict] = {}
+        self._points: dict[tuple, collections.deque] = {}   # (account, pool, scope, window)
+        self._last: dict[str, str] = {}                     # model id -> account name
+        self._bindings: collections.OrderedDict = collections.OrderedDict()
+        self._probing: set[tuple] = set()
+        self._waiting: dict[Ask, tuple] = {}                # -> accounts that may serve it
+        self._turns: collections.Counter = collections.Counter()    # places kept, by agent
+        self._virtual = 0.0
+        self._used: dict[str, float] = {}                   # last uses by account, as loaded
+        self._prepared: dict[str, list] = {}                # candidates by model id
+        if state is not None:
+            self._load(state)
+            state.on_foreign_change = self.load_rests
+        self.replace(accounts, settings)
+
+    # What a person decides
+
+    def replace(self, accounts: Iterable[Account], settings: Mapping[str, Any]) -> None:
+        """Takes over an edited accounts file.  An account with the same name, provider and
+        credential goes on as it was; leases of the others run out."""
+        with self._lock:
+            known = {a.name: a for a in self.accounts}
+            out = []
+            for account in accounts:
+                old = known.get(account.name)
+                if old and (old.provider, old.credential, old.secret) == (
+                        account.provider, account.credential, account.secret):
+                    for name in ("pools", "project", "email", "enabled", "priority", "weight",
+                                 "models", "max_in_flight", "soft_limit", "proxy", "headers",
+                                 "user_agent"):
+                        setattr(old, name, getattr(account, name))
+                    account = old
+                else:
+                    account.used_at = max(account.used_at, self._used.get(account.name, 0.0))
+                out.append(account)
+            if settings.get("pid_offset") and out:
+                offset = os.getpid() % len(out)
+                out = out[offset:] + out[:offset]
+            self.accounts = sorted(out, key=lambda a: a.priority)
+            self.settings, self._prepared = settings, {}
+            self._last = {m: n for m, n in self._last.items() if n in {a.name for a in out}}
+
+    # Choosing
 
     def candidates(self, model: Model) -> list[Candidate]:
-        return [Candidate(account, model, served) for account in self.accounts
-                for served in (account_serves(account, model),) if served]
+        """Who serves the model, the first pool of all accounts before the second of any."""
+        with self._lock:
+            if model.id not in self._prepared:
+                self._prepared[model.id] = sorted((
+                    Candidate(account, provider, model, served) for account in self.accounts
+                    for provider in account.providers
+                    for served in (account_serves(account, model, provider, self._facts.get(
+                        (account.name, provider.id))),) if served), key=lambda c: c.rank)
+            return self._prepared[model.id]
 
-    def lease(self, candidates: Iterable[Candidate], tried: Iterable) -> Choice:
-        """Lends the best candidate, or says how long to wait and why none can be had."""
+    def serves(self, account: Account, model: Model) -> bool:
+        return any(c.account is account for c in self.candidates(model))
+
+    def view(self) -> View:
+        return View(self._rests, self._facts, self._quotas, self.settings)
+
+    def listed_models(self) -> list[Model]:
+        """Models that accounts' own catalogues name and this file does not."""
+        with self._lock:
+            return list({m.id: m for facts in self._facts.values() for m in facts.models
+                         if m.id not in MODELS}.values())
+
+    def lease(self, candidates: Iterable[Candidate], tried: Iterable,
+              ask: Ask | None = None) -> Choice:
+        """Lends the best candidate, or says how long to wait and why none can be had.  One that
+        waits for a busy account keeps its place in the queue until `leave`."""
+        now, ask = self.clock.now(), ask or Ask()
+        with self._lock:
+            view = self.view()
+            sheet = tuple(judge(c, view, tried, ask, now) for c in candidates)
+            model = sheet[0].candidate.model.id if sheet else ""
+            chosen, reason = self._choose(sheet, model, ask, now)
+            if chosen is None:
+                self._queue(ask, sheet)
+                soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
+                soon += [0.25] * any(v.state == "guessed" for v in sheet)
+                return Choice(None, min(soon, default=None), sheet, "")
+            if self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30):
+                raise ProxyError("full", "too many upstream calls are in flight", 1)
+            self._leave(ask)
+            self._lend(chosen, sheet, model, ask, now)
+        return Choice(Lease(self.settle, chosen.candidate, reason, now), None, sheet, reason)
+
+    def borrow(self, candidate: Candidate) -> Lease:
+        """This very candidate, whatever the others are: for the upkeep's own requests."""
         now = self.clock.now()
         with self._lock:
-            verdicts = tuple(judge(c, self._rests, tried, now) for c in candidates)
-            model = verdicts[0].candidate.model.id if verdicts else ""
-            chosen, wait_s, reason = choose(verdicts, self.strategy, self._last.get(model, ""),
-                                            self._probing, now)
-            if chosen is None:
-                return Choice(None, wait_s, verdicts, "")
-            if self.in_flight >= self.max_in_flight:
-                raise ProxyError("full", "too many upstream calls are in flight", 1)
-            account = chosen.candidate.account
-            account.in_flight += 1
-            self.in_flight += 1
-            self._last[model] = account.name
-            if chosen.state == "guessed":
-                self._probing.add(chosen.candidate)
-        lease = Lease(self.settle, chosen.candidate, reason, now)
-        return Choice(lease, None, verdicts, reason)
+            self._lend(Verdict(candidate, "usable", 0, ""), (), candidate.model.id, Ask(), now)
+        return Lease(self.settle, candidate, "auto-refresh", now)
+
+    def leave(self, ask: Ask) -> None:
+        """The request is over: it waits no longer, and gives back a place kept for it."""
+        if ask in self._waiting or ask.place is not None:
+            with self._lock:
+                self._leave(ask, gives_back=True)
+
+    def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
+        """A dry run: (what would be chosen, why, the score sheet)."""
+        now, ask = self.clock.now(), Ask()
+        with self._lock:
+            sheet = tuple(judge(c, self.view(), (), ask, now) for c in candidates)
+            return *self._choose(sheet, sheet[0].candidate.model.id if sheet else "", ask,
+                                 now), sheet
 
     def verdicts(self, candidates: Iterable[Candidate], tried: Iterable) -> tuple:
         now = self.clock.now()
         with self._lock:
-            return tuple(judge(c, self._rests, tried, now) for c in candidates)
+            return tuple(judge(c, self.view(), tried, Ask(), now) for c in candidates)
+
+    def _choose(self, sheet: tuple, model: str, ask: Ask,
+                now: float) -> tuple[Verdict | None, str]:
+        strategy, bound = self.settings.get("strategy", "sticky"), ()
+        binding = self._bindings.get((ask.session, model)) if ask.session else None
+        if binding and strategy != "round-robin":
+            keep_s = self.settings.get("affinity_s", 3600)
+            bound = tuple(pair for pair, at in ((binding.home, binding.home_at),
+                                                (binding.guest, binding.guest_at))
+                          if pair and now - at < keep_s)
+        return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
+                      self._virtual)
+
+    def _lend(self, chosen: Verdict, sheet: tuple, model: str, ask: Ask, now: float) -> None:
+        account, pool = chosen.candidate.account, chosen.candidate.provider.id
+        account.in_flight += 1
+        self.in_flight += 1
+        account.health, account.tokens = measured(account, now)
+        account.tokens, account.measured_at = max(0.0, account.tokens - 1), now
+        previous, self._last[model] = self._last.get(model), account.name
+        if previous not in (None, account.name) and not any(
+                v.state in ("usable", "soft", "busy") for v in sheet
+                if v.candidate.account.name == previous) and now - account.used_at > 60:
+            account.ramp = RAMP_START       # the storm that spent the last one does not spend it
+        account.used_at = now
+        weight = account.weight if self.settings.get("strategy") == "weighted" else 1.0
+        self._virtual = max(self._virtual, account.served)
+        account.served = self._virtual + 1 / max(weight, 1e-3)
+        if chosen.state == "guessed":
+            self._probing.add(chosen.candidate)
+        if ask.session:
+            self._bind((ask.session, model), (account.name, pool), now)
+        if self.state is not None:
+            self.state.put("used", account.name, now)
+
+    def _bind(self, key: tuple, pair: tuple, now: float) -> None:
+        """The account that serves a conversation stays its home; another that serves while the home
+        rests is its guest, and becomes the home when the home's cache has gone cold."""
+        old = self._bindings.pop(key, None)
+        is_home = (old is None or old.home == pair
+                   or now - old.home_at >= self.settings.get("affinity_s", 3600))
+        self._bindings[key] = (Binding(pair, now, (), 0.0) if is_home
+                               else old._replace(guest=pair, guest_at=now))
+        if len(self._bindings) > 5000:
+            self._bindings.popitem(last=False)
+
+    # The queue of those who wait for a place
+
+    def _queue(self, ask: Ask, sheet: tuple) -> None:
+        busy = tuple(v.candidate.account for v in sheet if v.state == "busy")
+        if busy and ask not in self._waiting:
+            ask.arrived_at = self.clock.monotonic()
+        if busy:
+            self._waiting[ask] = busy
+
+    def _leave(self, ask: Ask, gives_back: bool = False) -> None:
+        self._waiting.pop(ask, None)
+        account, ask.place = ask.place, None
+        if account is not None:
+            account.reserved -= 1
+            if gives_back:
+                self._hand_over(account)
+        if not self._waiting:
+            self._turns.clear()
+
+    def _hand_over(self, account: Account) -> None:
+        """Keeps the account's free places for who waits, agents in turn, first come first."""
+        while self._waiting:
+            limit = min(filter(None, (account.max_in_flight, account.ramp)), default=1 << 30)
+            waiting = [a for a, accounts in self._waiting.items() if account in accounts]
+            if not waiting or account.in_flight + account.reserved >= limit:
+                return
+            ask = min(waiting, key=lambda a: (self._turns[a.agent], a.arrived_at))
+            del self._waiting[ask]
+            self._turns[ask.agent] += 1
+            account.reserved += 1
+            ask.place = account
+            ask.wake()
+
+    # Settling
 
     def settle(self, lease: Lease, error: ProxyError | None, is_success: bool) -> None:
         """Gives a lease back; an error counts against what its rule names."""
         candidate, now = lease.candidate, self.clock.now()
+        account = candidate.account
         with self._lock:
-            candidate.account.in_flight -= 1
+            account.in_flight -= 1
             self.in_flight -= 1
             self._probing.discard(candidate)
             if is_success:
                 self._clear_rests(lease)
+                self._feel(account, "success", now)
             elif error is not None:
                 self._punish(candidate, error, now)
+            self._hand_over(account)
 
     def proved(self, lease: Lease) -> None:
         """The candidate answers with content: guesses about it are over, others may come."""
+        account = lease.candidate.account
         with self._lock:
             self._probing.discard(lease.candidate)
             self._clear_rests(lease)
+            if account.ramp:
+                account.ramp = account.ramp * 2 if account.ramp < RAMP_END else 0
+                self._hand_over(account)
+
+    def _feel(self, account: Account, step: str, now: float) -> None:
+        account.health, account.tokens = measured(account, now)
+        account.measured_at = now
+        account.health = max(0.0, min(100.0, account.health + HEALTH_STEPS[step]))
 
     def _clear_rests(self, lease: Lease) -> None:
         """Drops guesses that are older than the lease; what was stated, or is newer, stays."""
         for key in candidate_keys(lease.candidate):
             rest = self._rests.get(key)
             if rest and not rest.is_stated and rest.failed_at <= lease.began_at:
-                del self._rests[key]
+                self._end_rest(key)
 
     def rest_host(self, url: str, error: ProxyError) -> None:
-        now = self.clock.now()
         with self._lock:
-            self._note(("host", url), error, now)
+            self._note(("host", url), error, self.clock.now())
 
     def host_answered(self, url: str) -> None:
-        with self._lock:
-            self._rests.pop(("host", url), None)
+        if ("host", url) in self._rests:
+            with self._lock:
+                self._end_rest(("host", url))
 
     def hosts(self, provider: Provider) -> list[str]:
         """The provider's base URLs, those that rest last."""
         now = self.clock.now()
         with self._lock:
             return sorted(provider.base_urls, key=lambda url: (
-                ("host", url) in self._rests and self._rests["host", url].until > now))
-
-    def states(self) -> list[tuple[Account, str]]:
-        """Each account with its state in words, for start-up, /health and the models command."""
-        now = self.clock.now()
-        with self._lock:
-            out = []
-            for account in self.accounts:
-                rests = [r for key, r in self._rests.items() if key[0] in ("account", "candidate")
-                         and key[1] == account.name and r.until > now]
-                out.append((account, "stopped" if account.stopped else "resting" if rests
-                            else "ready"))
-            return out
+                ("host", url) in self._rests and self._rests["host", url].holds(now)))
 
     def _punish(self, candidate: Candidate, error: ProxyError, now: float) -> None:
-        rule, (account, one, capacity, pool) = error.rule, candidate_keys(candidate)
+        rule = error.rule
+        account, pair, one, _, capacity, pool = candidate_keys(candidate)
+        if rule.scope in (Scope.ACCOUNT, Scope.CANDIDATE, Scope.PAIR):
+            self._feel(candidate.account, "limit" if rule.status == 429 else "failure", now)
         if rule.rest == "stop":
-            candidate.account.stopped = error
+            self._set_rest(candidate.account.stop_key(), Rest(
+                error.kind, float("inf"), True, 1, now, error.message))
             return
-        key = {Scope.ACCOUNT: account, Scope.CANDIDATE: one, Scope.CAPACITY: capacity,
-               Scope.POOL: pool}.get(rule.scope)
+        key = {Scope.ACCOUNT: account, Scope.PAIR: pair, Scope.CANDIDATE: one,
+               Scope.CAPACITY: capacity, Scope.POOL: pool}.get(rule.scope)
         if key:
             self._note(key, error, now)
+            self._widen(candidate, now)
+
+    def _widen(self, candidate: Candidate, now: float) -> None:
+        """Two models of a quota group limited until the same moment share one allowance."""
+        name, pool, group = candidate.account.name, candidate.provider.id, quota_group(
+            candidate.model, candidate.provider)
+        one = self._rests.get(("candidate", name, pool, candidate.model.id))
+        if not one or not one.is_stated or one.kind != "quota":
+            return
+        for key, rest in list(self._rests.items()):
+            if (key[:3] == ("candidate", name, pool) and key[3] != candidate.model.id
+                    and rest.is_stated and rest.kind == "quota" and abs(rest.until - one.until) < 3
+                    and key[3] in MODELS
+                    and quota_group(MODELS[key[3]], candidate.provider) == group):
+                self._set_rest(("group", name, pool, group), replace(one))
 
     def _note(self, key: tuple, error: ProxyError, now: float) -> None:
         """Writes down a rest.  Failures within 2 s are one burst; an hour forgets the count."""
@@ -3655,18 +4415,206 @@ class AccountPool:
             rest_s = ladder[min(failures, len(ladder)) - 1]
             if error.rule.rest == "capacity":
                 # so that waiting requests do not return at once
-                rest_s *= 0.9 + 0.2 * random.random()
+                rest_s = jitter(rest_s, 0.1)
         if old and old.is_stated and old.until > now + rest_s * stated:
             return          # a stated limit is not shortened, and not by a guess at all
-        self._rests[key] = Rest(error.kind, now + rest_s, stated, failures, now, error.message)
+        self._set_rest(key, Rest(error.kind, now + rest_s, stated, failures, now, error.message))
+
+    def _set_rest(self, key: tuple, rest: Rest) -> None:
+        rest.changed_at = self.clock.now()
+        self._rests[key] = rest
+        if self.state is not None:
+            self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
+                           rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
+                           urgent=True)
+
+    def _end_rest(self, key: tuple) -> None:
+        """Ends a rest for other processes too: they see its end as the newer version."""
+        rest = self._rests.pop(key, None)
+        if rest and self.state is not None:
+            self.state.put("rests", json_encode(key), rest.kind, 0.0, rest.is_stated, 0, 0.0, "",
+                           self.clock.now(), urgent=True)
+
+    # What a person clears, what other processes learned
+
+    def clear(self, name: str) -> int:
+        """Ends every rest of an account, stops too; how many."""
+        with self._lock:
+            keys = [k for k in self._rests if k[0] in ("stop", "account", "pair", "candidate",
+                                                       "group") and k[1] == name]
+            for key in keys:
+                self._end_rest(key)
+            for pair in [p for p, facts in self._facts.items() if p[0] == name and facts.absent]:
+                del self._facts[pair]
+            return len(keys)
+
+    def load_rests(self) -> None:
+        """Takes over newer rests of other processes.  Called by the state's thread."""
+        rows = self.state.rows("rests")
+        with self._lock:
+            for text, kind, until, stated, failures, failed_at, message, changed_at in rows:
+                key = tuple(json_decode(text.encode()))
+                mine = self._rests.get(key)
+                if mine is not None and mine.changed_at >= changed_at:
+                    continue
+                if until > 0:
+                    self._rests[key] = Rest(kind, until, bool(stated), failures, failed_at,
+                                            message, changed_at)
+                elif mine is not None:
+                    del self._rests[key]
+
+    def _load(self, state: State) -> None:
+        self.load_rests()
+        self._used = dict(state.rows("used"))
+        for account, pool, project, tier, absent, models, at in state.rows("facts"):
+            rows = tuple(Model(*row) for row in json_decode(models.encode()))
+            self._facts[account, pool] = Facts(project, tier, absent, rows, at)
+        since = self.clock.now() - 86400
+        for account, pool, scope, window, fraction, reset_at, at in state.rows(
+                "quotas", "at > ? ORDER BY at", since):
+            self._take_window(account, pool, Window(scope, window, fraction, reset_at, at))
+
+    # Readings
+
+    def facts(self, account: str, pool: str) -> Facts | None:
+        with self._lock:
+            return self._facts.get((account, pool))
+
+    def note_facts(self, account: str, pool: str, facts: Facts) -> None:
+        with self._lock:
+            self._facts[account, pool], self._prepared = facts, {}
+        if self.state is not None:
+            self.state.put("facts", account, pool, facts.project, facts.tier, facts.absent,
+                           json_encode([list(m) for m in facts.models]), facts.at, urgent=True)
+
+    def note_absent(self, candidate: Candidate, why: str) -> None:
+        pair = candidate.account.name, candidate.provider.id
+        known = self.facts(*pair) or Facts("", "", "", (), 0)
+        if not known.absent:
+            self.note_facts(*pair, known._replace(absent=why, at=self.clock.now()))
+
+    def note_windows(self, account: str, pool: str, windows: Iterable[Window]) -> None:
+        """Takes over readings.  A stated limit that readings agreed with is lifted by one that
+        shows quota again; a reading that never agreed proves nothing against a 429."""
+        now = self.clock.now()
+        with self._lock:
+            for window in windows:
+                if self._take_window(account, pool, window) and self.state is not None:
+                    self.state.put("quotas", account, pool, *window)
+            readings = self._quotas.get((account, pool), {}).values()
+            for key, rest in list(self._rests.items()):
+                if key[0] in ("candidate", "group") and key[1:3] == (account, pool) and (
+                        rest.is_stated and rest.kind == "quota" and rest.until > now):
+                    model = MODELS.get(key[3])
+                    scopes = {key[3], "account"}
+                    if model and key[0] == "candidate":
+                        provider = next((p for a in self.accounts if a.name == account
+                                         for p in a.providers if p.id == pool), None)
+                        scopes |= {quota_group(model, provider), upstream_id(
+                            model, provider)} if provider else set()
+                    left = min((w.fraction for w in readings if w.scope in scopes
+                                and w.fraction is not None and w.at > rest.failed_at), default=None)
+                    if left is not None and left <= 0:
+                        rest.seen_empty = True
+                    elif left is not None and rest.seen_empty:
+                        self._end_rest(key)
+
+    def _take_window(self, account: str, pool: str, window: Window) -> bool:
+        """Whether the reading is worth a row: a change, or ten minutes gone by."""
+        readings = self._quotas.setdefault((account, pool), {})
+        readings[window.scope, window.window] = window
+        if window.fraction is None:
+            return False
+        points = self._points.setdefault((account, pool, window.scope, window.window),
+                                         collections.deque(maxlen=QUOTA_POINTS))
+        if points and points[-1][1] == window.fraction and window.at - points[-1][0] < 600:
+            return False
+        points.append((window.at, window.fraction))
+        return True
+
+    def clear_stop(self, account: Account) -> None:
+        with self._lock:
+            self._end_rest(account.stop_key())
+
+    def reading_age_s(self, account: Account, provider: Provider) -> float:
+        """Seconds since the newest quota reading of a pool."""
+        with self._lock:
+            readings = self._quotas.get((account.name, provider.id), {}).values()
+            return self.clock.now() - max((w.at for w in readings), default=0.0)
+
+    def is_stopped(self, account: Account) -> bool:
+        """Whether nothing may be sent for it until a person acts."""
+        stop = self._rests.get(account.stop_key())
+        return stop is not None and stop.until > self.clock.now()
+
+    def has_stated_limit(self, account: str, pool: str) -> bool:
+        now = self.clock.now()
+        with self._lock:
+            return any(key[0] in ("candidate", "group") and key[1:3] == (account, pool)
+                       and rest.is_stated and rest.holds(now) for key, rest in self._rests.items())
+
+    # Reports
+
+    def states(self) -> list[tuple[Account, str]]:
+        """Each account with its state in words, for start-up and the models command."""
+        return [(a, row["state"]) for a, row in zip(self.accounts, self.report())]
+
+    def report(self) -> list[dict]:
+        """Each account as JSON: its state, pools, quota windows with burn rates, and limits."""
+        now = self.clock.now()
+        with self._lock:
+            return [self._account_report(account, now) for account in self.accounts]
+
+    def _account_report(self, account: Account, now: float) -> dict:
+        limits = [{"scope": " ".join(map(str, key[2:])) or "account", "kind": rest.kind,
+                   "until": rest.until, "is_stated": rest.is_stated, "message": rest.message}
+                  for key, rest in self._rests.items()
+                  if key[0] in ("account", "pair", "candidate", "group") and key[1] == account.name
+                  and rest.holds(now)]
+        stop = self._rests.get(account.stop_key())
+        pools, quotas, tier = [], [], ""
+        for provider in account.providers:
+            facts = self._facts.get((account.name, provider.id))
+            tier = tier or (facts.tier if facts else "")
+            pools.append({"pool": provider.id, "absent": facts.absent if facts else "",
+                          "project": account.project or (facts.project if facts else ""),
+                          "read_at": facts.at if facts else 0})
+            quotas += [self._window_report(account.name, provider.id, w, now) for w in sorted(
+                self._quotas.get((account.name, provider.id), {}).values())]
+        soft = self.settings.get("soft_limit", 0) if account.soft_limit is None else (
+            account.soft_limit)
+        known = [q for q in quotas if q["fraction"] is not None and not q["is_stale"]]
+        is_spent = any(q["fraction"] <= 0 and q["reset_at"] > now for q in known)
+        is_soft = bool(soft) and any(q["fraction"] <= soft for q in known)
+        state = "disabled" if not account.enabled else (
+            STOPPED_STATES.get(stop.kind, "stopped") if stop and stop.until > now else
+            "absent" if all(p["absent"] for p in pools) else
+            "limited" if is_spent or any(r["is_stated"] for r in limits) else
+            "resting" if limits else "soft-limited" if is_soft else "ready")
+        return {"name": account.label, "provider": account.provider.id, "tier": tier,
+                "state": state, "reason": stop.message if stop and stop.until > now else "",
+                "is_soft_limited": is_soft, "priority": account.priority,
+                "last_used_at": account.used_at or self._used.get(account.name, 0.0),
+                "in_flight": account.in_flight, "pools": pools, "quotas": quotas,
+                "limits": limits}
+
+    def _window_report(self, account: str, pool: str, window: Window, now: float) -> dict:
+        points = self._points.get((account, pool, window.scope, window.window), ())
+        trend, per_h, empty_s = burn_rate(points, window.reset_at, now)
+        is_over = bool(window.reset_at) and window.reset_at <= now
+        stale_s = max(QUOTA_STALE_S, 2 * self.settings.get("quota_poll_s", 0))
+        return {"pool": pool, "scope": window.scope, "window": window.window,
+                "fraction": None if is_over else window.fraction, "reset_at": window.reset_at,
+                "read_at": window.at, "is_stale": is_over or now - window.at > stale_s,
+                "trend": trend, "per_hour": per_h, "empty_in_s": empty_s}
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
     """Each candidate, why it was passed over, and when it is free."""
     lines = []
     for v in verdicts:
-        until = f", free in {human_s(v.until - now)}" if v.until > now else ""
-        lines.append(f"{v.candidate.account.label} ({v.candidate.account.provider.id}): "
+        until = f", free in {human_s(v.until - now)}" if now < v.until < float("inf") else ""
+        lines.append(f"{v.candidate.account.label} ({v.candidate.provider.id}): "
                      f"{v.reason or v.state}{until}")
     return "; ".join(lines)
 
@@ -3674,9 +4622,10 @@ def explain(verdicts: Iterable[Verdict], now: float) -> str:
 def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) -> ProxyError:
     """The answer when no candidate is left: what failed, for each candidate why, one command."""
     told = explain(verdicts, now)
-    tip = "run `python3 agproxy.py models` to see which account serves what"
+    tip = "run `python3 agproxy.py accounts list` to see them all"
     if not verdicts:
-        return ProxyError("no_account", f"no account serves {asked}; {tip}")
+        return ProxyError("no_account", f"no account serves {asked}; run `python3 agproxy.py "
+                          "models` to see which account serves what")
     if all(v.state == "stopped" for v in verdicts):
         return ProxyError("no_account",
                           f"no account can serve {asked} until a person acts: {told}; {tip}")
@@ -3688,165 +4637,955 @@ def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) ->
         return ProxyError(last.kind, last.message + more, last.retry_after_s or wait_s)
     soonest = min((v.until for v in verdicts if v.until > now), default=now + 1)
     at = time.strftime("%H:%M", time.localtime(soonest))
-    error = ProxyError("exhausted", f"all accounts for {asked} are exhausted until {at} "
-                       f"({human_s(soonest - now)}): {told}; {tip}", soonest - now)
-    return error
+    return ProxyError("exhausted", f"all accounts for {asked} are exhausted until {at} "
+                      f"({human_s(soonest - now)}): {told}; {tip}", soonest - now)
 
 
 # ── 14. OAuth ─────────────────────────────────────────────────────────────
-# Access tokens out of refresh tokens, and the Cloud Code project behind an
-# account.  A refresh happens once however many requests wait for it.
+# Sign-ins and the small calls around them: access tokens, the projects and
+# quotas behind an account, the browser flow, credentials of other programs,
+# and the keeper that does all this ahead of need.  Knows no dialect.
 
 
-def oauth_client(provider: Provider, environ: Mapping[str, str]) -> tuple[str, str]:
-    """(client id, secret) that issued this provider's refresh tokens: environment, then accounts
-    file.  Raises ProxyError revoked with what to do; this program ships none."""
+def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(client id, secret) pairs that may have issued this provider's refresh tokens, the likeliest
+    first: environment, accounts file, the list other programs read.  This program ships none."""
+    found = []
     prefix = "AGPROXY_" + provider.id.upper().replace("-", "_")
-    for client, secret in ((prefix + "_CLIENT_ID", prefix + "_CLIENT_SECRET"),
-                           ("GOOGLE_CLIENT_ID", "GOOGLE_CLIENT_SECRET")):
-        if environ.get(client) and environ.get(secret):
-            remember_secret(environ[secret])
-            return environ[client], environ[secret]
-    if provider.client_id and provider.client_secret:
-        return provider.client_id, resolve_secret(provider.client_secret)
-    raise ProxyError("revoked",
-                     f"no OAuth client is known for {provider.id}: set GOOGLE_CLIENT_ID and "
-                     "GOOGLE_CLIENT_SECRET, or client_id and client_secret in "
-                     f"providers.{provider.id}")
+    for name in (prefix + "_CLIENT", "GOOGLE_CLIENT"):
+        found.append((environ.get(name + "_ID", ""), environ.get(name + "_SECRET", "")))
+    if provider.client_id:
+        found.append((resolve_secret(provider.client_id) if ":" in provider.client_id
+                      else provider.client_id, resolve_secret(provider.client_secret)
+                      if provider.client_secret else ""))
+    for entry in environ.get("ANTIGRAVITY_OAUTH_CLIENTS", "").split(";"):
+        parts = [p.strip() for p in entry.split("|")]
+        found.append((parts[1], parts[2]) if len(parts) > 2 else ("", ""))
+    for _, secret in found:
+        remember_secret(secret)
+    return [pair for pair in dict.fromkeys(found) if all(pair)]
 
 
-def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
-    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  Raises
-    ProxyError revoked when a person must sign in again, token_endpoint for what passes."""
-    provider = account.provider
-    client_id, client_secret = oauth_client(provider, connections.environ)
-    form = urllib.parse.urlencode({"client_id": client_id, "client_secret": client_secret,
-                                   "grant_type": "refresh_token", "refresh_token": refresh_token})
-    status, _, raw = simple_call(connections, "POST", provider.token_url,
-                                 {"Content-Type": "application/x-www-form-urlencoded"},
-                                 form.encode(), account.proxy)
+def no_client(provider: Provider) -> ProxyError:
+    variable = "AGPROXY_" + provider.id.upper().replace("-", "_") + "_CLIENT_ID"
+    return ProxyError("revoked", f"no OAuth client is known for {provider.id}: install its own "
+                      f"program and sign in with `accounts add`, or set {variable} and the same "
+                      "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
+                      f"client_id and client_secret in providers.{provider.id}")
+
+
+def oauth_post(provider: Provider, fields: Mapping[str, str], connections: ConnectionCache,
+               proxy: str = "") -> tuple[dict, str]:
+    """(the token endpoint's answer, "") or ({}, its error word).  Raises ProxyError token_endpoint
+    for what passes by itself: it never costs an account its place."""
+    try:
+        status, _, raw = simple_call(
+            connections, "POST", provider.token_url,
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            urllib.parse.urlencode(fields).encode("ascii"), proxy)
+    except ProxyError as err:       # a network failure here is not the generating host's
+        raise ProxyError("token_endpoint", err.message) from err
     try:
         answer = json_decode(raw)
     except ValueError:
         answer = None
     answer = answer if isinstance(answer, dict) else {}
     if status == 200 and isinstance(answer.get("access_token"), str):
-        return answer
+        for name in ("access_token", "refresh_token", "id_token"):
+            remember_secret(str(answer.get(name) or ""))
+        return answer, ""
     error = answer.get("error")
-    error = error.get("status") if isinstance(error, dict) else error
-    if error in ("invalid_grant", "unauthorized_client", "invalid_client"):
-        why = {"invalid_grant": "the sign-in was revoked or has expired",
-               }.get(error, "the refresh token belongs to another OAuth client")
-        raise ProxyError("revoked", f"{why} ({error}); put a new refresh_token into accounts.json")
+    error = str(error.get("status") if isinstance(error, dict) else error or "")
+    if status in (400, 401) and error and error != "rate_limit_exceeded":
+        return {}, error
     raise ProxyError("token_endpoint", f"the token endpoint answered {status}")
 
 
-def user_agent(account: Account) -> str:
-    """The provider's fixed User-Agent with this machine's system in Go's naming."""
+GRANT_ERRORS = {        # the token endpoint's words -> a sentence with what to do
+    "invalid_grant": "the sign-in was revoked or has expired; sign in again with `accounts add`",
+    "unauthorized_client": "the refresh token belongs to another OAuth client",
+    "invalid_client": "the OAuth client id and secret do not fit each other",
+    "redirect_uri_mismatch": "this OAuth client does not allow a sign-in on this address",
+    "invalid_scope": "this OAuth client may not ask for what the provider needs",
+    "access_denied": "the sign-in was refused on the vendor's page",
+    "admin_policy_enforced": "the organisation's administrator does not allow this sign-in",
+    "org_internal": "this OAuth client is for members of another organisation",
+}
+
+
+def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
+    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  A token works
+    only with the client that issued it, so every configured one is tried.  Raises ProxyError
+    revoked when a person must act, token_endpoint for what passes."""
+    pairs = list(dict.fromkeys(pair for provider in account.providers
+                               for pair in oauth_clients(provider, connections.environ)))
+    if not pairs:
+        raise no_client(account.provider)
+    for client_id, secret in pairs:
+        answer, error = oauth_post(account.provider, {
+            "client_id": client_id, "client_secret": secret, "grant_type": "refresh_token",
+            "refresh_token": refresh_token}, connections, account.proxy)
+        if answer:
+            return answer
+        if error not in ("unauthorized_client", "invalid_client"):
+            break
+    why = GRANT_ERRORS.get(error, "the token endpoint refused the refresh token")
+    raise ProxyError("revoked", f"{why} ({redact(error)})")
+
+
+def user_agent(account: Account, provider: Provider, model: str = "") -> str:
+    """The pool's fixed User-Agent with this machine's system in Go's naming."""
     system = {"win32": "windows"}.get(sys.platform, sys.platform)
     machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
     if hasattr(os, "uname"):
         machine = os.uname().machine
     arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
-    text = account.user_agent or account.provider.user_agent
-    return text.replace("{os}", system).replace("{arch}", arch)
+    text = account.user_agent if provider is account.provider else ""
+    return (text or provider.user_agent).replace("{os}", system).replace("{arch}", arch).replace(
+        "{model}", model or "gemini-2.5-pro")
 
 
-def oauth_project(account: Account, token: str, connections: ConnectionCache) -> str:
-    """The Cloud Code project Google has for this account (loadCodeAssist), "" where it names none.
-    Raises ProxyError validation where Google wants the owner to act."""
-    body = json_encode({"metadata": {"ideType": "ANTIGRAVITY", "pluginType": "GEMINI"}}).encode()
-    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
-               "User-Agent": user_agent(account)}
-    found = ""
-    for base_url in account.provider.base_urls:
+class Flights:
+    """At most one call per key at a time; who asks meanwhile waits for its result."""
+
+    def __init__(self):
+        self._lock = threading.Lock()           # guards _under_way
+        self._under_way: dict[Any, list] = {}   # key -> [Event, result, error]
+
+    def fly(self, key: Any, call: Callable[[], Any]) -> Any:
+        with self._lock:
+            flight = self._under_way.get(key)
+            is_mine = flight is None
+            if is_mine:
+                flight = self._under_way[key] = [threading.Event(), None, None]
+        if not is_mine:
+            if not flight[0].wait(6 * TOKEN_TIMEOUT_S):
+                raise ProxyError("token_endpoint", "the token endpoint does not answer")
+            if flight[2] is not None:
+                raise flight[2]
+            return flight[1]
         try:
-            status, _, raw = simple_call(connections, "POST",
-                                         base_url + "/v1internal:loadCodeAssist",
-                                         headers, body, account.proxy)
-            answer = json_decode(raw)
-        except (ProxyError, ValueError):
-            continue                # the next host may know
-        if status != 200 or not isinstance(answer, dict):
-            continue
-        project = answer.get("cloudaicompanionProject")
-        project = project.get("id") if isinstance(project, dict) else project
-        found = project if isinstance(project, str) else ""
-        for tier in answer.get("ineligibleTiers") or () if not found else ():
-            if isinstance(tier, dict) and tier.get("validationUrl"):
-                raise ProxyError("validation", "Google wants this account verified: "
-                                 + str(tier["validationUrl"]))
-        return found
-    return found
+            flight[1] = call()
+            return flight[1]
+        except ProxyError as err:
+            flight[2] = err
+            raise
+        finally:
+            if flight[1] is None and flight[2] is None:
+                flight[2] = ProxyError("token_endpoint", "the token could not be fetched")
+            with self._lock:
+                del self._under_way[key]
+            flight[0].set()
 
 
-def _new_token(account: Account, connections: ConnectionCache, clock: Clock,
-               on_rotate: Callable[[Account, str, str], None]) -> tuple[str, float]:
-    """(access token or key, epoch seconds of its end, 0 where that is not known)."""
-    secret = resolve_secret(account.secret)
-    if account.credential != "refresh_token":
-        return secret, 0.0
-    answer = oauth_refresh(secret, account, connections)
-    remember_secret(answer["access_token"])
-    new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
-    if isinstance(new, str) and new and new != secret:
-        remember_secret(new)
-        on_rotate(account, secret, new)         # on disk before it is used
-        account.secret = new
-    is_number = isinstance(lifetime, (int, float))
-    return answer["access_token"], clock.now() + (lifetime if is_number else 3600)
+class Tokens:
+    """Access tokens: each refreshed once, however many threads and processes wait for it.  A
+    refresh holds the account's lock file; beside it the access token is kept, 0600, so that the
+    next process and the next start need none."""
 
+    def __init__(self, connections: ConnectionCache, clock: Clock, path: str = "",
+                 on_rotate: Callable[[Account, str, str], None] = lambda *_: None):
+        self.connections, self.clock, self.path, self.on_rotate = (
+            connections, clock, path, on_rotate)
+        self.flights = Flights()
 
-def _fly(account: Account, flight: threading.Event, connections: ConnectionCache, clock: Clock,
-         on_rotate: Callable[[Account, str, str], None]) -> str:
-    """The one refresh: asks without the lock, then publishes its result.  It asks for a missing
-    project too, so that nobody sends without."""
-    failure: ProxyError | None = None
-    token, expires_at = "", 0.0
-    try:
-        fresh, expires_at = _new_token(account, connections, clock, on_rotate)
-        if account.provider.envelope and not account.project:
-            account.project = oauth_project(account, fresh, connections)
-        token = fresh
-        return token
-    except ConfigError as err:
-        failure = ProxyError("revoked", f"its secret cannot be had: {err}")
-        raise failure from err
-    except ProxyError as err:
-        # a network failure is the token endpoint's here, not the generating host's
-        failure = ProxyError("token_endpoint", err.message) if err.rule.scope is Scope.HOST else err
-        raise failure from err
-    finally:
-        with account.lock:
-            account.flight = None
-            account.refresh_failure = (clock.monotonic(), failure) if failure else None
-            if token:
-                account.access_token, account.token_expires_at = token, expires_at
-        flight.set()
-
-
-def oauth_access_token(account: Account, connections: ConnectionCache, clock: Clock,
-                       on_rotate: Callable[[Account, str, str], None], refused: str = "") -> str:
-    """A token with life left.  `refused` is one that the upstream answered 401: it is not handed
-    out again.  One caller refreshes, all others wait for its result, a failure included."""
-    is_static = account.credential != "refresh_token"
-    while True:
+    def access(self, account: Account, refused: str = "", life_s: float = TOKEN_REFRESH_BEFORE_S,
+               is_shared: bool = True) -> str:
+        """A token with `life_s` left.  `refused` is one that the upstream answered 401: it is not
+        handed out again; nor is one from another process without `is_shared`."""
+        is_static = account.credential != "refresh_token"
         with account.lock:
             if is_static and refused and refused == account.access_token:
                 raise ProxyError("revoked", "the credential is not accepted; put a new one into "
                                  "accounts.json")
-            fresh = is_static or account.token_expires_at - clock.now() > TOKEN_REFRESH_BEFORE_S
+            fresh = is_static or account.token_expires_at - self.clock.now() > life_s
             if account.access_token and fresh and account.access_token != refused:
                 return account.access_token
-            failed = account.refresh_failure
-            if failed and clock.monotonic() - failed[0] < 5:
+            failed = account.failure
+            if failed and self.clock.monotonic() - failed[0] < 5:
                 raise failed[1]
-            flight, is_mine = account.flight, account.flight is None
-            if is_mine:
-                flight = account.flight = threading.Event()
-        if is_mine:
-            return _fly(account, flight, connections, clock, on_rotate)
-        flight.wait(3 * TOKEN_TIMEOUT_S)
+        return self.flights.fly(account, lambda: self._renew(account, refused, life_s, is_shared))
+
+    def _renew(self, account: Account, refused: str, life_s: float, is_shared: bool) -> str:
+        """Asks without the account's lock, then publishes token or failure."""
+        failure: ProxyError | None = None
+        try:
+            if account.credential == "refresh_token":
+                token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
+            else:
+                token, expires_at = resolve_secret(account.secret), 0.0
+            with account.lock:
+                account.access_token, account.token_expires_at = token, expires_at
+            return token
+        except ConfigError as err:
+            failure = ProxyError("revoked", f"its secret cannot be had: {err}")
+            raise failure from err
+        except ProxyError as err:
+            failure = err
+            raise
+        finally:
+            with account.lock:
+                account.failure = (self.clock.monotonic(), failure) if failure else None
+
+    def _shared_refresh(self, account: Account, refused: str, life_s: float,
+                        is_shared: bool) -> tuple[str, float]:
+        if not self.path:
+            return self._refresh(account)
+        folder = os.path.join(os.path.dirname(os.path.realpath(self.path)), "tokens")
+        kept_path = os.path.join(folder, hashlib.sha256(account.name.encode()).hexdigest()[:16])
+        with contextlib.ExitStack() as stack:
+            try:
+                os.makedirs(folder, mode=0o700, exist_ok=True)
+                stack.enter_context(file_lock(kept_path, 3 * TOKEN_TIMEOUT_S))
+            except OSError:
+                return self._refresh(account)   # no place for a lock: on our own
+            self._take_over_rotation(account)
+            kept = self._kept(kept_path, account) if is_shared else None
+            if kept and kept[0] != refused and kept[1] - self.clock.now() > life_s:
+                return kept
+            try:
+                token, expires_at = self._refresh(account)
+            except ProxyError as err:
+                if err.kind != "revoked" or not self._take_over_rotation(account):
+                    raise
+                token, expires_at = self._refresh(account)      # rotated while we asked
+            with contextlib.suppress(OSError):      # it is only spared the next process
+                write_atomic(kept_path, json_encode({
+                    "access_token": token, "expires_at": expires_at,
+                    "of": account.stop_key()[2]}).encode("ascii"))
+            return token, expires_at
+
+    def _kept(self, path: str, account: Account) -> tuple[str, float] | None:
+        try:
+            with open(path, "rb") as handle:
+                kept = json_decode(handle.read())
+            if kept["of"] == account.stop_key()[2]:
+                remember_secret(kept["access_token"])
+                return str(kept["access_token"]), float(kept["expires_at"])
+        except (OSError, ValueError, LookupError, TypeError):
+            pass        # none, or not ours to understand: a refresh replaces it
+        return None
+
+    def _take_over_rotation(self, account: Account) -> bool:
+        """Whether the accounts file holds a newer refresh token; it is used from now on."""
+        try:
+            stored = read_accounts_file(self.path, recovers=False)
+        except ConfigError:
+            return False        # being edited: what we have is as good
+        for row in stored.get("accounts", ()):
+            if isinstance(row, dict) and row.get("name") == account.name:
+                new = row.get("refresh_token")
+                if isinstance(new, str) and new and new != account.secret:
+                    account.secret = new
+                    return True
+        return False
+
+    def _refresh(self, account: Account) -> tuple[str, float]:
+        """(access token, epoch seconds of its end) from the token endpoint."""
+        secret = resolve_secret(account.secret)
+        answer = oauth_refresh(secret, account, self.connections)
+        new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
+        if isinstance(new, str) and new and new != secret:
+            self.on_rotate(account, account.secret, new)        # on disk before it is used
+            account.secret = new
+        is_number = isinstance(lifetime, (int, float))
+        return answer["access_token"], self.clock.now() + (lifetime if is_number else 3600)
+
+
+# Projects, tiers and quotas of Cloud Code accounts
+
+def cloud_call(account: Account, provider: Provider, token: str, method: str, body: Any,
+               connections: ConnectionCache, timeout_s: float = TOKEN_TIMEOUT_S) -> tuple[int, Any]:
+    """(status, decoded answer or None) of a small Cloud Code call, of the first host that answers
+    at all: the one that serves generation counts its own quota.  Raises ProxyError of the last."""
+    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
+               "User-Agent": user_agent(account, provider)}
+    failure = ProxyError("network", f"{provider.id} has no base_url")
+    for base_url in provider.base_urls:
+        try:
+            status, _, raw = simple_call(connections, "POST", f"{base_url}/v1internal:{method}",
+                                         headers, json_encode(body).encode("ascii"),
+                                         account.proxy, timeout_s)
+        except ProxyError as err:
+            failure = err
+            continue
+        if status >= 500 or status == 404:
+            failure = ProxyError("server", f"{method} answered {status}")
+            continue
+        try:
+            answer = json_decode(raw)
+        except ValueError:
+            answer = None
+        return status, answer if isinstance(answer, dict) else None
+    raise failure
+
+
+def _project_of(answer: Mapping) -> str:
+    """The project id of an answer, which writes it as text or object.  A shared id that other
+    programs use for everybody counts as none."""
+    project = answer.get("cloudaicompanionProject")
+    project = project.get("id") if isinstance(project, dict) else project
+    return project if isinstance(project, str) and project != "rising-fact-p41fc" else ""
+
+
+def _tier_of(answer: Mapping) -> str:
+    """free, pro or ultra; paid before current before the default of the allowed ones."""
+    rows = [answer.get("paidTier"), answer.get("currentTier"), *(
+        t for t in answer.get("allowedTiers") or () if isinstance(t, dict) and t.get("isDefault"))]
+    name = next((str(r["id"]) for r in rows if isinstance(r, dict) and r.get("id")), "")
+    return ("ultra" if "ultra" in name else "pro" if re.search("pro|premium|standard", name)
+            else "free" if name else "")
+
+
+def onboard(account: Account, provider: Provider, token: str, loaded: Mapping, metadata: Mapping,
+            connections: ConnectionCache, pause: Callable[[float], None]) -> str:
+    """The project Google makes for a new account, "" when it makes none.  The same call repeated
+    polls the operation."""
+    allowed = [t for t in loaded.get("allowedTiers") or () if isinstance(t, dict)]
+    tier = next((t for t in allowed if t.get("isDefault")), allowed[0] if allowed else {})
+    body = {"tierId": str(tier.get("id") or "free-tier"), "metadata": dict(metadata)}
+    if tier.get("userDefinedCloudaicompanionProject") and account.project:
+        body["cloudaicompanionProject"] = account.project
+    for _ in range(ONBOARD_TRIES):
+        status, answer = cloud_call(account, provider, token, "onboardUser", body, connections)
+        if status != 200 or answer is None:
+            return ""
+        if answer.get("done"):
+            return _project_of(answer.get("response") or {})
+        pause(ONBOARD_PAUSE_S)
+    return ""
+
+
+def discover(account: Account, provider: Provider, token: str, connections: ConnectionCache,
+             clock: Clock, onboards: bool = False,
+             pause: Callable[[float], None] = time.sleep) -> Facts:
+    """What Google says of this account in this pool: project, tier, or why it is absent.  With
+    `onboards` an account that never used the service is signed up first, which takes a minute at
+    most.  Raises ProxyError validation where Google wants the owner to act."""
+    configured = account.project or connections.environ.get("GOOGLE_CLOUD_PROJECT", "")
+    is_cli = provider.envelope == "gemini-cli"
+    metadata = {"ideType": "IDE_UNSPECIFIED" if is_cli else "ANTIGRAVITY", "pluginType": "GEMINI"}
+    body: dict = {"metadata": metadata}
+    if is_cli:
+        metadata["platform"] = "PLATFORM_UNSPECIFIED"
+        if configured:
+            body["cloudaicompanionProject"] = metadata["duetProject"] = configured
+    status, answer = cloud_call(account, provider, token, "loadCodeAssist", body, connections)
+    if status != 200 or answer is None:
+        message = str(((answer or {}).get("error") or {}).get("message") or f"status {status}")
+        raise ProxyError("auth_expired" if status == 401 else "project",
+                         f"loadCodeAssist: {redact(message)}")
+    project, tier = account.project or _project_of(answer), _tier_of(answer)
+    refused = [t for t in answer.get("ineligibleTiers") or () if isinstance(t, dict)]
+    if not project:
+        for row in refused:
+            if row.get("validationUrl"):
+                raise ProxyError("validation", "Google wants this account verified: "
+                                 + str(row["validationUrl"]))
+        if any(row.get("reasonCode") == "UNSUPPORTED_CLIENT" for row in refused):
+            return Facts("", tier, "Google no longer serves individual accounts here "
+                         "(UNSUPPORTED_CLIENT); the antigravity sign-in or an API key does",
+                         (), clock.now())
+    if not project and onboards:
+        project = onboard(account, provider, token, answer, metadata, connections, pause)
+    if not project and is_cli:
+        project = configured
+        if not project:
+            return Facts("", tier, "no licensed project: set `project` or GOOGLE_CLOUD_PROJECT",
+                         (), clock.now())
+    return Facts(project, tier, "", (), clock.now())
+
+
+def _fraction(row: Mapping) -> float | None:
+    """What is left, 0 to 1.  Google omits zeros: a reset time alone means nothing is left."""
+    value = row.get("remainingFraction")
+    if row.get("isExhausted") is True:
+        return 0.0
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return max(0.0, min(1.0, float(value)))
+    return 0.0 if row.get("resetTime") else None
+
+
+def _reset_at(row: Mapping) -> float:
+    return parse_timestamp(str(row.get("resetTime") or "")) or 0.0
+
+
+def _listed_model(name: str, row: Mapping) -> Model:
+    """A catalogue entry as a Model row: ours where we know it."""
+    def number(cell: str) -> int:
+        return row[cell] if isinstance(row.get(cell), int) else 0
+    return MODELS.get(name) or model_from_id(
+        name, str(row.get("displayName") or ""), context=number("maxTokens"),
+        output=number("maxOutputTokens"), least=number("minThinkingBudget"),
+        budget=number("thinkingBudget"))
+
+
+def read_quota(account: Account, provider: Provider, token: str, project: str,
+               connections: ConnectionCache, now: float) -> tuple[list[Window], tuple]:
+    """(readings, the account's catalogue or ()) of one pool, by its free calls.  What one call
+    does not tell stays unknown; raises ProxyError when none answers."""
+    body, windows, models = {"project": project} if project else {}, [], ()
+    if provider.envelope == "gemini-cli":
+        _, answer = cloud_call(account, provider, token, "retrieveUserQuota", body, connections,
+                               QUOTA_TIMEOUT_S)
+        for row in (answer or {}).get("buckets") or ():
+            if isinstance(row, dict) and row.get("modelId"):
+                windows.append(Window(str(row["modelId"]), str(row.get("tokenType") or "quota")
+                                      .lower(), _fraction(row), _reset_at(row), now))
+        return windows, ()
+    _, answer = cloud_call(account, provider, token, "fetchAvailableModels", body, connections,
+                           QUOTA_TIMEOUT_S)
+    listed = (answer or {}).get("models") or ((answer or {}).get("response") or {}).get("models")
+    for name, row in (listed or {}).items():
+        if isinstance(row, dict) and not (row.get("isInternal") or row.get("disabled")) and (
+                name.startswith(("gemini-", "claude-", "gpt-"))):
+            models += (_listed_model(name, row),)
+            quota = row.get("quotaInfo")
+            if isinstance(quota, dict):
+                windows.append(Window(name, "model", _fraction(quota), _reset_at(quota), now))
+    with contextlib.suppress(ProxyError):       # the only source of weekly limits, but a later one
+        _, answer = cloud_call(account, provider, token, "retrieveUserQuotaSummary", body,
+                               connections, QUOTA_TIMEOUT_S)
+        summary = (answer or {}).get("quotaSummary") or answer or {}
+        for bucket in (b for g in summary.get("groups") or () for b in g.get("buckets") or ()):
+            name = str(bucket.get("bucketId") or bucket.get("displayName") or "").lower()
+            window = str(bucket.get("window") or ("weekly" if "week" in name else "5h"))
+            group = "3p" if "3p" in name or "claude" in name else (
+                "gemini-image" if "image" in name else "gemini")
+            windows.append(Window(group, window, _fraction(bucket), _reset_at(bucket), now))
+    return windows, models
+
+
+_LIMIT_HEADERS = (      # family's remaining-or-used header -> (window, limit header, reset header)
+    (re.compile(r"anthropic-ratelimit-unified-(5h|7d)-utilization"), "used", "-reset"),
+    (re.compile(r"x-codex-(primary|secondary)-used-percent"), "percent", "-reset-at"),
+    (re.compile(r"anthropic-ratelimit-([a-z-]+)-remaining"), "left", "-reset"),
+    (re.compile(r"x-ratelimit-remaining-(requests|tokens)"), "left", "x-ratelimit-reset-"),
+)
+_WINDOW_WORDS = {"7d": "weekly", "primary": "5h", "secondary": "weekly"}
+
+
+def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
+    """Readings from the limit headers of the Anthropic, OpenAI and Codex families.  Minutes-long
+    windows are left out where they say nothing about the account (under an hour to their reset)."""
+    windows = []
+    for name, value in headers.items():
+        for pattern, meaning, reset in _LIMIT_HEADERS:
+            match = pattern.fullmatch(name)
+            if not match or not re.fullmatch(r"\d+(\.\d+)?", value):
+                continue
+            stem = name[:match.end(1)]
+            if meaning == "left":
+                limit = headers.get(name.replace("remaining", "limit"), "")
+                if not limit.isdigit() or not int(limit):
+                    break
+                left = float(value) / int(limit)
+            else:
+                left = 1 - float(value) / (100 if meaning == "percent" else 1)
+            told = headers.get(reset + match[1] if reset[0] == "x" else stem + reset, "")
+            at = float(told) if re.fullmatch(r"\d{9,}", told) else parse_timestamp(told) or (
+                now + (parse_duration_s(told) or 0))
+            windows.append(Window("account", _WINDOW_WORDS.get(match[1], match[1]),
+                                  max(0.0, min(1.0, left)), at, now))
+            break
+    return windows
+
+
+def check_key(account: Account, connections: ConnectionCache) -> None:
+    """One free call with an API key; raises ProxyError revoked when it is not accepted."""
+    status, _, raw = simple_call(
+        connections, "GET", account.provider.base_urls[0] + "/v1beta/models?pageSize=1",
+        {"x-goog-api-key": resolve_secret(account.secret),
+         "User-Agent": user_agent(account, account.provider)}, None, account.proxy)
+    if status != 200:
+        try:
+            message = json_decode(raw)["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            message = f"status {status}"
+        raise ProxyError("revoked" if status in (400, 401, 403) else "server",
+                         f"the key was not accepted: {redact(str(message))}")
+
+
+# The browser sign-in
+
+def oauth_email(provider: Provider, answer: Mapping, connections: ConnectionCache) -> str:
+    """Whose sign-in it is: from the identity token, else from the user-info call, else ""."""
+    with contextlib.suppress(ValueError, LookupError):      # no identity token: ask
+        part = str(answer["id_token"]).split(".")[1]
+        claims = json_decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        if claims.get("email"):
+            return str(claims["email"])
+    with contextlib.suppress(ProxyError, ValueError, AttributeError):   # only a name is lost
+        _, _, raw = simple_call(connections, "GET", provider.userinfo_url,
+                                {"Authorization": "Bearer " + answer["access_token"]})
+        return str(json_decode(raw).get("email") or "")
+    return ""
+
+
+def browser_hint(environ: Mapping[str, str]) -> str:
+    """What to do where no browser can be opened here; "" on a desktop."""
+    if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
+        return ("This is an SSH session: open the link on your own machine.  Its last page will "
+                "not load there; paste its address here.  Or forward the port first: "
+                "ssh -L {port}:localhost:{port} ...")
+    if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv") or environ.get(
+            "KUBERNETES_SERVICE_HOST") or environ.get("CODESPACES"):
+        return ("This is a container: open the link on your own machine.  Its last page will not "
+                "load there; paste its address here.")
+    if environ.get("WSL_DISTRO_NAME"):
+        return ("This is WSL: open the link in a browser on Windows.  If its last page does not "
+                "load, paste its address here.")
+    if sys.platform.startswith("linux") and not (environ.get("DISPLAY")
+                                                 or environ.get("WAYLAND_DISPLAY")):
+        return ("No screen is attached: open the link in any browser.  If its last page does not "
+                "load, paste its address here.")
+    return ""
+
+
+class Login:
+    """One browser sign-in: PKCE, a single-use state, a loopback listener that is open only while
+    the sign-in waits, and pasted answers; the first good one wins, a wrong one ends nothing."""
+
+    def __init__(self, provider: Provider, clients: list[tuple[str, str]],
+                 environ: Mapping[str, str], hint: str = ""):
+        import secrets
+        self.provider, self.clients = provider, clients
+        self._verifier, self.state = secrets.token_urlsafe(64), secrets.token_urlsafe(24)
+        self._answers: queue.Queue = queue.Queue()      # (code, refusal)
+        self._listener = self._listen(environ)
+        port = self._listener.server_address[1] if self._listener else provider.ports[0]
+        self.redirect = provider.redirect.format(port=port)
+        challenge = hashlib.sha256(self._verifier.encode()).digest()
+        self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
+            "client_id": clients[0][0], "redirect_uri": self.redirect, "response_type": "code",
+            "scope": provider.scopes, "access_type": "offline", "prompt": "consent",
+            "state": self.state, "code_challenge_method": "S256", "code_challenge":
+            base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii"),
+            **({"login_hint": hint} if hint else {})})
+
+    def take(self, text: str) -> str:
+        """Takes the address of the last page, its query, or a bare code (PKCE binds that to this
+        sign-in).  "" when it was taken, else what is wrong with it."""
+        text = text.strip()
+        query = urllib.parse.urlsplit(text).query if "://" in text else text.lstrip("?")
+        fields = dict(urllib.parse.parse_qsl(query)) if "=" in query else {}
+        if not fields and len(text) >= 10 and "://" not in text:
+            fields = {"code": urllib.parse.unquote(text), "state": self.state}
+        if not hmac.compare_digest(fields.get("state", "").encode(), self.state.encode()):
+            return "that belongs to another sign-in"
+        if fields.get("error"):
+            self._answers.put(("", fields["error"]))
+        elif fields.get("code"):
+            self._answers.put((fields["code"], ""))
+        else:
+            return "that holds no code"
+        return ""
+
+    def wait(self, timeout_s: float = LOGIN_WAIT_S) -> str:
+        """The authorization code; raises ProxyError revoked when it is refused or never comes."""
+        try:
+            code, error = self._answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise ProxyError("revoked", f"no answer within {human_s(timeout_s)}; "
+                             "run `accounts add` again") from None
+        finally:
+            self.close()
+        if error:
+            why = GRANT_ERRORS.get(error, "the vendor's page refused the sign-in")
+            raise ProxyError("revoked", f"{why} ({redact(error)})")
+        return code
+
+    def exchange(self, code: str, connections: ConnectionCache) -> dict:
+        """The token endpoint's answer with its `refresh_token`; the secret that worked comes first
+        in `clients` then.  A refused secret does not use up the code."""
+        error = ""
+        for client_id, secret in [c for c in self.clients if c[0] == self.clients[0][0]]:
+            answer, error = oauth_post(self.provider, {
+                "client_id": client_id, "client_secret": secret, "code": code,
+                "grant_type": "authorization_code", "redirect_uri": self.redirect,
+                "code_verifier": self._verifier}, connections)
+            if answer.get("refresh_token"):
+                self.clients.insert(0, (client_id, secret))
+                return answer
+            if error != "invalid_client":
+                break
+        why = GRANT_ERRORS.get(error, "the vendor gave no refresh token")
+        raise ProxyError("revoked", f"{why} ({redact(error) or 'no refresh_token'})")
+
+    def close(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener:
+            threading.Thread(target=listener.shutdown, daemon=True).start()
+
+    def _listen(self, environ: Mapping[str, str]) -> Any:
+        """The first port of the list that is free, else any; None where nothing can be bound."""
+        login, path = self, urllib.parse.urlsplit(self.provider.redirect).path
+
+        class Callback(http.server.BaseHTTPRequestHandler):
+            """Answers the vendor's redirect; nothing of the query is echoed or logged."""
+
+            def do_GET(self) -> None:
+                url = urllib.parse.urlsplit(self.path)
+                wrong = "not found" if url.path != path else login.take("?" + url.query)
+                text = "This sign-in is not expected here." if wrong else (
+                    "Signed in: you can close this page and go back to the terminal.")
+                data = (f"<!doctype html><title>agproxy</title><p>{text}</p>").encode("ascii")
+                self.send_response(400 if wrong else 200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Referrer-Policy", "no-referrer")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        wanted = environ.get("OAUTH_CALLBACK_PORT", "")
+        ports = (int(wanted),) if wanted.isdigit() else self.provider.ports
+        for port in (*ports, 0):
+            with contextlib.suppress(OSError, OverflowError):   # busy or reserved: the next
+                listener = http.server.ThreadingHTTPServer(("127.0.0.1", port), Callback)
+                threading.Thread(target=lambda: (listener.serve_forever(0.1),
+                                                 listener.server_close()), daemon=True).start()
+                return listener
+        return None
+
+
+# OAuth clients in the vendors' own installed programs
+
+_CLIENT_ID = re.compile(rb"\d{6,}-[a-z0-9]{20,}\.apps\.googleusercontent\.com")
+_CLIENT_SECRET = re.compile(rb"GOCSPX-[A-Za-z0-9_-]{28}")
+
+
+def client_files(provider: Provider, environ: Mapping[str, str]) -> Iterator[str]:
+    """Files of the provider's installed program that may hold its OAuth client, likeliest first."""
+    import glob
+    import shutil
+    home = os.path.expanduser("~")
+    if provider.envelope == "gemini-cli":
+        program = shutil.which("gemini", path=environ.get("PATH"))
+        roots = [os.path.dirname(os.path.realpath(program))] if program else []
+        roots += [os.path.dirname(r) for r in roots]
+        for base in ("/usr/local/lib", "/usr/lib", "/opt/homebrew/lib", home + "/.npm-global/lib",
+                     environ.get("APPDATA", home) + "/npm",
+                     *sorted(glob.glob(home + "/.nvm/versions/node/*/lib"), reverse=True)):
+            roots.append(base + "/node_modules/@google/gemini-cli")
+        patterns = ("bundle/gemini.js", "bundle/*.js", "*.js", "node_modules/@google/gemini-cli-"
+                    "core/dist/src/code_assist/oauth2.js")
+    else:
+        roots = [base + name for base in (
+            "/Applications/", home + "/Applications/", "/usr/share/", "/opt/", "/snap/",
+            environ.get("LOCALAPPDATA", home) + "/Programs/")
+            for name in ("Antigravity.app/Contents/Resources", "Antigravity/resources",
+                         "antigravity/resources", "antigravity/current/resources",
+                         "Antigravity IDE/resources", "Antigravity IDE.app/Contents/Resources")]
+        patterns = ("app/out/main.js", "app/out/**/*.js", "app/extensions/antigravity/**/*.js",
+                    "app/extensions/antigravity/bin/language_server_*")
+        program = shutil.which("agy", path=environ.get("PATH"))
+        if program:
+            yield os.path.realpath(program)
+    for root in roots:
+        for pattern in patterns if os.path.isdir(root) else ():
+            yield from sorted(glob.glob(os.path.join(glob.escape(root), pattern), recursive=True))
+
+
+def discover_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Every (id, secret) combination of the first installed file that holds both; [] for none.
+    The files hold several clients: the token endpoint tells which two fit."""
+    for path in client_files(provider, environ):
+        try:
+            with open(path, "rb") as handle:
+                data = handle.read(256 << 20)
+        except OSError:
+            continue            # not readable for us: another file may be
+        ids, found = dict.fromkeys(_CLIENT_ID.findall(data)), _CLIENT_SECRET.findall(data)
+        if ids and found:
+            pairs = [(i.decode(), s.decode()) for i in ids for s in dict.fromkeys(found)]
+            for _, secret in pairs:
+                remember_secret(secret)
+            return pairs
+    return []
+
+
+# Credentials of other programs: read-only, never written back
+
+IMPORT_SOURCES = {          # name -> files, the first that exist; ~ and $VARIABLES are filled in
+    "gemini-cli": ("~/.gemini/oauth_creds.json",),
+    "antigravity": tuple(
+        f"{base}/{name}/User/globalStorage/state.vscdb" for base in (
+            "~/Library/Application Support", "$APPDATA", "$XDG_CONFIG_HOME", "~/.config")
+        for name in ("Antigravity", "Antigravity IDE")),
+    "opencode": ("$OPENCODE_CONFIG_DIR/antigravity-accounts.json",
+                 "$XDG_CONFIG_HOME/opencode/antigravity-accounts.json",
+                 "~/.config/opencode/antigravity-accounts.json",
+                 "$APPDATA/opencode/antigravity-accounts.json"),
+    "antigravity-claude-proxy": ("~/.config/antigravity-proxy/accounts.json",),
+    "ag-cl": ("~/.config/antigravity-proxy/accounts.json",),
+    "multi-claude-proxy": ("~/.config/multi-claude-proxy/accounts.json",),
+    "agcp": ("~/.config/agcp/accounts.json", "~/.config/agcp/account.json"),
+    "antigravity-manager": ("$ABV_DATA_DIR/accounts", "~/.antigravity_tools/accounts",
+                            "~/.antigravity-agent/antigravity_accounts.json"),
+    "cliproxyapi": ("~/.cli-proxy-api",),
+}
+
+
+def proto_fields(data: bytes) -> dict[int, list]:
+    """Field number -> values (int or bytes) of a protobuf message; raises ValueError for others."""
+    fields: dict[int, list] = {}
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:
+            if at >= len(data) or shift > 63:
+                raise ValueError("not a message")
+            byte, at = data[at], at + 1
+            number |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return number
+
+    while at < len(data):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            value: Any = varint()
+        else:
+            size = {1: 8, 5: 4}.get(kind) or (varint() if kind == 2 else 0)
+            if kind not in (1, 2, 5) or at + size > len(data):
+                raise ValueError("not a message")
+            value, at = data[at:at + size], at + size
+        fields.setdefault(key >> 3, []).append(value)
+    return fields
+
+
+def _proto_inside(value: bytes) -> dict[int, list]:
+    """The message in `value`, which is one, or its base64."""
+    with contextlib.suppress(ValueError):       # then it is the message itself
+        return proto_fields(base64.b64decode(value + b"=" * (-len(value) % 4), validate=True))
+    return proto_fields(value)
+
+
+def antigravity_credentials(path: str) -> dict:
+    """{"refresh_token", "email"} of Antigravity's state database; {} when it holds none."""
+    import sqlite3
+    values: dict[str, bytes] = {}
+    for mode in ("mode=ro", "mode=ro&immutable=1"):     # the second reads one that is locked
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
+                "file:" + urllib.parse.quote(path) + "?" + mode, uri=True)) as db:
+            values = {k: v if isinstance(v, bytes) else str(v).encode() for k, v in db.execute(
+                "SELECT key, value FROM ItemTable WHERE key LIKE 'antigravity%' "
+                "OR key LIKE 'jetski%'")}
+            break
+    found: dict = {}
+    with contextlib.suppress(ValueError, LookupError):      # another version's layout
+        status = json_decode(values["antigravityAuthStatus"])
+        found["email"] = str(status.get("email") or "")
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        topic = _proto_inside(values["antigravityUnifiedStateSync.oauthToken"])
+        for entry in map(proto_fields, topic[1]):
+            if entry[1][0] == b"oauthTokenInfoSentinelKey":
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    found["refresh_token"] = _proto_inside(
+                        proto_fields(entry[2][0])[1][0])[3][0].decode()
+                found.setdefault("refresh_token", _proto_inside(entry[2][0])[3][0].decode())
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        old = _proto_inside(values["jetskiStateSync.agentManagerInitState"])
+        found.setdefault("refresh_token", proto_fields(old[6][0])[3][0].decode())
+        found.setdefault("email", old[2][0].decode())
+    if not found.get("refresh_token"):          # no layout fits: look for the token's shape
+        for raw in values.values():
+            with contextlib.suppress(ValueError):
+                raw += base64.b64decode(raw + b"=" * (-len(raw) % 4))
+            match = re.search(rb"1//[0-9A-Za-z_-]{30,}", raw)
+            if match:
+                found["refresh_token"] = match[0].decode()
+    return found if found.get("refresh_token") else {}
+
+
+def _import_row(row: Any, provider: str = "antigravity") -> dict | None:
+    """One account of another program's file, of whatever shape, as a row of ours."""
+    if not isinstance(row, dict):
+        return None
+    token = row.get("token") if isinstance(row.get("token"), dict) else {}
+    provider = {"gemini": "gemini-cli", "antigravity": "antigravity"}.get(
+        str(row.get("type") or row.get("provider") or ""), str(row.get("provider") or provider))
+    out = {"provider": provider, "email": str(row.get("email") or row.get("name") or "")}
+    for name in ("enabled",):
+        if row.get(name) is False or row.get("disabled") is True:
+            out["enabled"] = False
+    if provider not in ("antigravity", "gemini-cli"):
+        if isinstance(row.get("apiKey") or row.get("api_key"), str):
+            return {**out, "api_key": row.get("apiKey") or row["api_key"]}
+        return None
+    secret = str(row.get("refresh_token") or row.get("refreshToken")
+                 or token.get("refresh_token") or "")
+    secret, _, rest = secret.partition("|")         # token|project|managed project
+    project = next((p for p in (row.get("projectId"), row.get("project_id"), row.get("project"),
+                                token.get("project_id"), *rest.split("|"))
+                    if isinstance(p, str) and p not in ("", "ALL", "rising-fact-p41fc")), "")
+    if project:
+        out["project"] = project.split(",")[0]
+    return {**out, "refresh_token": secret} if secret else None
+
+
+def _import_file(path: str) -> list[dict]:
+    """The accounts of one file, known by its content and not by its name."""
+    if path.endswith(".vscdb"):
+        found = antigravity_credentials(path)
+        return [{"provider": "antigravity", **found}] if found else []
+    try:
+        with open(path, "rb") as handle:
+            content = json_decode(handle.read(16 << 20))
+    except (OSError, ValueError):
+        return []
+    provider = "gemini-cli" if os.path.basename(path) == "oauth_creds.json" else "antigravity"
+    rows = content.get("accounts", [content]) if isinstance(content, dict) else content
+    return [row for row in (_import_row(r, provider) for r in rows) if row] if isinstance(
+        rows, list) else []
+
+
+def import_accounts(source: str, environ: Mapping[str, str]) -> list[dict]:
+    """Rows for accounts.json out of another program's store: a name of IMPORT_SOURCES, a file or a
+    folder.  Raises ConfigError naming what was looked for."""
+    def fill(text: str) -> str:
+        return os.path.expanduser(string.Template(text).safe_substitute(environ))
+    places = [fill(p) for p in IMPORT_SOURCES.get(source, (source,))]
+    found: list[dict] = []
+    for place in places:
+        files = sorted(e.path for e in os.scandir(place)) if os.path.isdir(place) else [place]
+        for path in files:
+            found += _import_file(path)
+        if found:
+            break
+    if not found:
+        hint = ""
+        if source == "gemini-cli" and os.path.exists(fill("~/.gemini/gemini-credentials.json")):
+            hint = "; its sign-in is encrypted: run `accounts add --provider gemini-cli`"
+        raise ConfigError(f"no account found in {' or '.join(places)}{hint}; sources are a file, "
+                          f"a folder, or one of {', '.join(IMPORT_SOURCES)}")
+    return found
+
+
+# The keeper
+
+def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
+               again: bool = False) -> Facts:
+    """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
+    Raises ProxyError validation or project."""
+    facts = pool.facts(account.name, provider.id)
+    lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
+    if facts and not again and tokens.clock.now() - facts.at < lasts_s:
+        return facts
+
+    def ask() -> Facts:
+        try:
+            found = discover(account, provider, token, tokens.connections, tokens.clock, True)
+        except ProxyError as err:
+            if err.rule.scope is not Scope.HOST:
+                raise
+            # the call that matters may go through: tried without, asked again in five minutes
+            found = Facts("", "", "", (), tokens.clock.now() - FACTS_LAST_S + 300)
+        if facts:
+            found = found._replace(models=facts.models)
+        pool.note_facts(account.name, provider.id, found)
+        return found
+    return tokens.flights.fly((account, provider.id), ask)
+
+
+class Keeper:
+    """Does ahead of need what requests would wait for: tokens, projects, quota readings; takes over
+    edits of the accounts file; stores rotated tokens that could not be stored.  Two threads, so
+    that a slow upstream does not hold up an edit.  Failures here cost no account its place."""
+
+    def __init__(self, pool: AccountPool, tokens: Tokens, reload: Callable[[], None],
+                 log: Log, touch: Callable[[Candidate], None]):
+        self.pool, self.tokens, self.reload, self.log, self.touch = pool, tokens, reload, log, touch
+        self.clock, self.connections = tokens.clock, tokens.connections
+        self._stop = threading.Event()
+        self._due: dict[tuple, float] = {}          # (account, pool) -> wall clock of a reading
+        self._touched: dict[tuple, float] = {}
+        self._threads = [threading.Thread(target=self._loop, args=(job,), daemon=True, name=name)
+                         for job, name in ((self.reload, "watcher"), (self.tick, "keeper"))]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _loop(self, job: Callable[[], None]) -> None:
+        while not self._stop.wait(1):
+            try:
+                job()
+            except (ProxyError, ConfigError, OSError) as err:
+                self.log.line("upkeep: %s", err)
+
+    def tick(self) -> None:
+        """Whatever is due now, one account after the other."""
+        now = self.clock.now()
+        for account in list(self.pool.accounts):
+            is_active = now - account.used_at < 3600
+            if self._stop.is_set():
+                return
+            if not account.enabled or self.pool.is_stopped(account):
+                continue            # no call at all before its owner acted
+            for provider in account.providers if account.provider.envelope else ():
+                key = (account.name, provider.id)
+                if now >= self._due.get(key, 0):
+                    self._due[key] = now + self.interval(account, provider, is_active)
+                    self.read(account, provider)
+            if is_active and account.credential == "refresh_token" and (
+                    0 < account.token_expires_at < now + 2 * TOKEN_REFRESH_BEFORE_S):
+                with contextlib.suppress(ProxyError):       # the request that needs it will say it
+                    self.tokens.access(account, life_s=2 * TOKEN_REFRESH_BEFORE_S)
+
+    def interval(self, account: Account, provider: Provider, is_active: bool) -> float:
+        """Seconds to the next reading, with jitter so that accounts do not come in step."""
+        base = self.pool.settings["quota_poll_s"] if is_active else QUOTA_IDLE_POLL_S
+        facts = self.pool.facts(account.name, provider.id)
+        if facts and facts.absent:
+            base = ABSENT_LASTS_S
+        elif self.pool.has_stated_limit(account.name, provider.id):
+            base = min(base, RECHECK_S)
+        return jitter(base)
+
+    def after_quota(self, account: Account, provider: Provider) -> None:
+        """A quota refusal is read about once more, five seconds later."""
+        self._due[account.name, provider.id] = self.clock.now() + 5
+
+    def read(self, account: Account, provider: Provider) -> list[Window]:
+        """Facts where they are due, then quota; what cannot be read now is read later."""
+        try:
+            token = self.tokens.access(account)
+            facts = pool_facts(self.pool, self.tokens, account, provider, token)
+            if facts.absent:
+                return []
+            windows, models = read_quota(account, provider, token, account.project
+                                         or facts.project, self.connections, self.clock.now())
+        except ProxyError as err:
+            self.log.line("%s (%s): quota not read: %s", account.label, provider.id, err)
+            return []
+        if models and models != facts.models:
+            self.pool.note_facts(account.name, provider.id, facts._replace(models=models))
+        self.pool.note_windows(account.name, provider.id, windows)
+        if self.pool.settings.get("auto_refresh"):
+            self._start_windows(account, provider, windows)
+        return windows
+
+    def _start_windows(self, account: Account, provider: Provider, windows: list[Window]) -> None:
+        """One small request for each quota group whose 5 h window has not begun: it begins now, and
+        so ends earlier."""
+        now = self.clock.now()
+        for window in windows:
+            key = (account.name, provider.id, window.scope)
+            model = {"gemini": "gemini-3-flash", "3p": "claude-sonnet-4-6"}.get(window.scope)
+            if (model and window.window == "5h" and window.fraction == 1.0
+                    and now - self._touched.get(key, 0) > WINDOW_S["5h"]):
+                self._touched[key] = now
+                self.touch(Candidate(account, provider, MODELS[model], model))
 
 
 # ── 15. Upstream call ─────────────────────────────────────────────────────
@@ -3908,8 +5647,10 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((403,), "", r"violation of terms of service|submit an appeal|reported as leaked",
             "disabled"),
     Meaning((403,), "SUBSCRIPTION_REQUIRED|SERVICE_DISABLED|IAM_PERMISSION_DENIED", "", "project"),
-    Meaning((403,), "", r"valid license|lack a gemini code assist|generatechat. denied|named user"
-            r"|no longer supported for gemini code assist", "project"),
+    Meaning((), "UNSUPPORTED_CLIENT", "", "absent"),
+    Meaning((), "", r"no longer supported for gemini code assist", "absent"),
+    Meaning((403,), "", r"valid license|lack a gemini code assist|generatechat. denied|named user",
+            "project"),
     Meaning((403,), "ACCESS_TOKEN_SCOPE_INSUFFICIENT", "", "revoked"),
     Meaning((400, 403), "UNSUPPORTED_LOCATION|RESTRICTED_NETWORK", "", "region"),
     Meaning((400, 403), "", r"location is not supported", "region"),
@@ -3921,8 +5662,16 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((503, 529), "", r"no capacity|overloaded", "capacity"),
     Meaning((400, 429), "", r"overloaded", "capacity"),
     Meaning((529,), "", "", "capacity"),
+    # business codes of Z.AI's error bodies, mostly under 429
+    Meaning((), "CODE_100[0-4]", "", "revoked"),
+    Meaning((), "CODE_(1113|1304|1308|1309|1310)", "", "quota"),
+    Meaning((), "CODE_(1302|1303|1305)", "", "rate"),
+    Meaning((), "CODE_1312", "", "capacity"),
+    Meaning((), "CODE_(1311|1211)", "", "model_missing"),
+    Meaning((), "CODE_1313", "", "disabled"),
+    Meaning((402,), "", "", "quota"),
     Meaning((429,), "", r"limit: 0\b", "entitlement"),
-    Meaning((429,), "QUOTA_EXHAUSTED|PERDAY|DAILY|INSUFFICIENT_G1_CREDITS", "", "quota"),
+    Meaning((429,), "QUOTA_EXHAUSTED|PERDAY|DAILY|INSUFFICIENT_|USAGE_LIMIT", "", "quota"),
     Meaning((429,), "", r"exhausted your capacity|individual quota reached|quota will reset",
             "quota"),
     Meaning((429,), "RATE_LIMIT_EXCEEDED|RATELIMITEXCEEDED|PERMINUTE", "", "rate"),
@@ -4056,8 +5805,10 @@ class UpstreamAnswer:
     """An open answer.  `read` takes one read's bytes through framing and pipe; then `fault` or
     `is_done` tell whether it is over.  Whoever holds it closes it once."""
 
-    def __init__(self, connection: Connection, body: BodyReader, pipe: Pipe, keeps_alive: bool):
+    def __init__(self, connection: Connection, body: BodyReader, pipe: Pipe, keeps_alive: bool,
+                 headers: Mapping[str, str]):
         self.connection, self.body, self.pipe = connection, body, pipe
+        self.headers = headers
         self.keeps_alive = keeps_alive
         self.fault: ProxyError | None = None
         self.is_done = self.is_reusable = False
@@ -4177,7 +5928,7 @@ def upstream_call(connections: ConnectionCache, call: Call,
                 connections.give(connection)
                 connection = None       # no longer ours to close
             raise call.understand(status, headers, raw)
-        answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive)
+        answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive, headers)
         out = answer.take(rest) if rest else b""
         while not (call.pipe.has_content or answer.is_done or answer.fault):
             wait(connection.sock, config.idle_timeout_s)
@@ -4234,14 +5985,16 @@ class Services:
     log: Log
     meters: Meters
     signatures: Memory
-    save_token: Callable[[Account, str, str], None]     # (account, old, new)
+    tokens: Tokens
+    state: State | None = None
+    on_quota: Callable[[Account, Provider], None] = lambda *_: None    # a refusal to look into
     simulator: str = ""         # its URL, where it is the upstream
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
 
 class Conducting:
     """One request on its way over the accounts.  `client` is who waits for it: it has
-    `wait(sock, seconds)`, `pause(seconds)` and `render(delta)`."""
+    `wait(sock, seconds)`, `pause(seconds)`, `wake()` and `render(delta)`."""
 
     def __init__(self, services: Services, request: Request, client: Any, record: Record):
         self.services, self.request, self.client, self.record = services, request, client, record
@@ -4253,33 +6006,54 @@ class Conducting:
         self.began = services.clock.monotonic()
         self.waited_s = 0.0
         self.last: ProxyError | None = None
+        self.has_fallen_back = False
 
     def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply:
         """A stream from its first content on, with what is to be sent first; or the whole Reply."""
-        services, model = self.services, self.model()
-        self.candidates = services.pool.candidates(model)
-        self.record.used = model.id
-        while True:
-            choice = services.pool.lease(self.candidates, self.tried)
-            if choice.lease is None:
-                self._wait(choice)
-                continue
-            with choice.lease as lease:
-                try:
-                    return self._try(lease, fold)
-                except ProxyError as err:
-                    self.last = err
-                    lease.settle(err)
-            self._after(lease.candidate, self.last)
+        services, request = self.services, self.request
+        model = self.model(request.model)
+        ask = Ask(hashlib.sha256(request.conversation.encode("utf-8", "replace")).hexdigest()[:16],
+                  request.agent, self.client.wake)
+        self._aim(model)
+        try:
+            while True:
+                choice = services.pool.lease(self.candidates, self.tried, ask)
+                self.record.choices.append((services.clock.now(), choice.reason, choice.verdicts))
+                if choice.lease is None:
+                    self._wait(choice)
+                    continue
+                with choice.lease as lease:
+                    try:
+                        return self._try(lease, fold)
+                    except ProxyError as err:
+                        self.last = err
+                        lease.settle(err)
+                self._after(lease.candidate, self.last)
+        finally:
+            services.pool.leave(ask)
 
-    def model(self) -> Model:
+    def model(self, name: str) -> Model:
         services = self.services
-        return resolve_model(self.request.model, services.pool.accounts, services.config.aliases)
+        return resolve_model(name, services.pool.accounts, services.config.aliases,
+                             services.pool.listed_models())
+
+    def _aim(self, model: Model) -> None:
+        self.candidates = self.services.pool.candidates(model)
+        self.record.used = model.id
 
     def _elapsed_s(self) -> float:
         return self.services.clock.monotonic() - self.began
 
     def _refuse(self, verdicts: tuple) -> None:
+        """The end, unless the model's pair may serve instead: one hop, no chains."""
+        pair = fallback_for(MODELS[self.record.used]) if self.record.used in MODELS else ""
+        is_limited = self.last is None or self.last.kind in ("quota", "rate", "soft_429",
+                                                             "capacity")
+        if self.services.config.fallback and pair and is_limited and not self.has_fallen_back:
+            self.has_fallen_back, self.record.note = True, f"fell back from {self.record.used}"
+            self.tries_left, self.soft_failures = self.services.config.max_attempts, 0
+            self._aim(self.model(pair))
+            return
         raise refusal(self.request.model, verdicts, self.services.clock.now(), self.last)
 
     def _wait(self, choice: Choice) -> None:
@@ -4288,6 +6062,7 @@ class Conducting:
         if (wait_s is None or self.waited_s + wait_s > config.max_wait_s
                 or self._elapsed_s() + wait_s > LAST_TRY_BEGINS_S):
             self._refuse(choice.verdicts)
+            return
         self.client.pause(wait_s)
         self.waited_s += wait_s
 
@@ -4295,12 +6070,16 @@ class Conducting:
         """After a candidate failed: the next one, or the answer to the client."""
         if error.rule.step in (Step.CLIENT, Step.REPAIR):
             raise error
+        if error.kind == "absent":
+            self.services.pool.note_absent(candidate, error.message)
+        if error.kind in ("quota", "soft_429"):
+            self.services.on_quota(candidate.account, candidate.provider)
         if not is_stated(error) and error.kind not in LOGIN_KINDS:
             # a stated rest blocks it by itself, and may end while we wait
             self.tried.add(candidate)
         if error.kind == "capacity":        # another account of the pool meets the same crowd
             self.tried.update(c for c in self.candidates
-                              if c.account.provider.id == candidate.account.provider.id)
+                              if c.provider.id == candidate.provider.id)
         self.soft_failures += error.kind == "soft_429"
         if self.tries_left <= 0 or self.soft_failures >= 2 or self._elapsed_s() > LAST_TRY_BEGINS_S:
             self._refuse(self.services.pool.verdicts(self.candidates, self.tried))
@@ -4309,15 +6088,16 @@ class Conducting:
         """All calls one candidate gets: hosts in order, a refreshed token, a repaired conversation,
         a short wait.  Raises the ProxyError that ended its turn."""
         candidate, pool = lease.candidate, self.services.pool
-        hosts = pool.hosts(candidate.account.provider)
+        hosts = pool.hosts(candidate.provider)
         seen: set[str] = set()          # kinds that were answered once already
         refused = repair = ""
+        looks_up = False
         while True:
             self.record.attempts += 1
             self.record.account = candidate.account.label
             tokens: list[str] = []
             try:
-                result = self._call(lease, hosts[0], refused, repair, fold, tokens)
+                result = self._call(lease, hosts[0], refused, repair, fold, tokens, looks_up)
                 pool.host_answered(hosts[0])
                 pool.proved(lease)
                 return result
@@ -4344,6 +6124,8 @@ class Conducting:
                 self.client.pause(error.rule.pause_s)
             elif step is Step.REFRESH and tokens:
                 refused = tokens[0]
+            elif step is Step.DISCOVER and tokens and candidate.provider.envelope:
+                looks_up = True
             elif step is Step.REPAIR:
                 repair = error.kind
             else:
@@ -4351,21 +6133,31 @@ class Conducting:
             if step is not Step.HOST or error.kind == "capacity":
                 seen.add(error.kind)
 
+    def _token(self, lease: Lease, refused: str, looks_up: bool) -> tuple[str, str]:
+        """(token, project) for this pool; ProxyError absent where the pool turns out to be none."""
+        services, (account, provider, _, _) = self.services, lease.candidate
+        token = services.tokens.access(account, refused)
+        if not provider.envelope:
+            return token, ""
+        facts = pool_facts(services.pool, services.tokens, account, provider, token, looks_up)
+        if facts.absent:
+            raise ProxyError("absent", facts.absent)
+        return token, account.project or facts.project
+
     def _call(self, lease: Lease, base_url: str, refused: str, repair: str, fold: bool,
-              tokens: list[str]) -> Any:
+              tokens: list[str], looks_up: bool) -> Any:
         """One call: an open stream, or the folded reply.  The token it used goes to `tokens`."""
         services, candidate = self.services, lease.candidate
-        account, provider = candidate.account, candidate.account.provider
+        account, provider = candidate.account, candidate.provider
         dialect = DIALECTS[provider.dialect]
-        token = oauth_access_token(account, services.connections, services.clock,
-                                   services.save_token,
-                                   refused)
+        token, project = self._token(lease, refused, looks_up)
         tokens.append(token)
-        target = Target(candidate.model, provider, candidate.upstream_id, account.project)
+        target = Target(candidate.model, provider, candidate.upstream_id, project)
         rendered = dialect.render_request(self.request, target, services.signatures, repair)
         auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
             "Authorization": "Bearer " + token}
-        headers = {"Content-Type": "application/json", "User-Agent": user_agent(account),
+        headers = {"Content-Type": "application/json",
+                   "User-Agent": user_agent(account, provider, candidate.upstream_id),
                    "Accept-Encoding": "identity", **auth, **rendered.headers,
                    **dict(provider.headers), **dict(account.headers)}
 
@@ -4381,6 +6173,9 @@ class Conducting:
                     json_encode(rendered.body).encode("ascii"),
                     account.proxy, pipe, understand)
         answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
+        windows = read_limit_headers(answer.headers, services.clock.now())
+        if windows:
+            services.pool.note_windows(account.name, provider.id, windows)
         stream = OpenStream(answer, lease, services.connections, self.record)
         self.client.route = f"{account.label}; {lease.reason}"
         if fold:
@@ -4489,6 +6284,17 @@ def http_date(epoch_s: int) -> str:
             f"{at.tm_year} {at.tm_hour:02}:{at.tm_min:02}:{at.tm_sec:02} GMT")
 
 
+def request_row(record: Record, now: float) -> dict:
+    """A finished request as `why` tells it; `now` is monotonic."""
+    row = {name: getattr(record, name) for name in (
+        "id", "client", "asked", "used", "account", "status", "attempts", "failures", "note",
+        "input_tokens", "cached_tokens", "output_tokens")}
+    row["total_ms"] = round((now - record.started_at) * 1000)
+    row["choices"] = [{"at": at, "reason": reason, "sheet": sheet_rows(verdicts, at)}
+                      for at, reason, verdicts in record.choices]
+    return row
+
+
 class Exchange:
     """One request and its answer, while its thread or the relay works on it."""
 
@@ -4508,6 +6314,7 @@ class Exchange:
         self.route = ""                             # why this candidate
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
+        self.is_woken, self._waker = False, None
         self.last_out_at = self.last_content_at = time.monotonic()
 
     # Answers
@@ -4595,7 +6402,7 @@ class Exchange:
 
     # What the conductor asks of the one who waits
 
-    def wait(self, sock: socket.socket | None, timeout_s: float) -> None:
+    def wait(self, sock: socket.socket, timeout_s: float) -> None:
         """Returns when `sock` is readable.  Meanwhile opens a held stream, keeps it alive, notices
         the client's departure (ClientGone) and the deadlines (ProxyError stall or timeout)."""
         now = time.monotonic()
@@ -4612,28 +6419,43 @@ class Exchange:
                 held_until = (self.last_out_at + PING_EVERY_S if self.is_open
                               else self.record.started_at + HOLD_S)
             due = min(deadline, last, held_until, now + 1)      # a stop is noticed within a second
-            socks = [s for s in (sock, self.downstream.sock if self.is_watching else None)
-                     if s is not None]
-            ready = readable(socks, due - now) if socks else time.sleep(max(0, due - now)) or []
+            socks = [sock, self.downstream.sock] if self.is_watching else [sock]
+            ready = readable(socks, due - now)
             if self.is_watching and self.downstream.sock in ready:
                 seen = self.downstream.peek()
                 if seen is Peek.GONE:
                     raise ClientGone()
                 self.is_watching = seen is Peek.NOTHING
-            if sock is not None and sock in ready:
+            if sock in ready:
                 return
             now = time.monotonic()
             if now >= last:
                 raise ProxyError("timeout", f"no answer within {human_s(total_s)}")
             if now >= deadline:
-                if sock is None:
-                    return
                 raise ProxyError("stall", f"the upstream was silent for {human_s(timeout_s)}")
             if now >= held_until:
                 self._while_held(now)
 
     def pause(self, seconds: float) -> None:
-        self.wait(None, seconds)
+        """Waits, for `wake` at most so long."""
+        self._waker = socket.socketpair()
+        try:
+            if not self.is_woken:       # else it was woken before there was somebody to wake
+                self._waker[0].setblocking(False)
+                self.wait(self._waker[0], seconds)
+        except ProxyError as err:
+            if err.kind != "stall":
+                raise
+        finally:
+            pair, self._waker, self.is_woken = self._waker, None, False
+            for sock in pair:
+                sock.close()
+
+    def wake(self) -> None:
+        """From another thread: ends a pause, this one or the next."""
+        self.is_woken, pair = True, self._waker
+        with contextlib.suppress(OSError, TypeError):       # nobody pauses, or no longer
+            pair[1].send(b"\0")
 
     def _while_held(self, now: float) -> None:
         if self.is_open:
@@ -4647,13 +6469,93 @@ class Exchange:
 
     def report(self) -> None:
         """The request's line and counters, once it is over."""
-        record = self.record
+        record, now = self.record, time.monotonic()
         if record.asked != "-" or record.status >= 500:
-            self.services.log.request(record, time.monotonic())
+            self.services.log.request(record, now)
+        if record.asked != "-" and self.services.state is not None:
+            self.services.state.put("requests", record.id, self.services.clock.now(),
+                                    lambda: json_encode(request_row(record, now)))
         self.services.meters.add(requests=1, errors=record.status >= 400,
                                  retries=max(0, record.attempts - 1),
                                  input_tokens=record.input_tokens,
                                  output_tokens=record.output_tokens)
+
+
+# Quotas in the form that people's scripts read
+
+_HEALTH_WORDS = {"ready": "ok", "limited": "rate-limited", "resting": "rate-limited",
+                 "soft-limited": "soft-limited", "absent": "error"}
+
+
+def iso_time(epoch_s: float) -> str | None:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s)) if epoch_s else None
+
+
+def account_limits(pool: AccountPool) -> dict:
+    """Each account with the binding window of each model it serves.  `email` is the label: no
+    address leaves the accounts file.  An unknown fraction is null, which is not zero."""
+    now, accounts, seen = pool.clock.now(), [], set()
+    for row, account in zip(pool.report(), pool.accounts):
+        limits = {}
+        for model in MODELS.values():
+            mine = [c for c in pool.candidates(model) if c.account is account]
+            if not mine:
+                continue
+            windows = [w for c in mine[:1] for w in fresh_windows(c, pool.view(), now)]
+            least = min(windows, key=lambda w: w.fraction, default=None)
+            limits[model.id] = {
+                "remaining": f"{least.fraction:.0%}" if least else None,
+                "remainingFraction": least.fraction if least else None,
+                "resetTime": iso_time(least.reset_at) if least else None}
+        seen.update(limits)
+        blocked = [r["until"] for r in row["limits"] if r["until"] > now]
+        accounts.append({
+            "email": row["name"], "provider": row["provider"], "tier": row["tier"],
+            "status": _HEALTH_WORDS.get(row["state"], "invalid"), "state": row["state"],
+            "error": row["reason"] or None, "lastUsed": iso_time(row["last_used_at"]),
+            "isSoftLimited": row["is_soft_limited"], "limits": limits, "quotas": row["quotas"],
+            "rateLimitCooldownRemaining": int(max(blocked) - now) if blocked else 0})
+    return {"timestamp": iso_time(now), "totalAccounts": len(accounts), "models": sorted(seen),
+            "accounts": accounts}
+
+
+def deep_health(limits: dict, settings: Mapping[str, Any], took_ms: int) -> dict:
+    """The rich health report: counts, and each account with its models."""
+    words = [a["status"] for a in limits["accounts"]]
+    counts = {"total": len(words), "available": words.count("ok"),
+              "rateLimited": words.count("rate-limited"),
+              "softLimited": words.count("soft-limited"),
+              "invalid": words.count("invalid"), "error": words.count("error")}
+    soft = settings.get("soft_limit", 0)
+    models = [{name: {**row, "isSoftLimited": row["remainingFraction"] is not None
+                      and row["remainingFraction"] <= soft}
+               for name, row in a["limits"].items()} for a in limits["accounts"]]
+    return {"timestamp": limits["timestamp"], "latencyMs": took_ms, "counts": counts,
+            "summary": f"{counts['available']} of {counts['total']} accounts are available",
+            "accounts": [{"error": None, **{k: v for k, v in a.items() if k not in (
+                "limits", "quotas", "tier", "state")}, "models": m}
+                         for a, m in zip(limits["accounts"], models)],
+            "softLimit": {"enabled": bool(soft), "threshold": soft}}
+
+
+def limits_table(limits: dict) -> str:
+    """Two plain tables: accounts, then models by account."""
+    accounts = limits["accounts"]
+    counts = collections.Counter(a["status"] for a in accounts)
+    told = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
+    lines = [limits["timestamp"], f"Accounts: {len(accounts)} total, {told or 'none'}", "",
+             f"{'Account':20}{'Status':16}{'Last Used':22}Quota Reset"]
+    for a in accounts:
+        resets = sorted(r["resetTime"] for r in a["limits"].values()
+                        if r["resetTime"] and r["remainingFraction"] == 0)
+        lines.append(f"{a['email'][:19]:20}{a['state']:16}{a['lastUsed'] or 'never':22}"
+                     f"{resets[0] if resets else '-'}")
+    lines += ["", "Model".ljust(30) + "".join(a["email"][:13].ljust(14) for a in accounts)]
+    for name in limits["models"]:
+        cells = [(a["limits"].get(name) or {"remaining": "-"})["remaining"] or "?"
+                 for a in accounts]
+        lines.append(name.ljust(30) + "".join(cell.ljust(14) for cell in cells))
+    return "\n".join(lines) + "\n"
 
 
 # The relay
@@ -5245,10 +7147,15 @@ class Handler:
 
     def count_tokens(self, exchange: Exchange, match: Any) -> None:
         request = self._parse(exchange, True)
-        resolve_model(request.model, self.services.pool.accounts, self.services.config.aliases)
+        self._resolve(request.model)
         exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
         exchange.send_json(200, {"input_tokens": estimate_tokens(request)},
                            {"x-agproxy-token-count": "estimate"})
+
+    def _resolve(self, name: str) -> Model:
+        pool = self.services.pool
+        return resolve_model(name, pool.accounts, self.services.config.aliases,
+                             pool.listed_models())
 
     def models(self, exchange: Exchange, match: Any) -> None:
         rows = self.server.model_rows()
@@ -5256,9 +7163,7 @@ class Handler:
             name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
             row = next((r for r in rows if r["id"] == name), None)
             if row is None:
-                pool, config = self.services.pool, self.services.config
-                model = resolve_model(name, pool.accounts, config.aliases)
-                row = {**anthropic_render_model(model), "id": name}
+                row = {**anthropic_render_model(self._resolve(name)), "id": name}
             exchange.send_json(200, row)
             return
         query = dict(urllib.parse.parse_qsl(exchange.query))
@@ -5284,10 +7189,43 @@ class Handler:
         exchange.send_json(200, {"name": "agproxy", "version": VERSION})
 
     def health(self, exchange: Exchange, match: Any) -> None:
-        server = self.server
-        exchange.send_json(200, {"status": "ok", "version": VERSION, "uptime_s": int(
+        server, services = self.server, self.services
+        report = {"status": "ok", "version": VERSION, "uptime_s": int(
             time.monotonic() - server.started_at), "streams": len(server.relay.streams),
-            "threads": server.workers.threads, **self.services.meters.snapshot()})
+            "threads": server.workers.threads, **services.meters.snapshot()}
+        if "deep=1" in exchange.query.split("&"):
+            if server.guard is not None:
+                server.guard.check(exchange.headers, time.monotonic())
+            began = time.monotonic()
+            limits = account_limits(services.pool)
+            took_ms = int((time.monotonic() - began) * 1000)
+            report.update(deep_health(limits, services.config.settings, took_ms))
+        exchange.send_json(200, report)
+
+    def account_limits(self, exchange: Exchange, match: Any) -> None:
+        limits = account_limits(self.services.pool)
+        if "format=table" in exchange.query.split("&"):
+            exchange.send_bytes(200, "text/plain; charset=utf-8", limits_table(limits).encode())
+        else:
+            exchange.send_json(200, limits)
+
+    def refresh_token(self, exchange: Exchange, match: Any) -> None:
+        """A new access token for every account that has a refresh token."""
+        services, results = self.services, {}
+        for account in services.pool.accounts:
+            if not account.enabled or account.credential != "refresh_token":
+                continue
+            try:
+                if services.pool.is_stopped(account):
+                    raise ProxyError("revoked", "stopped until a person acts")
+                services.tokens.access(account, account.access_token, is_shared=False)
+                results[account.label] = "refreshed"
+            except ProxyError as err:
+                results[account.label] = redact(err.message)
+        failed = sum(1 for text in results.values() if text != "refreshed")
+        exchange.send_json(502 if failed and failed == len(results) else 200, {
+            "status": "error" if failed else "ok", "accounts": results,
+            "message": f"{len(results) - failed} of {len(results)} tokens refreshed"})
 
     def discard(self, exchange: Exchange, match: Any) -> None:
         """Telemetry that clients aim at their base URL; it goes nowhere."""
@@ -5314,6 +7252,8 @@ ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
     Route("GET HEAD", r"/", "public", Handler.root),
     Route("GET HEAD", r"/api/hello", "public", Handler.root),
     Route("GET HEAD", r"/health", "public", Handler.health),
+    Route("GET HEAD", r"/account-limits", "api", Handler.account_limits),
+    Route("POST", r"/refresh-token", "api", Handler.refresh_token),
     Route("GET POST", r"/api/(?:event_logging|claude_code|claude_cli|oauth)/.*", "public",
           Handler.discard),
     Route("GET POST DELETE", r"/v1/(?:messages/batches|files|complete|skills)(?:/.*)?", "api",
@@ -5415,10 +7355,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def model_rows(self) -> list[dict]:
         """What /v1/models lists: each served model, under a claude- name too where it has none."""
-        rows = []
-        pool = self.services.pool
-        for model in MODELS.values():
-            if any(account_serves(account, model) for account in pool.accounts):
+        rows, pool = [], self.services.pool
+        for model in (*MODELS.values(), *pool.listed_models()):
+            if pool.candidates(model):
                 row = anthropic_render_model(model)
                 rows.append(row)
                 if not model.id.startswith("claude"):
@@ -5495,6 +7434,8 @@ SIM_FAULTS = {          # name -> (status, body) of a refusal; other names misbe
     "project": sim_error(403, "PERMISSION_DENIED",
                          "Cloud Code Private API has not been used in project P "
                          "before or it is disabled.", "SERVICE_DISABLED"),
+    "unsupported_client": sim_error(403, "PERMISSION_DENIED", "This client is no longer supported "
+                                    "for Gemini Code Assist for individuals."),
     "region": sim_error(400, "FAILED_PRECONDITION",
                         "User location is not supported for the API use."),
     "missing": sim_error(404, "NOT_FOUND", "Requested entity was not found."),
@@ -5510,7 +7451,7 @@ SIM_STREAM_FAULTS = ("stall", "cut", "empty", "malformed", "error_event", "html"
                      "garbage",
                      "thoughts_only", "mid_error", "mid_cut", "blocked", "safety")
 _INNER_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig",
-               "safetySettings", "cachedContent", "labels", "sessionId"}
+               "safetySettings", "cachedContent", "labels", "sessionId", "session_id"}
 _SCHEMA_KEYS = {"type", "description", "nullable", "enum", "items", "properties", "required"}
 _SIM_UNKNOWN = "Invalid JSON payload received. Unknown name \"%s\" at '%s': Cannot find field."
 _PART_KINDS = ("text", "inlineData", "functionCall", "functionResponse", "fileData")
@@ -5604,7 +7545,7 @@ def _sim_check_signatures(contents: list, family: str, is_thinking: bool) -> str
 def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str | None:
     """Why the service would answer 400 to this request, None when it would not."""
     unknown = inner.keys() - _INNER_KEYS
-    if unknown or ("sessionId" in inner and not is_enveloped):
+    if unknown or (not is_enveloped and ("sessionId" in inner or "session_id" in inner)):
         return _SIM_UNKNOWN % (min(unknown, default="sessionId"), "request")
     family = model.family if model else "gemini3"
     config = inner.get("generationConfig", {})
@@ -5763,13 +7704,55 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
 # The server
 
 class SimAccount:
+    """Somebody with a Google account; `calls_left` until a quota refusal, None is no end."""
+
     def __init__(self, name: str, calls_left: int | None = None):
-        self.name, self.calls_left = name, calls_left
+        self.name, self.calls_left, self.calls_most = name, calls_left, calls_left
         self.refresh_token = f"1//sim-refresh-{name}"
         self.access_token = f"ya29.sim-{name}-0"
         self.generation = 0         # of the access token
         self.faults: collections.deque = collections.deque()
-        self.calls = 0
+        self.calls = self.cli_calls = 0
+        self.cli_project = ""       # "" is no licence: the Gemini CLI pool is absent
+        self.onboarding = 0         # polls until a project is made for it
+        self.tier = "free-tier"
+
+    def refreshed(self) -> None:
+        self.generation += 1
+        self.access_token = f"ya29.sim-{self.name}-{self.generation}"
+
+
+def sim_load(account: SimAccount, body: Mapping) -> dict:
+    """loadCodeAssist: two pools give two verdicts on one account."""
+    answer: dict = {"currentTier": {"id": account.tier},
+                    "allowedTiers": [{"id": "free-tier", "isDefault": True}]}
+    if body.get("metadata", {}).get("ideType") != "ANTIGRAVITY":
+        if account.cli_project:
+            return {**answer, "cloudaicompanionProject": account.cli_project}
+        return {**answer, "ineligibleTiers": [{
+            "reasonCode": "UNSUPPORTED_CLIENT", "tierId": "free-tier",
+            "reasonMessage": "This client is no longer supported for Gemini Code Assist"}]}
+    if not account.onboarding:
+        answer["cloudaicompanionProject"] = {"id": "sim-project-" + account.name}
+    return answer
+
+
+def sim_quota(account: SimAccount, method: str) -> dict:
+    """The three quota calls: what is left of the account's calls, zeros omitted as proto3 does."""
+    left = 1.0 if account.calls_most is None else max(0, account.calls_left) / account.calls_most
+    row: dict = {"resetTime": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 8486))}
+    if left:
+        row["remainingFraction"] = left
+    if method == "retrieveUserQuota":
+        return {"buckets": [{"modelId": m, "tokenType": "REQUESTS", **row}
+                            for m in GEMINI_CLI_IDS.values()]}
+    if method == "retrieveUserQuotaSummary":
+        return {"groups": [{"displayName": group, "buckets": [
+            {"bucketId": f"{group}-{window}", "window": window, **row}
+            for window in ("5h", "weekly")]} for group in ("gemini", "3p")]}
+    return {"models": {m.id: {"displayName": m.label, "maxTokens": m.context_tokens,
+                              "maxOutputTokens": m.output_tokens, "quotaInfo": row}
+                       for m in MODELS.values() if m.on_cloud_code}}
 
 
 class SimHandler(http.server.BaseHTTPRequestHandler):
@@ -5780,11 +7763,46 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         pass        # the proxy's log is the one to read
 
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        if url.path in ("/auth", "/sim/consent"):
+            return self._consent(url.path, query)
+        account = self._account()
+        if url.path == "/userinfo" and account:
+            return self._json(200, {"email": account.name + "@sim.example"})
+        if url.path == "/v1beta/models":
+            return self._json(200, {"models": []}) if account else self._json(*sim_error(
+                400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.",
+                "API_KEY_INVALID"))
+        self._json(*SIM_FAULTS["missing"])
+
+    def _consent(self, path: str, query: dict) -> None:
+        """The vendor's page: a link for each account and one to refuse; a click leads back."""
+        back = {"state": query.get("state", "")}
+        if path == "/sim/consent" and query.get("account"):
+            back["code"] = "4/sim-" + os.urandom(12).hex()
+            with self.server.lock:
+                self.server.codes[back["code"]] = query
+        elif path == "/sim/consent":
+            back["error"] = "access_denied"
+        else:
+            links = "".join(
+                f'<p><a id="{name or "deny"}" href="/sim/consent?'
+                f'{urllib.parse.urlencode({**query, "account": name}).replace("&", "&amp;")}">'
+                f'{name or "Refuse"}</a></p>' for name in (*self.server.accounts, ""))
+            return self._send(200, "text/html", f"<h1>Simulated sign-in</h1>{links}".encode())
+        self.send_response(302)
+        self.send_header("Location", query.get("redirect_uri", "") + "?"
+                         + urllib.parse.urlencode(back))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         path = self.path.partition("?")[0]
         if path == "/token":
-            return self._token(urllib.parse.parse_qs(raw.decode()))
+            return self._json(*self._token(dict(urllib.parse.parse_qsl(raw.decode()))))
         if path == "/sim/faults":
             order = json.loads(raw)
             self.server.plan(order["account"], *order["faults"])
@@ -5793,17 +7811,27 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if account is None:
             return self._json(*SIM_FAULTS["auth"])
         body = json.loads(raw)
-        if path == "/v1internal:loadCodeAssist":
-            with self.server.lock:
-                self.server.discoveries += 1
-            return self._json(200, {"currentTier": {"id": "free-tier"},
-                                    "cloudaicompanionProject": "sim-project-" + account.name})
         match = re.fullmatch(r"/v1internal:streamGenerateContent"
                              r"|/v1beta/models/([^:]+):streamGenerateContent",
                              path)
-        if not match:
-            return self._json(*SIM_FAULTS["missing"])
-        self._generate(account, body, match[1])
+        if match:
+            return self._generate(account, body, match[1])
+        self._json(*self._discovery(account, path.rpartition(":")[2], body))
+
+    def _discovery(self, account: SimAccount, method: str, body: Mapping) -> tuple:
+        with self.server.lock:
+            if method == "loadCodeAssist":
+                self.server.discoveries += 1
+                return 200, sim_load(account, body)
+            if method == "onboardUser":
+                account.onboarding = max(0, account.onboarding - 1)
+                done = {"done": True, "response": {"cloudaicompanionProject": {
+                    "id": "sim-project-" + account.name}}}
+                return 200, {"name": "operations/1", **({} if account.onboarding else done)}
+            if method in ("fetchAvailableModels", "retrieveUserQuotaSummary", "retrieveUserQuota"):
+                self.server.quota_reads += 1
+                return 200, sim_quota(account, method)
+        return SIM_FAULTS["missing"]
 
     def _account(self) -> SimAccount | None:
         bearer = (self.headers.get("authorization") or "").partition(" ")[2]
@@ -5812,27 +7840,43 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             return next((a for a in self.server.accounts.values()
                          if bearer == a.access_token or key == "sim-key-" + a.name), None)
 
-    def _token(self, form: Mapping[str, list[str]]) -> None:
-        server, token = self.server, (form.get("refresh_token") or [""])[0]
+    def _token(self, form: Mapping[str, str]) -> tuple:
+        """(status, answer) of both grants: client, redirect and PKCE are checked."""
+        server, accounts = self.server, self.server.accounts
         with server.lock:
             server.refreshes += 1
-            account = next((a for a in server.accounts.values() if a.refresh_token == token), None)
-            if account is not None:
-                account.generation += 1
-                account.access_token = f"ya29.sim-{account.name}-{account.generation}"
-                answer = {"access_token": account.access_token, "expires_in": 3599,
-                          "token_type": "Bearer"}
-                if server.rotates_tokens:
-                    account.refresh_token = f"1//sim-refresh-{account.name}-{account.generation}"
-                    answer["refresh_token"] = account.refresh_token
-        if account is None:
-            return self._json(400, {"error": "invalid_grant", "error_description": "Bad Request"})
-        self._json(200, answer)
+            if server.token_faults:
+                return server.token_faults.popleft()
+            if (form.get("client_id"), form.get("client_secret")) != ("sim-client", "sim-secret"):
+                return 401, {"error": "invalid_client"}
+            if form.get("grant_type") == "authorization_code":
+                asked = server.codes.pop(form.get("code", ""), None)
+                digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+                challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+                if asked and asked.get("redirect_uri") != form.get("redirect_uri"):
+                    return 400, {"error": "redirect_uri_mismatch"}
+                account = accounts.get(asked["account"]) if asked and (
+                    asked.get("code_challenge") == challenge) else None
+            else:
+                account = next((a for a in accounts.values()
+                                if a.refresh_token == form.get("refresh_token")), None)
+            if account is None:
+                return 400, {"error": "invalid_grant", "error_description": "Bad Request"}
+            account.refreshed()
+            answer = {"access_token": account.access_token, "expires_in": 3599,
+                      "token_type": "Bearer"}
+            if server.rotates_tokens:
+                account.refresh_token = f"1//sim-refresh-{account.name}-{account.generation}"
+            if server.rotates_tokens or "code" in form:
+                answer["refresh_token"] = account.refresh_token
+            return 200, answer
 
     def _json(self, status: int, value: Any) -> None:
-        data = json_encode(value).encode()
+        self._send(status, "application/json", json_encode(value).encode())
+
+    def _send(self, status: int, content_type: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -5841,13 +7885,17 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         server, is_enveloped = self.server, key_model is None
         inner = body.get("request") if is_enveloped else body
         name = body.get("model") if is_enveloped else urllib.parse.unquote(key_model)
-        model = next((m for m in MODELS.values() if name == (m.id if is_enveloped else m.key_id)),
-                     None)
+        is_cli = "user_prompt_id" in body
+        model = next((m for m in MODELS.values() if name == (
+            GEMINI_CLI_IDS.get(m.key_id) if is_cli else m.id if is_enveloped else m.key_id)), None)
         with server.lock:
             server.requests.append((account.name, body))
             account.calls += 1
+            account.cli_calls += is_cli
             fault = account.faults.popleft() if account.faults else ""
-            if not fault and account.calls_left is not None:
+            if is_cli and not account.cli_project:
+                fault = "unsupported_client"
+            elif not fault and account.calls_left is not None and not is_cli:
                 account.calls_left -= 1
                 fault = "quota" if account.calls_left < 0 else ""
         if fault in SIM_FAULTS:
@@ -5958,17 +8006,20 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
 
 class SimUpstream(http.server.ThreadingHTTPServer):
-    """Google's part on a free port of 127.0.0.1.  `accounts` maps names to how many generating
-    calls are left before a quota 429 (None: no end).  `pace_s` is the time between events.
-    Keys of the Gemini API are `sim-key-<account>`.  The lock guards everything mutable."""
+    """Google's part on a free port of 127.0.0.1: sign-in page /auth, /token, /userinfo, Cloud Code,
+    Gemini API.  `accounts` maps names to how many generating calls are left before a quota 429
+    (None: no end).  `pace_s` is the time between events.  Its OAuth client is `sim-client` with
+    `sim-secret`, its keys are `sim-key-<account>`.  The lock guards everything mutable."""
     request_queue_size = 256
     daemon_threads = True
 
     def __init__(self, accounts: Mapping[str, int | None], pace_s: float = 0.0):
         self.lock = threading.Lock()
         self.accounts = {name: SimAccount(name, left) for name, left in accounts.items()}
-        self.pace_s, self.refreshes, self.discoveries = pace_s, 0, 0
+        self.pace_s, self.refreshes, self.discoveries, self.quota_reads = pace_s, 0, 0, 0
         self.rotates_tokens = False
+        self.token_faults: collections.deque = collections.deque()  # (status, answer), in turn
+        self.codes: dict[str, dict] = {}        # authorization code -> what it was asked with
         # (account, envelope or body)
         self.requests: collections.deque = collections.deque(maxlen=500)
         self.open_streams = self.cancelled = 0
@@ -6000,19 +8051,89 @@ class SimUpstream(http.server.ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
 
 
+def sim_provider(sim: SimUpstream, provider: Provider) -> Provider:
+    """The row with every address of the simulator in place of its own."""
+    return provider._replace(
+        base_urls=(sim.url,), token_url=sim.url + "/token", auth_url=sim.url + "/auth",
+        userinfo_url=sim.url + "/userinfo", client_id="sim-client", client_secret="sim-secret")
+
+
 def sim_config(sim: SimUpstream, config: Config) -> Config:
     """`config` with the simulated accounts in place of the owner's."""
-    provider = config.providers["sim"]._replace(
-        base_urls=(sim.url,), token_url=sim.url + "/token", client_id="sim-client",
-        client_secret="sim-secret")
     accounts = tuple({"name": a.name, "provider": "sim", "refresh_token": a.refresh_token}
                      for a in sim.accounts.values())
-    return replace(config, providers={**config.providers, "sim": provider}, accounts=accounts)
+    return replace(config, providers={
+        name: sim_provider(sim, row) for name, row in config.providers.items()}, accounts=accounts)
+
+
+# ── 19. Terminal ──────────────────────────────────────────────────────────
+# The pool's report as lines of text, for `accounts list`, `quota` and `why`.
+# Knows only the report; an unknown fraction is shown as unknown.
+
+BAR_WIDTH = 12
+
+
+def quota_bar(fraction: float | None, is_ascii: bool) -> str:
+    full, empty = ("#", ".") if is_ascii else ("█", "░")
+    if fraction is None:
+        return "?" * BAR_WIDTH + "    ?"
+    filled = int(fraction * BAR_WIDTH + 0.5)
+    return full * filled + empty * (BAR_WIDTH - filled) + f" {fraction:4.0%}"
+
+
+def _window_line(row: Mapping, now: float, is_ascii: bool) -> str:
+    parts = [f"    {row['pool'][:12]:13}{row['scope'][:26]:27}{row['window'][:9]:10}"
+             + quota_bar(row["fraction"], is_ascii)]
+    if row["reset_at"] > now:
+        parts.append(f"resets in {human_s(row['reset_at'] - now)}")
+    if row["trend"] == "burning":
+        parts.append(f"{-row['per_hour']:.0%}/h, empty in {human_s(row['empty_in_s'])}")
+    if row["is_stale"]:
+        parts.append(f"read {human_s(now - row['read_at'])} ago")
+    return "  ".join(parts)
+
+
+def status_lines(report: Iterable[Mapping], now: float, is_ascii: bool = False,
+                 models: bool = False) -> list[str]:
+    """Each account with its state, its quota windows (those of single models with `models`, or
+    where no group is known) and what limits it."""
+    lines = []
+    for row in report:
+        used = f"used {human_s(now - row['last_used_at'])} ago" if row["last_used_at"] else ""
+        lines.append("  ".join(filter(None, (
+            f"{row['name'][:19]:20}{row['provider'][:13]:14}{row['tier'] or '-':7}{row['state']}",
+            used, row["reason"]))))
+        groups = [q for q in row["quotas"] if q["window"] != "model"]
+        pools = {q["pool"] for q in groups}
+        lines += [_window_line(q, now, is_ascii) for q in row["quotas"]
+                  if models or q["window"] != "model" or q["pool"] not in pools]
+        lines += [f"    {pool['pool'][:12]:13}absent: {pool['absent']}" for pool in row["pools"]
+                  if pool["absent"]]
+        lines += [f"    {limit['kind']:10}{limit['scope']}: free in "
+                  f"{human_s(limit['until'] - now)}{'' if limit['is_stated'] else ' (a guess)'}"
+                  for limit in row["limits"] if limit["until"] < float("inf")]
+    return lines
+
+
+def sheet_lines(sheet: Iterable[Mapping]) -> list[str]:
+    """A score sheet, one candidate a line with every term of its score."""
+    lines = []
+    for row in sheet:
+        free = f", free in {human_s(row['free_in_s'])}" if "free_in_s" in row else ""
+        line = (f"    {row['account'][:19]:20}{row['pool'][:12]:13}{row['state']:9}"
+                f"{row['reason']}{free}")
+        if "score" in row:
+            terms = " ".join(f"{name} {points:g}" for name, points in row["terms"].items()
+                             if points)
+            line += f"  score {row['score']:g} = {terms}"
+        lines.append(line.rstrip())
+    return lines
 
 
 # ── 20. Commands ──────────────────────────────────────────────────────────
 # A command parses, calls one function of a room above, prints, and returns an
-# exit code: 0 fine, 1 failure, 2 usage, 4 needs an account.
+# exit code: 0 fine, 1 failure, 2 usage, 4 needs an account or a login, 5 all
+# exhausted.
 
 DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
 DEMO_PACE_S = 0.02
@@ -6025,7 +8146,23 @@ _WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "exam
 
 
 def say(text: str = "") -> None:
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except UnicodeEncodeError:          # an old code page
+        print(text.encode("ascii", "replace").decode("ascii"), flush=True)
+
+
+def warn(text: str) -> None:
+    print(f"agproxy: {redact(text)}", file=sys.stderr, flush=True)
+
+
+def ask_person(question: str) -> str:
+    """A line from the terminal or standard input; raises ConfigError at its end."""
+    print(question, end="", flush=True, file=sys.stderr)
+    line = sys.stdin.readline()
+    if not line:
+        raise ConfigError("standard input ended before an answer came")
+    return line.strip()
 
 
 def check_bind(config: Config) -> None:
@@ -6038,50 +8175,163 @@ def check_bind(config: Config) -> None:
                           "characters, not from documentation")
 
 
-def keep_token(path: str, log: Log, account: Account, old: str, new: str) -> None:
-    """Stores a rotated refresh token.  Where that fails it is used from memory and said so."""
-    try:
-        save_rotated_token(path, account.label, old, new)
-    except (OSError, ConfigError) as err:
-        log.line("%s: its new refresh token could not be stored (%s); it is kept in memory only",
-                 account.label, err)
+class AccountsFile:
+    """The accounts file of a running server: edits are taken over when they are valid, and an
+    invalid one leaves the old settings in force; rotated tokens are stored, again and again where
+    that fails.  The lock guards `_unsaved`."""
+
+    def __init__(self, path: str, flags: Mapping[str, Any], log: Log):
+        self.path, self.flags, self.log = path, flags, log
+        self.services: Services | None = None
+        self._lock = threading.Lock()
+        self._unsaved: dict[str, tuple[str, str]] = {}      # account -> (old, new)
+        self._seen = self._signature()
+
+    def keep_token(self, account: Account, old: str, new: str) -> None:
+        """Stores a rotated refresh token before it is used; where that fails it is used from memory
+        and stored as soon as that works."""
+        with self._lock:
+            oldest = self._unsaved.get(account.name, (old,))[0]
+            self._unsaved[account.name] = (oldest, new)
+        self._save(account.name)
+
+    def watch(self) -> None:
+        """Once a second: what could not be stored, and what was edited."""
+        for name in list(self._unsaved):
+            self._save(name, is_first=False)
+        signature = self._signature()
+        if signature == self._seen or self.services is None:
+            return
+        self._seen = signature
+        services = self.services
+        try:
+            stored = read_accounts_file(self.path, recovers=False)
+            if not stored:
+                raise ConfigError(f"{self.path} is gone or empty")
+            config = load_config(self.path, self.flags, os.environ, stored)
+        except ConfigError as err:
+            self.log.line("accounts file not taken over, the old settings stay: %s", err)
+            return
+        services.config = config
+        services.pool.replace([account_from_row(row, config.providers)
+                               for row in config.accounts], config.settings)
+        self.log.line("accounts file taken over: %s accounts", len(config.accounts))
+
+    def _save(self, name: str, is_first: bool = True) -> None:
+        with self._lock:
+            if name not in self._unsaved:
+                return
+            old, new = self._unsaved[name]
+            try:
+                save_rotated_token(self.path, name.partition("@")[0], old, new)
+                del self._unsaved[name]
+            except (OSError, ConfigError) as err:
+                if is_first:
+                    self.log.line("%s: its new refresh token is kept in memory until it can be "
+                                  "stored: %s", name, err)
+
+    def _signature(self) -> tuple:
+        try:
+            stat = os.stat(self.path)
+        except OSError:
+            return ()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def touch_account(services: Services, candidate: Candidate) -> None:
+    """One small request, so that a quota window begins; its answer is of no interest."""
+    class Nobody:
+        """The client of a request that nobody waits for."""
+        route = ""
+
+        def wait(self, sock: Any, seconds: float) -> None:
+            if not readable([sock], min(seconds, 30)):
+                raise ProxyError("stall", "no answer")
+
+        pause = wake = render = lambda *_: ""
+
+    request = Request(candidate.model.id, (Turn("user", (Text("Hi"),)),), max_tokens=1)
+    conducting = Conducting(services, request, Nobody(), Record("touch"))
+    with services.pool.borrow(candidate) as lease:
+        try:
+            conducting._try(lease, True)
+        except ProxyError as err:
+            lease.settle(err)
+            services.log.line("%s: its window was not started: %s", candidate.account.label, err)
+
+
+def state_path(accounts_path: str) -> str:
+    """state.db beside the accounts file, "" for none."""
+    return os.path.join(os.path.dirname(os.path.realpath(accounts_path)),
+                        "state.db") if accounts_path else ""
 
 
 @contextlib.contextmanager
 def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServer]:
     """A listening server with everything behind it; drained on the way out."""
     flags = {name: getattr(args, name, None) for name in SETTINGS}
-    path = config_path(args.accounts, os.environ)
+    path = "" if args.demo else config_path(args.accounts, os.environ)
+    if path:
+        sweep_temporaries(path)
     config = load_config(path, flags, os.environ, {} if args.demo else None)
     sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
     if sim:
         config = sim_config(sim, config)
     check_bind(config)
-    clock = Clock()
-    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts
-                        if row.get("enabled", True)], clock, config.strategy,
-                        config.max_upstream_calls)
-    log = Log(log_out)
-
-    def rotated(account: Account, old: str, new: str) -> None:
-        if not sim:
-            keep_token(path, log, account, old, new)
-
-    services = Services(config, pool, ConnectionCache(clock, os.environ), clock, log, Meters(),
-                        Memory(), rotated, sim.url if sim else "")
+    clock, log = Clock(), Log(log_out)
+    state = State(state_path(path), warn, config.max_state_bytes)
+    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
+                       clock, config.settings, state)
+    file = AccountsFile(path, flags, log)
+    connections = ConnectionCache(clock, os.environ)
+    tokens = Tokens(connections, clock, path, file.keep_token if path else lambda *_: None)
+    services = Services(config, pool, connections, clock, log, Meters(), Memory(), tokens, state,
+                        simulator=sim.url if sim else "")
+    keeper = Keeper(pool, tokens, file.watch if path else lambda: None, log,
+                    lambda candidate: touch_account(services, candidate))
+    services.on_quota, file.services = keeper.after_quota, services
     try:
         server = ProxyServer(services, config.host, config.port)
     except OSError as err:
         raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
                           "choose another with --port") from err
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    keeper.start()
     try:
         yield server
     finally:
+        keeper.stop()
         server.drain(config.drain_s)
         if sim:
             sim.stop()
+        state.close()
         log.close()
+
+
+class Offline(NamedTuple):
+    """What commands need of a pool without a server: the files, and calls upstream."""
+    config: Config
+    pool: AccountPool
+    tokens: Tokens
+    state: State
+    clock: Clock
+
+
+@contextlib.contextmanager
+def offline(args: argparse.Namespace, log: Callable[[str], None] = warn) -> Iterator[Offline]:
+    path, clock = config_path(args.accounts, os.environ), Clock()
+    config = load_config(path, {}, os.environ)
+    state = State(state_path(path), log, config.max_state_bytes)
+    connections = ConnectionCache(clock, os.environ)
+    tokens = Tokens(connections, clock, path,
+                    lambda account, old, new: save_rotated_token(path, account.label, old, new))
+    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts], clock,
+                       config.settings, state)
+    try:
+        yield Offline(config, pool, tokens, state, clock)
+    finally:
+        connections.close()
+        state.close()
 
 
 def client_variables(client: str, url: str, key: str) -> dict[str, str]:
@@ -6103,7 +8353,9 @@ def needs_account(args: argparse.Namespace) -> str:
     config = load_config(path, {}, os.environ)
     if any(row.get("enabled", True) for row in config.accounts):
         return ""
-    return (f"No account in {path}. Copy accounts.example.json there and fill one in,\n"
+    return (f"No account in {path}. Add one:\n"
+            "    python3 agproxy.py accounts add --provider gemini      an API key\n"
+            "    python3 agproxy.py accounts add                        a Google sign-in\n"
             "or try everything without an account: python3 agproxy.py serve --demo")
 
 
@@ -6143,7 +8395,7 @@ def command_serve(args: argparse.Namespace) -> int:
         say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
         say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                      for a, state in server.services.pool.states()))
-        for policy in {a.provider.policy for a in server.services.pool.accounts} - {""}:
+        for policy in sorted({a.provider.policy for a in server.services.pool.accounts} - {""}):
             say(f"terms     {policy}")
         key = "$PROXY_API_KEY" if config.api_key else "agproxy"
         say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
@@ -6187,17 +8439,394 @@ def command_models(args: argparse.Namespace) -> int:
                 for name in DEMO_ACCOUNTS]
         nowhere = {"sim": {"base_url": "http://127.0.0.1"}}
         config = load_config("", {}, os.environ, {"accounts": rows, "providers": nowhere})
+        pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
+                           Clock(), config.settings)
     else:
-        config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
-    accounts = [account_from_row(row, config.providers) for row in config.accounts
-                if row.get("enabled", True)]
-    if not accounts:
+        with offline(args) as found:
+            pool = found.pool
+    if not any(account.enabled for account in pool.accounts):
         say(needs_account(args))
         return 4
-    for model in MODELS.values():
-        labels = [a.label for a in accounts if account_serves(a, model)]
+    for model in (*MODELS.values(), *pool.listed_models()):
+        labels = dict.fromkeys(c.account.label for c in pool.candidates(model))
         if labels:
             say(f"{model.id:28} {model.label:26} {model.context_tokens:>9,}  {', '.join(labels)}")
+    return 0
+
+
+# Accounts
+
+def agree(provider: Provider) -> None:
+    """The typed yes without which nothing is added that the vendor's terms forbid."""
+    if not provider.policy:
+        return
+    say(f"{provider.id}: {provider.policy}")
+    if ask_person("Type yes to go on: ").lower() != "yes":
+        raise ConfigError("nothing was added")
+
+
+def free_name(wanted: str, stored: Mapping) -> str:
+    """`wanted`, or with the first number that makes it unique; never an e-mail address."""
+    taken = {row.get("name") for row in stored.get("accounts", ())}
+    wanted = wanted.partition("@")[0] or "account"
+    return next(name for n in range(1, len(taken) + 3)
+                for name in (wanted if n == 1 else f"{wanted}-{n}",) if name not in taken)
+
+
+def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
+    """(its name, whether it is new).  An account that is there already (same provider and e-mail,
+    or name, or secret) gets the new credential and keeps the rest.  `cells` go to its provider."""
+    def change(stored: dict) -> tuple[str, bool]:
+        rows = stored.setdefault("accounts", [])
+        for old in rows:
+            is_same = (old.get("provider") == row["provider"] and row.get("email")
+                       and old.get("email") == row["email"]) or (
+                row.get("name") and old.get("name") == row["name"]) or any(
+                row.get(c) and old.get(c) == row[c] for c in CREDENTIALS)
+            if is_same:
+                for name in CREDENTIALS:
+                    old.pop(name, None)
+                old.update({k: v for k, v in row.items() if v and k != "name"})
+                return old.setdefault("name", free_name(row["provider"], stored)), False
+        new = {"name": row.get("name") or free_name(row.get("email") or row["provider"], stored),
+               **{k: v for k, v in row.items() if v not in ("", None) and k != "name"}}
+        if cells:
+            stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
+        rows.append(new)
+        return new["name"], True
+    return edit_accounts(path, change)
+
+
+def read_secret(option: str | None, prompt: str) -> str:
+    """A secret from standard input (`-`), or asked for without echo; never from the command
+    line, which other users of the machine can read."""
+    if option not in (None, "-"):
+        raise ConfigError("secrets are not taken from the command line; write `-` and give it on "
+                          "standard input")
+    if option is None and sys.stdin.isatty():
+        import getpass
+        secret = getpass.getpass(prompt).strip()
+    else:
+        secret = ask_person("")
+    if not secret:
+        raise ConfigError("no secret was given")
+    remember_secret(secret)
+    return secret
+
+
+def browser_login(args: argparse.Namespace, provider: Provider,
+                  connections: ConnectionCache) -> tuple[dict, dict]:
+    """(token answer, client cells to store) of a sign-in by browser, by paste, or both at once."""
+    clients = oauth_clients(provider, os.environ)
+    is_found = not clients
+    if is_found:
+        clients = discover_clients(provider, os.environ)
+    if not clients:
+        raise no_client(provider)
+    login = Login(provider, clients, os.environ)
+    hint = browser_hint(os.environ)
+    say(f"Open this link and sign in:\n\n{login.url}\n")
+    if hint or args.no_browser:
+        say(hint.replace("{port}", str(login.port)) or "If its last page does not load, paste its "
+            "address here.")
+    else:
+        import webbrowser
+        threading.Thread(target=webbrowser.open, args=(login.url,), daemon=True).start()
+        say("The browser comes back here by itself; or paste the address of its last page.")
+
+    def read_pasted() -> None:
+        for line in sys.stdin:
+            wrong = login.take(line) if line.strip() else ""
+            if wrong:
+                say(f"{wrong}; paste the whole address of the last page")
+
+    threading.Thread(target=read_pasted, name="paste", daemon=True).start()
+    answer = login.exchange(login.wait(), connections)
+    client_id, secret = login.clients[0]
+    return answer, {"client_id": client_id, "client_secret": secret} if is_found else {}
+
+
+def check_account(row: dict, providers: Mapping[str, Provider],
+                  connections: ConnectionCache) -> list[str]:
+    """What the account can do, a line a pool; raises ProxyError when it can do nothing.  A rotated
+    refresh token and the e-mail address are put into `row`."""
+    account = account_from_row({"name": "new", **row}, providers)
+    if account.provider.auth != "oauth":
+        check_key(account, connections)
+        return [f"{account.provider.id}: the key is accepted"]
+
+    def rotated(_: Account, old: str, new: str) -> None:
+        row["refresh_token"] = new
+    token = Tokens(connections, Clock(), on_rotate=rotated).access(account)
+    if not row.get("email"):
+        row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
+    lines = []
+    for provider in account.providers if account.provider.envelope else ():
+        facts = discover(account, provider, token, connections, Clock(), onboards=True)
+        lines.append(f"{provider.id}: " + (f"absent: {facts.absent}" if facts.absent else ", ".join(
+            filter(None, (f"project {facts.project}" if facts.project else
+                          "no project: open Antigravity once with this account",
+                          f"tier {facts.tier}" if facts.tier else "")))))
+    return lines
+
+
+def account_add(args: argparse.Namespace) -> int:
+    """Signs in, checks what the account can do, and only then stores it."""
+    path = config_path(args.accounts, os.environ)
+    config = load_config(path, {}, os.environ)
+    provider = config.providers.get(args.provider)
+    if provider is None or not provider.base_urls:
+        raise ConfigError(f"--provider: one of "
+                          f"{', '.join(p for p, r in config.providers.items() if r.base_urls)} "
+                          f"is required, not {args.provider}")
+    connections, cells = ConnectionCache(Clock(), os.environ), {}
+    row = {"name": args.name, "provider": provider.id, "project": args.project}
+    if provider.auth != "oauth":
+        row["api_key"] = read_secret(args.key, f"API key for {provider.id}: ")
+        agree(provider)
+    elif args.refresh_token:
+        row["refresh_token"] = read_secret(args.refresh_token, "").partition("|")[0]
+        agree(provider)
+    else:
+        agree(provider)
+        answer, cells = browser_login(args, provider, connections)
+        row["refresh_token"], row["email"] = answer["refresh_token"], oauth_email(
+            provider, answer, connections)
+    if cells:
+        provider = provider._replace(**cells)
+    row = {k: v for k, v in row.items() if v}
+    lines = check_account(row, {**config.providers, provider.id: provider}, connections)
+    name, is_new = store_account(path, row, cells)
+    say(f"{'added' if is_new else 'signed in again'}: {name}")
+    for line in lines:
+        say(f"    {line}")
+    say("A running server takes it up by itself.  Next: python3 agproxy.py accounts list")
+    return 0
+
+
+def is_ascii_terminal() -> bool:
+    return "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
+
+
+def account_list(args: argparse.Namespace) -> int:
+    with offline(args) as found:
+        report, now = found.pool.report(), found.clock.now()
+    if args.json:
+        say(json.dumps({"accounts": report}, indent=2, ensure_ascii=True).replace(
+            "Infinity", "null"))
+    elif not report:
+        say(needs_account(args))
+        return 4
+    for line in [] if args.json else status_lines(report, now, is_ascii_terminal()):
+        say(line)
+    return 0
+
+
+def chosen_accounts(found: Offline, name: str | None) -> list[Account]:
+    """The account of that name, or all; raises ConfigError with the names there are."""
+    chosen = [a for a in found.pool.accounts if name in (None, a.name, a.label)]
+    if name and not chosen:
+        names = ", ".join(a.label for a in found.pool.accounts) or "none"
+        raise ConfigError(f"no account {name}; there are: {names}")
+    return chosen
+
+
+def account_verify(args: argparse.Namespace) -> int:
+    """Asks upstream for each account again; one that works is cleared of its stop."""
+    failed = 0
+    with offline(args) as found:
+        for account in chosen_accounts(found, args.name):
+            try:
+                if account.provider.auth != "oauth":
+                    check_key(account, found.tokens.connections)
+                else:
+                    token = found.tokens.access(account, is_shared=False)
+                    for provider in account.providers if account.provider.envelope else ():
+                        pool_facts(found.pool, found.tokens, account, provider, token, again=True)
+                found.pool.clear_stop(account)
+                say(f"{account.label}: works")
+            except ProxyError as err:
+                failed += 1
+                say(f"{account.label}: {redact(err.message)}")
+    return 4 if failed else 0
+
+
+def account_clear(args: argparse.Namespace) -> int:
+    with offline(args) as found:
+        for account in chosen_accounts(found, args.name):
+            ended = found.pool.clear(account.name)
+            say(f"{account.label}: {ended} limit{'' if ended == 1 else 's'} cleared")
+    return 0
+
+
+def edit_account(args: argparse.Namespace, change: Callable[[list, dict], Any]) -> str:
+    """`change(rows, row)` on the account of that name in the file; its name."""
+    def find(stored: dict) -> str:
+        rows = stored.get("accounts", [])
+        for position, row in enumerate(rows):
+            name = row.get("name", f"{row.get('provider')}-{position + 1}")
+            if args.name in (name, name.partition("@")[0]):
+                change(rows, row)
+                return name
+        names = ", ".join(str(r.get("name")) for r in rows) or "none"
+        raise ConfigError(f"no account {args.name}; there are: {names}")
+    return edit_accounts(config_path(args.accounts, os.environ), find)
+
+
+def account_remove(args: argparse.Namespace) -> int:
+    name = edit_account(args, lambda rows, row: rows.remove(row))
+    with offline(args) as found:
+        found.pool.clear(name)
+        for table in ("facts", "quotas", "used"):
+            found.state.delete(table, name)
+    say(f"removed: {name}.  Its sign-in is still valid at the vendor; revoke it there.")
+    return 0
+
+
+def account_enable(args: argparse.Namespace) -> int:
+    is_on = args.action == "enable"
+    name = edit_account(args, lambda rows, row: row.update(enabled=is_on))
+    if is_on:
+        with offline(args) as found:
+            for account in chosen_accounts(found, name):
+                found.pool.clear_stop(account)
+    say(f"{args.action}d: {name}")
+    return 0
+
+
+def _importable(name: str) -> bool:
+    try:
+        return bool(import_accounts(name, os.environ))
+    except (ConfigError, OSError):
+        return False
+
+
+def account_import(args: argparse.Namespace) -> int:
+    """Accounts of another program; its store is only read."""
+    if not args.source:
+        known = [name for name in IMPORT_SOURCES for _ in (0,)
+                 if _importable(name)]
+        say("found here: " + (", ".join(known) or "nothing") + "; run `accounts import SOURCE` "
+            f"with one of {', '.join(IMPORT_SOURCES)}, a file or a folder")
+        return 0
+    path, added, known = config_path(args.accounts, os.environ), 0, 0
+    rows = import_accounts(args.source, os.environ)
+    config = load_config(path, {}, os.environ)
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        if provider not in config.providers:
+            say(f"{provider} is not a provider here: left out")
+            rows = [row for row in rows if row["provider"] != provider]
+        else:
+            agree(config.providers[provider])
+    present = {old.get(c) for old in config.accounts for c in CREDENTIALS} - {None}
+    emails = {(old["provider"], old.get("email")) for old in config.accounts if old.get("email")}
+    for row in rows:
+        secret = row.get("refresh_token") or row.get("api_key")
+        if secret in present or (row["provider"], row["email"]) in emails:
+            known += 1
+            continue
+        name, _ = store_account(path, row)
+        present.add(secret)
+        emails.add((row["provider"], row["email"] or secret))
+        added += 1
+        say(f"added: {name} ({row['provider']})")
+    say(f"{added} added, {known} were here already.  Next: python3 agproxy.py accounts verify")
+    return 0
+
+
+def account_export(args: argparse.Namespace) -> int:
+    """The accounts with their secrets, to a file of mode 0600 or to standard output."""
+    config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
+    text = json.dumps({"accounts": list(config.accounts)}, indent=2, ensure_ascii=False) + "\n"
+    if args.file == "-":
+        sys.stdout.write(text)
+    else:
+        write_atomic(args.file, text.encode("utf-8"))
+        say(f"{len(config.accounts)} accounts with their secrets are in {args.file}")
+    return 0
+
+
+ACCOUNT_ACTIONS = {         # name -> (function, help, positional argument and whether it must be)
+    "add": (account_add, "sign in, or store a key", "", ""),
+    "list": (account_list, "tier, state, quota and limits of each", "", ""),
+    "verify": (account_verify, "ask upstream whether it works; ends a stop that no longer holds",
+               "name", "?"),
+    "remove": (account_remove, "forget an account", "name", None),
+    "enable": (account_enable, "let it serve again", "name", None),
+    "disable": (account_enable, "leave it out", "name", None),
+    "clear": (account_clear, "forget its limits and stops", "name", "?"),
+    "import": (account_import, "take over accounts of another program", "source", "?"),
+    "export": (account_export, "write accounts with their secrets to a file", "file", None),
+}
+
+
+def command_accounts(args: argparse.Namespace) -> int:
+    return ACCOUNT_ACTIONS[args.action or "list"][0](args)
+
+
+def command_quota(args: argparse.Namespace) -> int:
+    """What is left, read now where nobody read it lately; 5 when nothing is."""
+    while True:
+        with offline(args) as found:
+            quiet = Log(open(os.devnull, "w", encoding="utf-8"))
+            keeper = Keeper(found.pool, found.tokens, lambda: None, quiet, lambda _: None)
+            for account in found.pool.accounts:
+                for provider in account.providers if account.provider.envelope else ():
+                    if account.enabled and not found.pool.is_stopped(account) and (
+                            found.pool.reading_age_s(account, provider) > 60):
+                        keeper.read(account, provider)
+            report, now = found.pool.report(), found.clock.now()
+            quiet.close()
+        if args.json:
+            say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
+        else:
+            for line in status_lines(report, now, is_ascii_terminal(), models=args.models):
+                say(line)
+        if not args.watch:
+            break
+        time.sleep(60)
+        say()
+    return 0 if any(row["state"] in ("ready", "soft-limited", "resting") for row in report) else 5
+
+
+def command_why(args: argparse.Namespace) -> int:
+    """Why a request went where it went: each selection with its score sheet."""
+    with offline(args) as found:
+        wanted = ("1 ORDER BY at DESC LIMIT 1",) if args.id == "last" else ("id = ?", args.id)
+        rows = found.state.rows("requests", *wanted)
+    if not rows:
+        warn(f"no request {args.id}; its id is in the answer's request-id header and lasts 30 days")
+        return 1
+    row = json_decode(rows[0][2].encode())
+    if args.json:
+        say(json.dumps(row, indent=2))
+        return 0
+    say(f"{row['id']}  {row['client']}  {row['asked']} -> {row['used']}  by {row['account']}  "
+        f"status {row['status']}  {row['total_ms']} ms  {row['note']}".rstrip())
+    for choice in row["choices"]:
+        say(f"  {time.strftime('%H:%M:%S', time.localtime(choice['at']))}  "
+            f"{choice['reason'] or 'nobody could be chosen'}")
+        for line in sheet_lines(choice["sheet"]):
+            say(line)
+    for failure in row["failures"]:
+        say(f"  failed  {failure}")
+    return 0
+
+
+def command_explain(args: argparse.Namespace) -> int:
+    """What would happen to a request for this model now: a dry run, nothing is sent."""
+    with offline(args) as found:
+        model = resolve_model(args.model, found.pool.accounts, found.config.aliases,
+                              found.pool.listed_models())
+        chosen, reason, sheet = found.pool.explain(found.pool.candidates(model))
+        now = found.clock.now()
+    say(f"{args.model} -> {model.id} ({model.label})")
+    for line in sheet_lines(sheet_rows(sheet, now)):
+        say(line)
+    if chosen is None:
+        say(refusal(args.model, sheet, now, None).message)
+        return 5 if sheet else 4
+    say(f"would use {chosen.candidate.account.label} ({chosen.candidate.provider.id}): {reason}")
     return 0
 
 
@@ -6223,10 +8852,51 @@ def command_version(args: argparse.Namespace) -> int:
 COMMANDS = {        # name -> (function, help, whether it takes the options of a server)
     "serve": (command_serve, "serve clients until stopped (the default)", True),
     "run": (command_run, "start a client with the proxy behind it: run claude ...", True),
+    "accounts": (command_accounts, "add, list, verify, remove, import ... accounts", False),
+    "quota": (command_quota, "what is left, until when, and how fast it goes", False),
+    "why": (command_why, "why a request went where it went: why REQUEST-ID, or why last", False),
+    "explain": (command_explain, "which account would serve a model now", False),
     "models": (command_models, "list models and the accounts that serve them", False),
     "map": (command_map, "print the rooms of this file with their lines", False),
     "version": (command_version, "print the version", False),
 }
+
+
+def _add_server_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--port", "-p", type=int, help="8080; 0 takes any free port")
+    command.add_argument("--host", help="127.0.0.1; others need PROXY_API_KEY")
+    command.add_argument("--strategy", choices=STRATEGY_NAMES, metavar="NAME",
+                         help=", ".join(STRATEGY_NAMES))
+    command.add_argument("--soft-limit", metavar="FRACTION",
+                         help="pass over accounts with less quota left (0.20)")
+    command.add_argument("--no-soft-limit", dest="soft_limit", action="store_const", const="0")
+    for flag, about in (("--fallback", "serve a model's pair when it is exhausted"),
+                        ("--pid-offset", "begin with another account in each process"),
+                        ("--auto-refresh", "start 5 h windows as soon as they may begin")):
+        command.add_argument(flag, action="store_const", const="true", help=about)
+    command.add_argument("--max-empty-retries", type=int, metavar="N")
+    command.add_argument("--log-file", metavar="FILE", help="log here instead of the terminal")
+
+
+def _add_account_actions(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION")
+    command.set_defaults(json=False)
+    for name, (_, about, argument, count) in ACCOUNT_ACTIONS.items():
+        action = actions.add_parser(name, help=about, description=about)
+        # given before or after the action
+        action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
+                            help="accounts.json to use")
+        if argument:
+            action.add_argument(argument, nargs=count, metavar=argument.upper())
+        if name == "list":
+            action.add_argument("--json", action="store_true")
+        if name == "add":
+            action.add_argument("--provider", default="antigravity", metavar="P")
+            action.add_argument("--name", metavar="N", help="label in log and headers")
+            action.add_argument("--project", metavar="P", help="Cloud Code project")
+            action.add_argument("--no-browser", action="store_true", help="print the link only")
+            action.add_argument("--refresh-token", metavar="-", help="`-` reads it from stdin")
+            action.add_argument("--key", metavar="-", help="`-` reads it from stdin")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -6243,15 +8913,21 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", default=bool(os.environ.get("DEBUG")),
                              help="more lines in the log, traces on errors")
         if is_server:
-            command.add_argument("--port", "-p", type=int, help="8080; 0 takes any free port")
-            command.add_argument("--host", help="127.0.0.1; others need PROXY_API_KEY")
-            command.add_argument("--strategy", help="sticky or round-robin")
-            command.add_argument("--max-empty-retries", type=int, metavar="N")
-            command.add_argument("--log-file", metavar="FILE",
-                                 help="log here instead of the terminal")
+            _add_server_options(command)
         if name == "run":
             command.add_argument("client", help="program to start, for example claude")
             command.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+        if name == "accounts":
+            _add_account_actions(command)
+        if name == "quota":
+            command.add_argument("--watch", action="store_true", help="again every minute")
+            command.add_argument("--models", action="store_true", help="single models too")
+        if name in ("quota", "why"):
+            command.add_argument("--json", action="store_true")
+        if name == "why":
+            command.add_argument("id", metavar="REQUEST-ID", help="or `last`")
+        if name == "explain":
+            command.add_argument("model")
     return parser
 
 
