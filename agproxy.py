@@ -3712,9 +3712,22 @@ class Account:
     def providers(self) -> tuple:
         return (self.provider, *self.pools)
 
+    @property
+    def places(self) -> int:
+        """Requests at a time, 0 is no limit."""
+        return min(filter(None, (self.max_in_flight, self.ramp)), default=0)
+
+    def soft_limit_of(self, settings: Mapping[str, Any]) -> float:
+        return settings.get("soft_limit", 0.0) if self.soft_limit is None else self.soft_limit
+
     def stop_key(self) -> tuple:
         """Key of the rest that lasts until a person acts; another credential is another key."""
         return ("stop", self.name, hashlib.sha256(self.secret.encode("utf-8")).hexdigest()[:12])
+
+
+# what a person may edit while the account goes on
+ACCOUNT_CELLS = ("pools", "project", "email", "enabled", "priority", "weight", "models", "proxy",
+                 "max_in_flight", "soft_limit", "headers", "user_agent")
 
 
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
@@ -3992,16 +4005,14 @@ def judge(candidate: Candidate, view: View, tried: Iterable, ask: Ask, now: floa
     if candidate in tried:
         return Verdict(candidate, "tried", rest.until if rest else 0,
                        rest.message if rest else "was tried")
-    limit = min(filter(None, (account.max_in_flight, account.ramp)), default=0)
     taken = account.in_flight + account.reserved - (ask.place is account)
-    if limit and taken >= limit:
+    if account.places and taken >= account.places:
         return Verdict(candidate, "busy", now + 5, f"serves {account.in_flight} requests already")
     if rest:
         return Verdict(candidate, "guessed", rest.until, rest.message)
     terms = score(candidate, view, windows, now)
     least = min((w.fraction for w in windows), default=1.0)
-    soft = account.soft_limit
-    soft = view.settings.get("soft_limit", 0.0) if soft is None else soft
+    soft = account.soft_limit_of(view.settings)
     if soft and least <= soft:
         return Verdict(candidate, "soft", 0, f"{least:.0%} of its quota is left, "
                        f"the soft limit is {soft:.0%}", terms)
@@ -4084,11 +4095,6 @@ class Lease:
             self.settle()
 
 
-STOPPED_STATES = {"validation": "needs verification", "disabled": "banned",
-                  "revoked": "needs login",
-              "auth_expired": "needs login"}
-
-
 def burn_rate(points: Iterable[tuple], reset_at: float,
               now: float) -> tuple[str, float | None, float | None]:
     """(burning, stable, recovering, exhausted or calculating; fraction per hour; seconds to empty)
@@ -4113,59 +4119,200 @@ def burn_rate(points: Iterable[tuple], reset_at: float,
         "burning", per_h, points[-1][1] / -per_h * 3600)
 
 
+_OWN_RESTS = ("account", "pair", "candidate", "group")
+
+
+class Rests:
+    """Why and until when accounts, models, hosts and pools are not asked.  The pool's lock guards
+    it.  Changes go to `state` at once, and those of other processes come back from there."""
+
+    def __init__(self, clock: Clock, state: State | None):
+        self.clock, self.state = clock, state
+        self.items: dict[tuple, Rest] = {}
+
+    def set(self, key: tuple, rest: Rest) -> None:
+        rest.changed_at = self.clock.now()
+        self.items[key] = rest
+        self._keep(key, rest)
+
+    def end(self, key: tuple) -> None:
+        """Ends a rest for other processes too: they see its end as the newer version."""
+        rest = self.items.pop(key, None)
+        if rest:
+            self._keep(key, Rest(rest.kind, 0.0, rest.is_stated, 0, 0.0, "", self.clock.now()))
+
+    def note(self, key: tuple, error: ProxyError, now: float) -> None:
+        """Writes down a rest.  Failures within 2 s are one burst; an hour forgets the count."""
+        old = self.items.get(key)
+        failures = 1
+        if old and now - old.failed_at < 3600:
+            failures = old.failures + (now - old.failed_at > 2)
+        ladder = GUESSED_REST_S[error.rule.rest]
+        stated = is_stated(error)
+        if stated:
+            rest_s = max(1.0, error.delay_s) + 1.0      # grace: clocks differ
+        else:
+            rest_s = ladder[min(failures, len(ladder)) - 1]
+            if error.rule.rest == "capacity":
+                rest_s = jitter(rest_s, 0.1)    # so that waiting requests do not return at once
+        if old and old.is_stated and old.until > now + rest_s * stated:
+            return          # a stated limit is not shortened, and not by a guess at all
+        self.set(key, Rest(error.kind, now + rest_s, stated, failures, now, error.message))
+
+    def widen(self, candidate: Candidate) -> None:
+        """Two models of a quota group limited until the same moment share one allowance."""
+        name, pool, group = candidate.account.name, candidate.provider.id, quota_group(
+            candidate.model, candidate.provider)
+        one = self.items.get(("candidate", name, pool, candidate.model.id))
+        if not one or not one.is_stated or one.kind != "quota":
+            return
+        for key, rest in list(self.items.items()):
+            if (key[:3] == ("candidate", name, pool) and key[3] != candidate.model.id
+                    and rest.is_stated and rest.kind == "quota" and abs(rest.until - one.until) < 3
+                    and key[3] in MODELS
+                    and quota_group(MODELS[key[3]], candidate.provider) == group):
+                self.set(("group", name, pool, group), replace(one))
+
+    def clear_guesses(self, candidate: Candidate, before: float) -> None:
+        """Drops guesses that are older; what was stated, or is newer, stays."""
+        for key in candidate_keys(candidate):
+            rest = self.items.get(key)
+            if rest and not rest.is_stated and rest.failed_at <= before:
+                self.end(key)
+
+    def of(self, account: str, now: float) -> list[tuple[tuple, Rest]]:
+        """Those in force that are about this account alone, stops left out."""
+        return [(key, rest) for key, rest in self.items.items()
+                if key[0] in _OWN_RESTS and key[1] == account and rest.holds(now)]
+
+    def load(self) -> None:
+        """Takes over what is newer on disk."""
+        for text, *row, changed_at in self.state.rows("rests") if self.state else ():
+            key, mine = tuple(json_decode(text.encode())), None
+            mine = self.items.get(key)
+            if mine is not None and mine.changed_at >= changed_at:
+                continue
+            if row[1] > 0:
+                self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
+            elif mine is not None:
+                del self.items[key]
+
+    def _keep(self, key: tuple, rest: Rest) -> None:
+        if self.state is not None:
+            self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
+                           rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
+                           urgent=True)
+
+
+class Readings:
+    """What upstreams told about accounts: facts of their pools, quota windows with their history.
+    The pool's lock guards it."""
+
+    def __init__(self, clock: Clock, state: State | None):
+        self.state = state
+        self.facts: dict[tuple, Facts] = {}                 # (account, pool)
+        self.quotas: dict[tuple, dict] = {}                 # ... -> {(scope, window): Window}
+        self.points: dict[tuple, collections.deque] = {}    # (account, pool, scope, window)
+        if state is None:
+            return
+        for account, pool, *told, models, at in state.rows("facts"):
+            rows = tuple(Model(*row) for row in json_decode(models.encode()))
+            self.facts[account, pool] = Facts(*told, rows, at)
+        for account, pool, *row in state.rows("quotas", "at > ? ORDER BY at",
+                                              clock.now() - 86400):
+            self._take(account, pool, Window(*row))
+
+    def note_facts(self, pair: tuple, facts: Facts) -> None:
+        self.facts[pair] = facts
+        if self.state is not None:
+            self.state.put("facts", *pair, facts.project, facts.tier, facts.absent,
+                           json_encode([list(m) for m in facts.models]), facts.at, urgent=True)
+
+    def note_windows(self, pair: tuple, windows: Iterable[Window]) -> None:
+        for window in windows:
+            if self._take(*pair, window) and self.state is not None:
+                self.state.put("quotas", *pair, *window)
+
+    def left(self, pair: tuple, scopes: Iterable[str], since: float) -> float | None:
+        """The least fraction that readings after `since` show for these scopes."""
+        return min((w.fraction for w in self.quotas.get(pair, {}).values() if w.scope in scopes
+                    and w.fraction is not None and w.at > since), default=None)
+
+    def report(self, pair: tuple, stale_s: float, now: float) -> list[dict]:
+        """The windows of a pool as JSON, with how fast each goes."""
+        rows = []
+        for window in sorted(self.quotas.get(pair, {}).values()):
+            trend, per_h, empty_s = burn_rate(
+                self.points.get((*pair, window.scope, window.window), ()), window.reset_at, now)
+            is_over = 0 < window.reset_at <= now
+            rows.append({
+                "pool": pair[1], "scope": window.scope, "window": window.window,
+                "fraction": None if is_over else window.fraction, "reset_at": window.reset_at,
+                "read_at": window.at, "is_stale": is_over or now - window.at > stale_s,
+                "trend": trend, "per_hour": per_h, "empty_in_s": empty_s})
+        return rows
+
+    def _take(self, account: str, pool: str, window: Window) -> bool:
+        """Whether the reading is worth a row: a change, or ten minutes gone by."""
+        self.quotas.setdefault((account, pool), {})[window.scope, window.window] = window
+        if window.fraction is None:
+            return False
+        points = self.points.setdefault((account, pool, window.scope, window.window),
+                                        collections.deque(maxlen=QUOTA_POINTS))
+        if points and points[-1][1] == window.fraction and window.at - points[-1][0] < 600:
+            return False
+        points.append((window.at, window.fraction))
+        return True
+
+
+STOPPED_STATES = {"validation": "needs verification", "disabled": "banned",
+                  "revoked": "needs login", "auth_expired": "needs login"}
+
+
 class AccountPool:
-    """All accounts with their rests, readings and bindings.  The lock guards all of them; what
-    changes is put to `state`, which writes in its own thread."""
+    """Lends accounts.  The lock guards everything here and the pool's fields of each Account;
+    what changes is put to `state`, which writes in its own thread."""
 
     def __init__(self, accounts: Iterable[Account], clock: Clock, settings: Mapping[str, Any],
                  state: State | None = None):
         self.clock, self.settings, self.state = clock, settings, state
         self.accounts: list[Account] = []
         self.in_flight = 0
+        self.rests, self.readings = Rests(clock, state), Readings(clock, state)
         self._lock = threading.Lock()
-        self._rests: dict[tuple, Rest] = {}
-        self._facts: dict[tuple, Facts] = {}
-        self._quotas: dict[tuple, dict] = {}
-        self._points: dict[tuple, collections.deque] = {}   # (account, pool, scope, window)
         self._last: dict[str, str] = {}                     # model id -> account name
         self._bindings: collections.OrderedDict = collections.OrderedDict()
-        self._probing: set[tuple] = set()
+        self._probing: set[Candidate] = set()
         self._waiting: dict[Ask, tuple] = {}                # -> accounts that may serve it
         self._turns: collections.Counter = collections.Counter()    # places kept, by agent
         self._virtual = 0.0
-        self._used: dict[str, float] = {}                   # last uses by account, as loaded
         self._prepared: dict[str, list] = {}                # candidates by model id
+        self._used = dict(state.rows("used")) if state else {}      # last uses, as loaded
         if state is not None:
-            self._load(state)
+            self.load_rests()
             state.on_foreign_change = self.load_rests
         self.replace(accounts, settings)
-
-    # What a person decides
 
     def replace(self, accounts: Iterable[Account], settings: Mapping[str, Any]) -> None:
         """Takes over an edited accounts file.  An account with the same name, provider and
         credential goes on as it was; leases of the others run out."""
         with self._lock:
-            known = {a.name: a for a in self.accounts}
-            out = []
+            known, out = {a.name: a for a in self.accounts}, []
             for account in accounts:
                 old = known.get(account.name)
                 if old and (old.provider, old.credential, old.secret) == (
                         account.provider, account.credential, account.secret):
-                    for name in ("pools", "project", "email", "enabled", "priority", "weight",
-                                 "models", "max_in_flight", "soft_limit", "proxy", "headers",
-                                 "user_agent"):
+                    for name in ACCOUNT_CELLS:
                         setattr(old, name, getattr(account, name))
                     account = old
                 else:
-                    account.used_at = max(account.used_at, self._used.get(account.name, 0.0))
+                    account.used_at = self._used.get(account.name, 0.0)
                 out.append(account)
             if settings.get("pid_offset") and out:
                 offset = os.getpid() % len(out)
                 out = out[offset:] + out[:offset]
             self.accounts = sorted(out, key=lambda a: a.priority)
             self.settings, self._prepared = settings, {}
-            self._last = {m: n for m, n in self._last.items() if n in {a.name for a in out}}
 
     # Choosing
 
@@ -4176,21 +4323,18 @@ class AccountPool:
                 self._prepared[model.id] = sorted((
                     Candidate(account, provider, model, served) for account in self.accounts
                     for provider in account.providers
-                    for served in (account_serves(account, model, provider, self._facts.get(
+                    for served in (account_serves(account, model, provider, self.readings.facts.get(
                         (account.name, provider.id))),) if served), key=lambda c: c.rank)
             return self._prepared[model.id]
-
-    def serves(self, account: Account, model: Model) -> bool:
-        return any(c.account is account for c in self.candidates(model))
-
-    def view(self) -> View:
-        return View(self._rests, self._facts, self._quotas, self.settings)
 
     def listed_models(self) -> list[Model]:
         """Models that accounts' own catalogues name and this file does not."""
         with self._lock:
-            return list({m.id: m for facts in self._facts.values() for m in facts.models
+            return list({m.id: m for facts in self.readings.facts.values() for m in facts.models
                          if m.id not in MODELS}.values())
+
+    def view(self) -> View:
+        return View(self.rests.items, self.readings.facts, self.readings.quotas, self.settings)
 
     def lease(self, candidates: Iterable[Candidate], tried: Iterable,
               ask: Ask | None = None) -> Choice:
@@ -4200,8 +4344,7 @@ class AccountPool:
         with self._lock:
             view = self.view()
             sheet = tuple(judge(c, view, tried, ask, now) for c in candidates)
-            model = sheet[0].candidate.model.id if sheet else ""
-            chosen, reason = self._choose(sheet, model, ask, now)
+            chosen, reason = self._choose(sheet, ask, now)
             if chosen is None:
                 self._queue(ask, sheet)
                 soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
@@ -4210,14 +4353,14 @@ class AccountPool:
             if self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30):
                 raise ProxyError("full", "too many upstream calls are in flight", 1)
             self._leave(ask)
-            self._lend(chosen, sheet, model, ask, now)
+            self._lend(chosen, sheet, ask, now)
         return Choice(Lease(self.settle, chosen.candidate, reason, now), None, sheet, reason)
 
     def borrow(self, candidate: Candidate) -> Lease:
         """This very candidate, whatever the others are: for the upkeep's own requests."""
         now = self.clock.now()
         with self._lock:
-            self._lend(Verdict(candidate, "usable", 0, ""), (), candidate.model.id, Ask(), now)
+            self._lend(Verdict(candidate, "usable", 0, ""), (), Ask(), now)
         return Lease(self.settle, candidate, "auto-refresh", now)
 
     def leave(self, ask: Ask) -> None:
@@ -4228,20 +4371,19 @@ class AccountPool:
 
     def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
         """A dry run: (what would be chosen, why, the score sheet)."""
-        now, ask = self.clock.now(), Ask()
+        sheet = self.verdicts(candidates, ())
         with self._lock:
-            sheet = tuple(judge(c, self.view(), (), ask, now) for c in candidates)
-            return *self._choose(sheet, sheet[0].candidate.model.id if sheet else "", ask,
-                                 now), sheet
+            return (*self._choose(sheet, Ask(), self.clock.now()), sheet)
 
     def verdicts(self, candidates: Iterable[Candidate], tried: Iterable) -> tuple:
         now = self.clock.now()
         with self._lock:
-            return tuple(judge(c, self.view(), tried, Ask(), now) for c in candidates)
+            view = self.view()
+            return tuple(judge(c, view, tried, Ask(), now) for c in candidates)
 
-    def _choose(self, sheet: tuple, model: str, ask: Ask,
-                now: float) -> tuple[Verdict | None, str]:
+    def _choose(self, sheet: tuple, ask: Ask, now: float) -> tuple[Verdict | None, str]:
         strategy, bound = self.settings.get("strategy", "sticky"), ()
+        model = sheet[0].candidate.model.id if sheet else ""
         binding = self._bindings.get((ask.session, model)) if ask.session else None
         if binding and strategy != "round-robin":
             keep_s = self.settings.get("affinity_s", 3600)
@@ -4251,16 +4393,17 @@ class AccountPool:
         return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
                       self._virtual)
 
-    def _lend(self, chosen: Verdict, sheet: tuple, model: str, ask: Ask, now: float) -> None:
-        account, pool = chosen.candidate.account, chosen.candidate.provider.id
+    def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, now: float) -> None:
+        account, pool, model = chosen.candidate.account, chosen.candidate.provider.id, (
+            chosen.candidate.model.id)
         account.in_flight += 1
         self.in_flight += 1
         account.health, account.tokens = measured(account, now)
         account.tokens, account.measured_at = max(0.0, account.tokens - 1), now
         previous, self._last[model] = self._last.get(model), account.name
-        if previous not in (None, account.name) and not any(
-                v.state in ("usable", "soft", "busy") for v in sheet
-                if v.candidate.account.name == previous) and now - account.used_at > 60:
+        left = [v.state for v in sheet if v.candidate.account.name == previous]
+        if left and previous != account.name and now - account.used_at > 60 and not any(
+                state in ("usable", "soft", "busy") for state in left):
             account.ramp = RAMP_START       # the storm that spent the last one does not spend it
         account.used_at = now
         weight = account.weight if self.settings.get("strategy") == "weighted" else 1.0
@@ -4288,9 +4431,9 @@ class AccountPool:
 
     def _queue(self, ask: Ask, sheet: tuple) -> None:
         busy = tuple(v.candidate.account for v in sheet if v.state == "busy")
-        if busy and ask not in self._waiting:
-            ask.arrived_at = self.clock.monotonic()
         if busy:
+            if ask not in self._waiting:
+                ask.arrived_at = self.clock.monotonic()
             self._waiting[ask] = busy
 
     def _leave(self, ask: Ask, gives_back: bool = False) -> None:
@@ -4306,9 +4449,9 @@ class AccountPool:
     def _hand_over(self, account: Account) -> None:
         """Keeps the account's free places for who waits, agents in turn, first come first."""
         while self._waiting:
-            limit = min(filter(None, (account.max_in_flight, account.ramp)), default=1 << 30)
             waiting = [a for a, accounts in self._waiting.items() if account in accounts]
-            if not waiting or account.in_flight + account.reserved >= limit:
+            if not waiting or (account.places and
+                               account.in_flight + account.reserved >= account.places):
                 return
             ask = min(waiting, key=lambda a: (self._turns[a.agent], a.arrived_at))
             del self._waiting[ask]
@@ -4322,24 +4465,23 @@ class AccountPool:
     def settle(self, lease: Lease, error: ProxyError | None, is_success: bool) -> None:
         """Gives a lease back; an error counts against what its rule names."""
         candidate, now = lease.candidate, self.clock.now()
-        account = candidate.account
         with self._lock:
-            account.in_flight -= 1
+            candidate.account.in_flight -= 1
             self.in_flight -= 1
             self._probing.discard(candidate)
             if is_success:
-                self._clear_rests(lease)
-                self._feel(account, "success", now)
+                self.rests.clear_guesses(candidate, lease.began_at)
+                self._feel(candidate.account, "success", now)
             elif error is not None:
                 self._punish(candidate, error, now)
-            self._hand_over(account)
+            self._hand_over(candidate.account)
 
     def proved(self, lease: Lease) -> None:
         """The candidate answers with content: guesses about it are over, others may come."""
         account = lease.candidate.account
         with self._lock:
             self._probing.discard(lease.candidate)
-            self._clear_rests(lease)
+            self.rests.clear_guesses(lease.candidate, lease.began_at)
             if account.ramp:
                 account.ramp = account.ramp * 2 if account.ramp < RAMP_END else 0
                 self._hand_over(account)
@@ -4349,264 +4491,139 @@ class AccountPool:
         account.measured_at = now
         account.health = max(0.0, min(100.0, account.health + HEALTH_STEPS[step]))
 
-    def _clear_rests(self, lease: Lease) -> None:
-        """Drops guesses that are older than the lease; what was stated, or is newer, stays."""
-        for key in candidate_keys(lease.candidate):
-            rest = self._rests.get(key)
-            if rest and not rest.is_stated and rest.failed_at <= lease.began_at:
-                self._end_rest(key)
-
-    def rest_host(self, url: str, error: ProxyError) -> None:
-        with self._lock:
-            self._note(("host", url), error, self.clock.now())
-
-    def host_answered(self, url: str) -> None:
-        if ("host", url) in self._rests:
-            with self._lock:
-                self._end_rest(("host", url))
-
-    def hosts(self, provider: Provider) -> list[str]:
-        """The provider's base URLs, those that rest last."""
-        now = self.clock.now()
-        with self._lock:
-            return sorted(provider.base_urls, key=lambda url: (
-                ("host", url) in self._rests and self._rests["host", url].holds(now)))
-
     def _punish(self, candidate: Candidate, error: ProxyError, now: float) -> None:
         rule = error.rule
         account, pair, one, _, capacity, pool = candidate_keys(candidate)
         if rule.scope in (Scope.ACCOUNT, Scope.CANDIDATE, Scope.PAIR):
             self._feel(candidate.account, "limit" if rule.status == 429 else "failure", now)
         if rule.rest == "stop":
-            self._set_rest(candidate.account.stop_key(), Rest(
-                error.kind, float("inf"), True, 1, now, error.message))
+            self._stop(candidate.account, error)
             return
         key = {Scope.ACCOUNT: account, Scope.PAIR: pair, Scope.CANDIDATE: one,
                Scope.CAPACITY: capacity, Scope.POOL: pool}.get(rule.scope)
         if key:
-            self._note(key, error, now)
-            self._widen(candidate, now)
+            self.rests.note(key, error, now)
+            self.rests.widen(candidate)
 
-    def _widen(self, candidate: Candidate, now: float) -> None:
-        """Two models of a quota group limited until the same moment share one allowance."""
-        name, pool, group = candidate.account.name, candidate.provider.id, quota_group(
-            candidate.model, candidate.provider)
-        one = self._rests.get(("candidate", name, pool, candidate.model.id))
-        if not one or not one.is_stated or one.kind != "quota":
-            return
-        for key, rest in list(self._rests.items()):
-            if (key[:3] == ("candidate", name, pool) and key[3] != candidate.model.id
-                    and rest.is_stated and rest.kind == "quota" and abs(rest.until - one.until) < 3
-                    and key[3] in MODELS
-                    and quota_group(MODELS[key[3]], candidate.provider) == group):
-                self._set_rest(("group", name, pool, group), replace(one))
+    def _stop(self, account: Account, error: ProxyError) -> None:
+        self.rests.set(account.stop_key(), Rest(error.kind, float("inf"), True, 1,
+                                                self.clock.now(), error.message))
 
-    def _note(self, key: tuple, error: ProxyError, now: float) -> None:
-        """Writes down a rest.  Failures within 2 s are one burst; an hour forgets the count."""
-        old = self._rests.get(key)
-        failures = 1
-        if old and now - old.failed_at < 3600:
-            failures = old.failures + (now - old.failed_at > 2)
-        ladder = GUESSED_REST_S[error.rule.rest]
-        stated = is_stated(error)
-        if stated:
-            rest_s = max(1.0, error.delay_s) + 1.0      # grace: clocks differ
-        else:
-            rest_s = ladder[min(failures, len(ladder)) - 1]
-            if error.rule.rest == "capacity":
-                # so that waiting requests do not return at once
-                rest_s = jitter(rest_s, 0.1)
-        if old and old.is_stated and old.until > now + rest_s * stated:
-            return          # a stated limit is not shortened, and not by a guess at all
-        self._set_rest(key, Rest(error.kind, now + rest_s, stated, failures, now, error.message))
-
-    def _set_rest(self, key: tuple, rest: Rest) -> None:
-        rest.changed_at = self.clock.now()
-        self._rests[key] = rest
-        if self.state is not None:
-            self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
-                           rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
-                           urgent=True)
-
-    def _end_rest(self, key: tuple) -> None:
-        """Ends a rest for other processes too: they see its end as the newer version."""
-        rest = self._rests.pop(key, None)
-        if rest and self.state is not None:
-            self.state.put("rests", json_encode(key), rest.kind, 0.0, rest.is_stated, 0, 0.0, "",
-                           self.clock.now(), urgent=True)
-
-    # What a person clears, what other processes learned
-
-    def clear(self, name: str) -> int:
-        """Ends every rest of an account, stops too; how many."""
+    def stop(self, account: Account, error: ProxyError) -> None:
+        """Sends nothing more for this account until a person acts."""
         with self._lock:
-            keys = [k for k in self._rests if k[0] in ("stop", "account", "pair", "candidate",
-                                                       "group") and k[1] == name]
+            self._stop(account, error)
+
+    def rest_host(self, url: str, error: ProxyError) -> None:
+        with self._lock:
+            self.rests.note(("host", url), error, self.clock.now())
+
+    def host_answered(self, url: str) -> None:
+        if ("host", url) in self.rests.items:
+            with self._lock:
+                self.rests.end(("host", url))
+
+    def hosts(self, provider: Provider) -> list[str]:
+        """The provider's base URLs, those that rest last."""
+        now, rests = self.clock.now(), self.rests.items
+        with self._lock:
+            return sorted(provider.base_urls, key=lambda url: (
+                ("host", url) in rests and rests["host", url].holds(now)))
+
+    # What a person clears, what other processes and upstreams tell
+
+    def clear(self, account: Account, stops_only: bool = False) -> int:
+        """Ends the account's stop, and every other rest and absence of it; how many."""
+        with self._lock:
+            keys = [account.stop_key()] * (account.stop_key() in self.rests.items)
+            if not stops_only:
+                keys += [key for key, _ in self.rests.of(account.name, self.clock.now())]
+                for pair, facts in list(self.readings.facts.items()):
+                    if pair[0] == account.name and facts.absent:
+                        self.readings.note_facts(pair, facts._replace(absent="", at=0.0))
             for key in keys:
-                self._end_rest(key)
-            for pair in [p for p, facts in self._facts.items() if p[0] == name and facts.absent]:
-                del self._facts[pair]
+                self.rests.end(key)
             return len(keys)
 
     def load_rests(self) -> None:
-        """Takes over newer rests of other processes.  Called by the state's thread."""
-        rows = self.state.rows("rests")
         with self._lock:
-            for text, kind, until, stated, failures, failed_at, message, changed_at in rows:
-                key = tuple(json_decode(text.encode()))
-                mine = self._rests.get(key)
-                if mine is not None and mine.changed_at >= changed_at:
-                    continue
-                if until > 0:
-                    self._rests[key] = Rest(kind, until, bool(stated), failures, failed_at,
-                                            message, changed_at)
-                elif mine is not None:
-                    del self._rests[key]
+            self.rests.load()
 
-    def _load(self, state: State) -> None:
-        self.load_rests()
-        self._used = dict(state.rows("used"))
-        for account, pool, project, tier, absent, models, at in state.rows("facts"):
-            rows = tuple(Model(*row) for row in json_decode(models.encode()))
-            self._facts[account, pool] = Facts(project, tier, absent, rows, at)
-        since = self.clock.now() - 86400
-        for account, pool, scope, window, fraction, reset_at, at in state.rows(
-                "quotas", "at > ? ORDER BY at", since):
-            self._take_window(account, pool, Window(scope, window, fraction, reset_at, at))
-
-    # Readings
-
-    def facts(self, account: str, pool: str) -> Facts | None:
+    def facts(self, pair: tuple) -> Facts | None:
         with self._lock:
-            return self._facts.get((account, pool))
+            return self.readings.facts.get(pair)
 
-    def note_facts(self, account: str, pool: str, facts: Facts) -> None:
+    def note_facts(self, pair: tuple, facts: Facts) -> None:
         with self._lock:
-            self._facts[account, pool], self._prepared = facts, {}
-        if self.state is not None:
-            self.state.put("facts", account, pool, facts.project, facts.tier, facts.absent,
-                           json_encode([list(m) for m in facts.models]), facts.at, urgent=True)
+            self.readings.note_facts(pair, facts)
+            self._prepared = {}
 
-    def note_absent(self, candidate: Candidate, why: str) -> None:
-        pair = candidate.account.name, candidate.provider.id
-        known = self.facts(*pair) or Facts("", "", "", (), 0)
-        if not known.absent:
-            self.note_facts(*pair, known._replace(absent=why, at=self.clock.now()))
-
-    def note_windows(self, account: str, pool: str, windows: Iterable[Window]) -> None:
+    def note_windows(self, pair: tuple, windows: Iterable[Window]) -> None:
         """Takes over readings.  A stated limit that readings agreed with is lifted by one that
         shows quota again; a reading that never agreed proves nothing against a 429."""
-        now = self.clock.now()
+        now, ids = self.clock.now(), {p.id: p for a in self.accounts for p in a.providers}
         with self._lock:
-            for window in windows:
-                if self._take_window(account, pool, window) and self.state is not None:
-                    self.state.put("quotas", account, pool, *window)
-            readings = self._quotas.get((account, pool), {}).values()
-            for key, rest in list(self._rests.items()):
-                if key[0] in ("candidate", "group") and key[1:3] == (account, pool) and (
-                        rest.is_stated and rest.kind == "quota" and rest.until > now):
-                    model = MODELS.get(key[3])
-                    scopes = {key[3], "account"}
-                    if model and key[0] == "candidate":
-                        provider = next((p for a in self.accounts if a.name == account
-                                         for p in a.providers if p.id == pool), None)
-                        scopes |= {quota_group(model, provider), upstream_id(
-                            model, provider)} if provider else set()
-                    left = min((w.fraction for w in readings if w.scope in scopes
-                                and w.fraction is not None and w.at > rest.failed_at), default=None)
-                    if left is not None and left <= 0:
-                        rest.seen_empty = True
-                    elif left is not None and rest.seen_empty:
-                        self._end_rest(key)
-
-    def _take_window(self, account: str, pool: str, window: Window) -> bool:
-        """Whether the reading is worth a row: a change, or ten minutes gone by."""
-        readings = self._quotas.setdefault((account, pool), {})
-        readings[window.scope, window.window] = window
-        if window.fraction is None:
-            return False
-        points = self._points.setdefault((account, pool, window.scope, window.window),
-                                         collections.deque(maxlen=QUOTA_POINTS))
-        if points and points[-1][1] == window.fraction and window.at - points[-1][0] < 600:
-            return False
-        points.append((window.at, window.fraction))
-        return True
-
-    def clear_stop(self, account: Account) -> None:
-        with self._lock:
-            self._end_rest(account.stop_key())
-
-    def reading_age_s(self, account: Account, provider: Provider) -> float:
-        """Seconds since the newest quota reading of a pool."""
-        with self._lock:
-            readings = self._quotas.get((account.name, provider.id), {}).values()
-            return self.clock.now() - max((w.at for w in readings), default=0.0)
-
-    def is_stopped(self, account: Account) -> bool:
-        """Whether nothing may be sent for it until a person acts."""
-        stop = self._rests.get(account.stop_key())
-        return stop is not None and stop.until > self.clock.now()
-
-    def has_stated_limit(self, account: str, pool: str) -> bool:
-        now = self.clock.now()
-        with self._lock:
-            return any(key[0] in ("candidate", "group") and key[1:3] == (account, pool)
-                       and rest.is_stated and rest.holds(now) for key, rest in self._rests.items())
+            self.readings.note_windows(pair, windows)
+            for key, rest in self.rests.of(pair[0], now):
+                if key[0] not in ("candidate", "group") or key[2] != pair[1] or not (
+                        rest.is_stated and rest.kind == "quota"):
+                    continue
+                scopes, model, provider = {key[3], "account"}, MODELS.get(key[3]), ids.get(pair[1])
+                if model and provider:
+                    scopes |= {quota_group(model, provider), upstream_id(model, provider)}
+                left = self.readings.left(pair, scopes, rest.failed_at)
+                if left is not None and left <= 0:
+                    rest.seen_empty = True
+                elif left is not None and rest.seen_empty:
+                    self.rests.end(key)
 
     # Reports
 
+    def is_stopped(self, account: Account) -> bool:
+        """Whether nothing may be sent for it until a person acts."""
+        return not account.enabled or account.stop_key() in self.rests.items
+
+    def has_stated_limit(self, pair: tuple) -> bool:
+        with self._lock:
+            return any(rest.is_stated and key[2:3] == pair[1:]
+                       for key, rest in self.rests.of(pair[0], self.clock.now()))
+
     def states(self) -> list[tuple[Account, str]]:
-        """Each account with its state in words, for start-up and the models command."""
+        """Each account with its state in words."""
         return [(a, row["state"]) for a, row in zip(self.accounts, self.report())]
 
     def report(self) -> list[dict]:
         """Each account as JSON: its state, pools, quota windows with burn rates, and limits."""
         now = self.clock.now()
         with self._lock:
-            return [self._account_report(account, now) for account in self.accounts]
+            return [self._report(account, now) for account in self.accounts]
 
-    def _account_report(self, account: Account, now: float) -> dict:
-        limits = [{"scope": " ".join(map(str, key[2:])) or "account", "kind": rest.kind,
-                   "until": rest.until, "is_stated": rest.is_stated, "message": rest.message}
-                  for key, rest in self._rests.items()
-                  if key[0] in ("account", "pair", "candidate", "group") and key[1] == account.name
-                  and rest.holds(now)]
-        stop = self._rests.get(account.stop_key())
-        pools, quotas, tier = [], [], ""
-        for provider in account.providers:
-            facts = self._facts.get((account.name, provider.id))
-            tier = tier or (facts.tier if facts else "")
-            pools.append({"pool": provider.id, "absent": facts.absent if facts else "",
-                          "project": account.project or (facts.project if facts else ""),
-                          "read_at": facts.at if facts else 0})
-            quotas += [self._window_report(account.name, provider.id, w, now) for w in sorted(
-                self._quotas.get((account.name, provider.id), {}).values())]
-        soft = self.settings.get("soft_limit", 0) if account.soft_limit is None else (
-            account.soft_limit)
-        known = [q for q in quotas if q["fraction"] is not None and not q["is_stale"]]
-        is_spent = any(q["fraction"] <= 0 and q["reset_at"] > now for q in known)
-        is_soft = bool(soft) and any(q["fraction"] <= soft for q in known)
-        state = "disabled" if not account.enabled else (
-            STOPPED_STATES.get(stop.kind, "stopped") if stop and stop.until > now else
-            "absent" if all(p["absent"] for p in pools) else
-            "limited" if is_spent or any(r["is_stated"] for r in limits) else
-            "resting" if limits else "soft-limited" if is_soft else "ready")
-        return {"name": account.label, "provider": account.provider.id, "tier": tier,
-                "state": state, "reason": stop.message if stop and stop.until > now else "",
-                "is_soft_limited": is_soft, "priority": account.priority,
-                "last_used_at": account.used_at or self._used.get(account.name, 0.0),
-                "in_flight": account.in_flight, "pools": pools, "quotas": quotas,
-                "limits": limits}
-
-    def _window_report(self, account: str, pool: str, window: Window, now: float) -> dict:
-        points = self._points.get((account, pool, window.scope, window.window), ())
-        trend, per_h, empty_s = burn_rate(points, window.reset_at, now)
-        is_over = bool(window.reset_at) and window.reset_at <= now
+    def _report(self, account: Account, now: float) -> dict:
+        limits = [{"scope": " ".join(key[2:]) or "account", "kind": rest.kind, "until": rest.until,
+                   "is_stated": rest.is_stated, "message": rest.message}
+                  for key, rest in self.rests.of(account.name, now)]
+        stop, pools, quotas, tier = self.rests.items.get(account.stop_key()), [], [], ""
         stale_s = max(QUOTA_STALE_S, 2 * self.settings.get("quota_poll_s", 0))
-        return {"pool": pool, "scope": window.scope, "window": window.window,
-                "fraction": None if is_over else window.fraction, "reset_at": window.reset_at,
-                "read_at": window.at, "is_stale": is_over or now - window.at > stale_s,
-                "trend": trend, "per_hour": per_h, "empty_in_s": empty_s}
+        for provider in account.providers:
+            pair = account.name, provider.id
+            facts = self.readings.facts.get(pair) or Facts("", "", "", (), 0)
+            tier = tier or facts.tier
+            pools.append({"pool": provider.id, "absent": facts.absent, "read_at": facts.at,
+                          "project": account.project or facts.project})
+            quotas += self.readings.report(pair, stale_s, now)
+        soft = account.soft_limit_of(self.settings)
+        known = [q["fraction"] for q in quotas if q["fraction"] is not None and not q["is_stale"]]
+        state = ("disabled" if not account.enabled else
+                 STOPPED_STATES.get(stop.kind, "stopped") if stop else
+                 "absent" if all(p["absent"] for p in pools) else
+                 "limited" if 0 in known or any(r["is_stated"] for r in limits) else
+                 "resting" if limits else
+                 "soft-limited" if soft and any(f <= soft for f in known) else "ready")
+        return {"name": account.label, "provider": account.provider.id, "tier": tier,
+                "state": state, "reason": stop.message if stop else "",
+                "priority": account.priority, "in_flight": account.in_flight,
+                "last_used_at": account.used_at or self._used.get(account.name, 0.0),
+                "pools": pools, "quotas": quotas, "limits": limits}
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
@@ -5227,8 +5244,9 @@ class Login:
             def do_GET(self) -> None:
                 url = urllib.parse.urlsplit(self.path)
                 wrong = "not found" if url.path != path else login.take("?" + url.query)
-                text = "This sign-in is not expected here." if wrong else (
-                    "Signed in: you can close this page and go back to the terminal.")
+                text = ("This sign-in is not expected here." if wrong else
+                        "The sign-in was refused." if "error=" in url.query else
+                        "Signed in: you can close this page and go back to the terminal.")
                 data = (f"<!doctype html><title>agproxy</title><p>{text}</p>").encode("ascii")
                 self.send_response(400 if wrong else 200)
                 self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -5474,7 +5492,7 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
                again: bool = False) -> Facts:
     """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
     Raises ProxyError validation or project."""
-    facts = pool.facts(account.name, provider.id)
+    facts = pool.facts((account.name, provider.id))
     lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
     if facts and not again and tokens.clock.now() - facts.at < lasts_s:
         return facts
@@ -5489,7 +5507,7 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
             found = Facts("", "", "", (), tokens.clock.now() - FACTS_LAST_S + 300)
         if facts:
             found = found._replace(models=facts.models)
-        pool.note_facts(account.name, provider.id, found)
+        pool.note_facts((account.name, provider.id), found)
         return found
     return tokens.flights.fly((account, provider.id), ask)
 
@@ -5530,7 +5548,7 @@ class Keeper:
             is_active = now - account.used_at < 3600
             if self._stop.is_set():
                 return
-            if not account.enabled or self.pool.is_stopped(account):
+            if self.pool.is_stopped(account):
                 continue            # no call at all before its owner acted
             for provider in account.providers if account.provider.envelope else ():
                 key = (account.name, provider.id)
@@ -5545,10 +5563,10 @@ class Keeper:
     def interval(self, account: Account, provider: Provider, is_active: bool) -> float:
         """Seconds to the next reading, with jitter so that accounts do not come in step."""
         base = self.pool.settings["quota_poll_s"] if is_active else QUOTA_IDLE_POLL_S
-        facts = self.pool.facts(account.name, provider.id)
+        facts = self.pool.facts((account.name, provider.id))
         if facts and facts.absent:
             base = ABSENT_LASTS_S
-        elif self.pool.has_stated_limit(account.name, provider.id):
+        elif self.pool.has_stated_limit((account.name, provider.id)):
             base = min(base, RECHECK_S)
         return jitter(base)
 
@@ -5566,11 +5584,13 @@ class Keeper:
             windows, models = read_quota(account, provider, token, account.project
                                          or facts.project, self.connections, self.clock.now())
         except ProxyError as err:
+            if err.kind in ("validation", "revoked", "disabled"):
+                self.pool.stop(account, err)
             self.log.line("%s (%s): quota not read: %s", account.label, provider.id, err)
             return []
         if models and models != facts.models:
-            self.pool.note_facts(account.name, provider.id, facts._replace(models=models))
-        self.pool.note_windows(account.name, provider.id, windows)
+            self.pool.note_facts((account.name, provider.id), facts._replace(models=models))
+        self.pool.note_windows((account.name, provider.id), windows)
         if self.pool.settings.get("auto_refresh"):
             self._start_windows(account, provider, windows)
         return windows
@@ -6071,7 +6091,9 @@ class Conducting:
         if error.rule.step in (Step.CLIENT, Step.REPAIR):
             raise error
         if error.kind == "absent":
-            self.services.pool.note_absent(candidate, error.message)
+            pool, pair = self.services.pool, (candidate.account.name, candidate.provider.id)
+            known = pool.facts(pair) or Facts("", "", "", (), 0)
+            pool.note_facts(pair, known._replace(absent=error.message, at=pool.clock.now()))
         if error.kind in ("quota", "soft_429"):
             self.services.on_quota(candidate.account, candidate.provider)
         if not is_stated(error) and error.kind not in LOGIN_KINDS:
@@ -6175,7 +6197,7 @@ class Conducting:
         answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
         windows = read_limit_headers(answer.headers, services.clock.now())
         if windows:
-            services.pool.note_windows(account.name, provider.id, windows)
+            services.pool.note_windows((account.name, provider.id), windows)
         stream = OpenStream(answer, lease, services.connections, self.record)
         self.client.route = f"{account.label}; {lease.reason}"
         if fold:
@@ -6513,7 +6535,8 @@ def account_limits(pool: AccountPool) -> dict:
             "email": row["name"], "provider": row["provider"], "tier": row["tier"],
             "status": _HEALTH_WORDS.get(row["state"], "invalid"), "state": row["state"],
             "error": row["reason"] or None, "lastUsed": iso_time(row["last_used_at"]),
-            "isSoftLimited": row["is_soft_limited"], "limits": limits, "quotas": row["quotas"],
+            "isSoftLimited": row["state"] == "soft-limited", "limits": limits,
+            "quotas": row["quotas"],
             "rateLimitCooldownRemaining": int(max(blocked) - now) if blocked else 0})
     return {"timestamp": iso_time(now), "totalAccounts": len(accounts), "models": sorted(seen),
             "accounts": accounts}
@@ -7213,7 +7236,7 @@ class Handler:
         """A new access token for every account that has a refresh token."""
         services, results = self.services, {}
         for account in services.pool.accounts:
-            if not account.enabled or account.credential != "refresh_token":
+            if account.credential != "refresh_token":
                 continue
             try:
                 if services.pool.is_stopped(account):
@@ -8570,6 +8593,59 @@ def check_account(row: dict, providers: Mapping[str, Provider],
     return lines
 
 
+def check_credential(row: dict, providers: Mapping[str, Provider],
+                     connections: ConnectionCache) -> None:
+    """Raises ProxyError when the credential does not work.  A rotated refresh token and the e-mail
+    address are put into `row`."""
+    account = account_from_row({"name": "new", **row}, providers)
+    if account.provider.auth != "oauth":
+        check_key(account, connections)
+        return
+
+    def rotated(_: Account, old: str, new: str) -> None:
+        row["refresh_token"] = new
+    token = Tokens(connections, Clock(), on_rotate=rotated).access(account)
+    if not row.get("email"):
+        row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
+
+
+def chosen_accounts(found: Offline, name: str | None) -> list[Account]:
+    """The account of that name, or all; raises ConfigError with the names there are."""
+    chosen = [a for a in found.pool.accounts if name in (None, a.name, a.label)]
+    if name and not chosen:
+        names = ", ".join(a.label for a in found.pool.accounts) or "none"
+        raise ConfigError(f"no account {name}; there are: {names}")
+    return chosen
+
+
+def is_ascii_terminal() -> bool:
+    return "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
+
+
+def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float = 0) -> int:
+    """Reads facts and quota of the account of that name, or all, where they are older; prints them.
+    The exit code says whether any can serve."""
+    with offline(args) as found:
+        log = Log(sys.stderr)
+        keeper = Keeper(found.pool, found.tokens, lambda: None, log, lambda _: None)
+        chosen = chosen_accounts(found, name)
+        for account in chosen:
+            for provider in account.providers if account.provider.envelope else ():
+                read_at = max((q["read_at"] for q in found.pool.readings.report(
+                    (account.name, provider.id), 0, 0)), default=0)
+                if found.clock.now() - read_at > max_age_s and not found.pool.is_stopped(account):
+                    keeper.read(account, provider)
+        log.close()
+        report, now = [r for r in found.pool.report()
+                       if r["name"] in {a.label for a in chosen}], found.clock.now()
+    if args.json:
+        say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
+    else:
+        for line in status_lines(report, now, is_ascii_terminal(), getattr(args, "models", False)):
+            say(line)
+    return 0 if any(row["state"] in ("ready", "soft-limited", "resting") for row in report) else 5
+
+
 def account_add(args: argparse.Namespace) -> int:
     """Signs in, checks what the account can do, and only then stores it."""
     path = config_path(args.accounts, os.environ)
@@ -8595,40 +8671,20 @@ def account_add(args: argparse.Namespace) -> int:
     if cells:
         provider = provider._replace(**cells)
     row = {k: v for k, v in row.items() if v}
-    lines = check_account(row, {**config.providers, provider.id: provider}, connections)
+    check_credential(row, {**config.providers, provider.id: provider}, connections)
     name, is_new = store_account(path, row, cells)
     say(f"{'added' if is_new else 'signed in again'}: {name}")
-    for line in lines:
-        say(f"    {line}")
+    code = show_readings(args, name)
     say("A running server takes it up by itself.  Next: python3 agproxy.py accounts list")
-    return 0
-
-
-def is_ascii_terminal() -> bool:
-    return "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
+    return code
 
 
 def account_list(args: argparse.Namespace) -> int:
-    with offline(args) as found:
-        report, now = found.pool.report(), found.clock.now()
-    if args.json:
-        say(json.dumps({"accounts": report}, indent=2, ensure_ascii=True).replace(
-            "Infinity", "null"))
-    elif not report:
+    if not load_config(config_path(args.accounts, os.environ), {}, os.environ).accounts:
         say(needs_account(args))
         return 4
-    for line in [] if args.json else status_lines(report, now, is_ascii_terminal()):
-        say(line)
+    show_readings(args, None, float("inf"))
     return 0
-
-
-def chosen_accounts(found: Offline, name: str | None) -> list[Account]:
-    """The account of that name, or all; raises ConfigError with the names there are."""
-    chosen = [a for a in found.pool.accounts if name in (None, a.name, a.label)]
-    if name and not chosen:
-        names = ", ".join(a.label for a in found.pool.accounts) or "none"
-        raise ConfigError(f"no account {name}; there are: {names}")
-    return chosen
 
 
 def account_verify(args: argparse.Namespace) -> int:
@@ -8643,7 +8699,7 @@ def account_verify(args: argparse.Namespace) -> int:
                     token = found.tokens.access(account, is_shared=False)
                     for provider in account.providers if account.provider.envelope else ():
                         pool_facts(found.pool, found.tokens, account, provider, token, again=True)
-                found.pool.clear_stop(account)
+                found.pool.clear(account, stops_only=True)
                 say(f"{account.label}: works")
             except ProxyError as err:
                 failed += 1
@@ -8654,7 +8710,7 @@ def account_verify(args: argparse.Namespace) -> int:
 def account_clear(args: argparse.Namespace) -> int:
     with offline(args) as found:
         for account in chosen_accounts(found, args.name):
-            ended = found.pool.clear(account.name)
+            ended = found.pool.clear(account)
             say(f"{account.label}: {ended} limit{'' if ended == 1 else 's'} cleared")
     return 0
 
@@ -8674,9 +8730,10 @@ def edit_account(args: argparse.Namespace, change: Callable[[list, dict], Any]) 
 
 
 def account_remove(args: argparse.Namespace) -> int:
-    name = edit_account(args, lambda rows, row: rows.remove(row))
     with offline(args) as found:
-        found.pool.clear(name)
+        for account in chosen_accounts(found, args.name):
+            found.pool.clear(account)
+        name = edit_account(args, lambda rows, row: rows.remove(row))
         for table in ("facts", "quotas", "used"):
             found.state.delete(table, name)
     say(f"removed: {name}.  Its sign-in is still valid at the vendor; revoke it there.")
@@ -8689,7 +8746,7 @@ def account_enable(args: argparse.Namespace) -> int:
     if is_on:
         with offline(args) as found:
             for account in chosen_accounts(found, name):
-                found.pool.clear_stop(account)
+                found.pool.clear(account, stops_only=True)
     say(f"{args.action}d: {name}")
     return 0
 
@@ -8767,26 +8824,11 @@ def command_accounts(args: argparse.Namespace) -> int:
 def command_quota(args: argparse.Namespace) -> int:
     """What is left, read now where nobody read it lately; 5 when nothing is."""
     while True:
-        with offline(args) as found:
-            quiet = Log(open(os.devnull, "w", encoding="utf-8"))
-            keeper = Keeper(found.pool, found.tokens, lambda: None, quiet, lambda _: None)
-            for account in found.pool.accounts:
-                for provider in account.providers if account.provider.envelope else ():
-                    if account.enabled and not found.pool.is_stopped(account) and (
-                            found.pool.reading_age_s(account, provider) > 60):
-                        keeper.read(account, provider)
-            report, now = found.pool.report(), found.clock.now()
-            quiet.close()
-        if args.json:
-            say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
-        else:
-            for line in status_lines(report, now, is_ascii_terminal(), models=args.models):
-                say(line)
+        code = show_readings(args, None, 60)
         if not args.watch:
-            break
+            return code
         time.sleep(60)
         say()
-    return 0 if any(row["state"] in ("ready", "soft-limited", "resting") for row in report) else 5
 
 
 def command_why(args: argparse.Namespace) -> int:

@@ -1264,7 +1264,7 @@ def test_a_short_stated_limit_is_waited_for_with_keep_alives(make_proxy, monkeyp
     monkeypatch.setattr(ag, "HOLD_S", 0.05)
     monkeypatch.setattr(ag, "PING_EVERY_S", 0.05)
     proxy = make_proxy({"a": None})
-    proxy.pool._rests[("candidate", "a", "sim", "gemini-3-flash")] = ag.Rest(
+    proxy.pool.rests.items[("candidate", "a", "sim", "gemini-3-flash")] = ag.Rest(
         "quota", time.time() + 0.4, True, 1, time.time(), "spent")
     _, _, events = proxy.ask(stream=True)
     names = [n for n, _ in events]
