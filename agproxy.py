@@ -635,16 +635,32 @@ def parse_duration_s(text: str) -> float | None:
     return days * 86400 + hours * 3600 + minutes * 60 + seconds + ms / 1000
 
 
-_TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+_TIMESTAMP = re.compile(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:\.\d+)?"
+                        r"(?:([+-])(\d\d):?(\d\d))?")
 
 
 def parse_timestamp(text: str) -> float | None:
-    """Epoch seconds of an RFC 3339 time in UTC."""
+    """Epoch seconds of an RFC 3339 time; None when it is none."""
     match = _TIMESTAMP.search(text)
     if not match:
         return None
     import calendar
-    return float(calendar.timegm(tuple(int(g) for g in match.groups()) + (0, 0, 0)))
+    try:
+        at = calendar.timegm(tuple(int(g) for g in match.groups()[:6]) + (0, 0, 0))
+    except (ValueError, OverflowError):
+        return None
+    offset_s = (int(match[8]) * 60 + int(match[9])) * 60 if match[7] else 0
+    return float(at - offset_s if match[7] == "+" else at + offset_s)
+
+
+def object_of(value: Any) -> dict:
+    """`value` where it is a JSON object, else an empty one: for what others may write oddly."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_of(value: Any) -> list[dict]:
+    """The JSON objects of a list; [] where it is none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 # ── 4. Config ─────────────────────────────────────────────────────────────
@@ -715,8 +731,10 @@ def resolve_secret(text: str) -> str:
     else:
         value = text
     if not value:
-        raise ConfigError(f"secret {kind}:... is empty")
+        raise ConfigError(f"secret {kind}:{rest if kind == 'env' else '...'} is empty")
     remember_secret(value)
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ConfigError("a secret holds characters that cannot stand in a header")
     return value
 
 
@@ -737,12 +755,13 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
         try:
             exact = int if isinstance(default, int) and not name.endswith("_s") else float
             value = exact(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ConfigError(f"{where}: a number is required, not {value!r}") from None
-        if not value >= 0 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
+        if not 0 <= value < 1e15 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
             raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
-        if name == "soft_limit" and value >= 1:
-            raise ConfigError(f"{where}: a fraction below 1 is required, not {value!r}")
+        most = {"soft_limit": 0.99, "port": 65535}.get(name)
+        if most is not None and value > most:
+            raise ConfigError(f"{where}: at most {most} is allowed, not {value!r}")
         return value
     if not isinstance(value, str):
         wanted = "text" if isinstance(default, str) else "a number"
@@ -753,13 +772,22 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
     return value
 
 
+@functools.lru_cache(maxsize=100)
+def warn_once(text: str) -> None:
+    print("agproxy: " + text, file=sys.stderr)
+
+
+def warn_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Says on stderr which names are not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), list(known), 1)
+            warn_once(f"{where}{name} is not known" + (f"; {near[0]}?" if near else ""))
+
+
 def config_settings(stored: Mapping, flags: Mapping, environ: Mapping[str, str]) -> dict[str, Any]:
     """Every setting by precedence: flag, variable, file, default."""
-    for name in stored:
-        if name not in SETTINGS:
-            near = difflib.get_close_matches(name, SETTINGS, 1)
-            print(f"agproxy: settings.{name} is not known" + (f"; {near[0]}?" if near else ""),
-                  file=sys.stderr)
+    warn_unknown(stored, SETTINGS, "settings.")
     found = {}
     for name, row in SETTINGS.items():
         variables = [v for v in (row.variable, "AGPROXY_" + name.upper()) if environ.get(v)]
@@ -784,8 +812,10 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
         where = f"providers.{name}.{cell}"
         if cell == "base_url":
             urls = [value] if isinstance(value, str) else value
-            if not isinstance(urls, list) or not all(
-                    isinstance(u, str) and u.startswith(("http://", "https://")) for u in urls):
+            if not isinstance(urls, list) or not urls or not all(
+                    isinstance(u, str) and re.fullmatch(r"https?://[^/\s:]+(:\d{1,5})?(/\S*)?"
+                                                        r"|https?://\[[0-9a-f:]+\](:\d{1,5})?", u)
+                    for u in urls):
                 raise ConfigError(f"{where}: a http(s) URL, or a list of them, is required")
             row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
         elif cell == "headers" and isinstance(value, dict):
@@ -797,6 +827,8 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(**{cell: value})
         else:
             raise ConfigError(f"{where} is not a cell that can be set")
+    if row.auth not in ("oauth", "x-goog-api-key", "bearer"):
+        raise ConfigError(f"providers.{name}.auth: oauth, x-goog-api-key or bearer is required")
     if row.dialect != "gemini":
         raise ConfigError(f"providers.{name}.dialect: gemini is required, not {row.dialect!r}")
     return row
@@ -811,6 +843,14 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
         is_bool_for_number = isinstance(value, bool) and types in (int, (int, float))
         if not isinstance(value, types) or is_bool_for_number:
             raise ConfigError(f"{where}.{name}: {allowed} is required")
+    if not 0 <= row.get("soft_limit", 0) < 1 or min(row.get("weight", 1),
+                                                    row.get("max_in_flight", 0)) < 0:
+        raise ConfigError(f"{where}: weight and max_in_flight are 0 or more, soft_limit below 1")
+    if not all(isinstance(m, str) for m in row.get("models", ())):
+        raise ConfigError(f"{where}.models: a list of model names is required")
+    if not row.get("name", "x").isprintable() or not row.get("name", "x").strip("@ "):
+        raise ConfigError(f"{where}.name: a label in visible characters is required")
+    warn_unknown(row, ACCOUNT_FIELDS, where + ".")
     if row.get("provider") not in providers:
         raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
     if not providers[row["provider"]].base_urls:
@@ -832,36 +872,67 @@ def _parse_accounts(raw: bytes) -> dict:
     return stored
 
 
-def read_accounts_file(path: str, recovers: bool = True) -> dict:
-    """The stored object, {} when there is no file.  A damaged one is set aside and the last good
-    version is used; without one, or without `recovers`, ConfigError, never an empty pool."""
+def _accounts_bytes(path: str) -> bytes:
+    """The file; one that others may read is closed to them, which is said."""
+    with open(path, "rb") as handle:
+        if os.name == "posix" and os.fstat(handle.fileno()).st_mode & 0o077:
+            with contextlib.suppress(OSError):      # not our file: its owner may want it so
+                os.fchmod(handle.fileno(), 0o600)
+                print(f"agproxy: {path} could be read by others; it is 0600 now", file=sys.stderr)
+        return handle.read()
+
+
+def read_accounts_file(path: str, recovers: bool = False) -> dict:
+    """The stored object, {} when there is no file.  A damaged or lost one raises ConfigError, and
+    nothing is changed; with `recovers` the last good version is used then, the damaged one set
+    aside, and both are named."""
     try:
-        with open(path, "rb") as handle:
-            raw = handle.read()
+        return _parse_accounts(_accounts_bytes(path))
     except FileNotFoundError:
-        return {}
+        if not os.path.exists(path + ".bak"):
+            return {}
+        why = "missing"
     except OSError as err:
         raise ConfigError(f"{path}: {err.strerror}") from err
-    try:
-        return _parse_accounts(raw)
     except ValueError as err:
-        aside = f"{path}.corrupt-{int(time.time())}"
-        if not recovers or not os.path.exists(path + ".bak"):
-            raise ConfigError(f"{path} is damaged ({err}); mend it, nothing was changed") from err
-        with file_lock(path):       # a command may be mending it at this moment
-            with open(path + ".bak", "rb") as handle:
-                good = handle.read()
-            os.replace(path, aside)
+        why = f"damaged ({err})"
+    if not recovers or not os.path.exists(path + ".bak"):
+        raise ConfigError(f"{path} is {why}; mend it, nothing was changed.  The last good version "
+                          f"is kept in {path}.bak")
+    try:
+        with file_lock(path):
+            good = _accounts_bytes(path + ".bak")
+            stored = _parse_accounts(good)
+            with contextlib.suppress(OSError, ValueError):      # mended in the meantime?
+                return _parse_accounts(_accounts_bytes(path))
+            aside = f"{path}.corrupt-{int(time.time())}"
+            with contextlib.suppress(FileNotFoundError):        # it was missing
+                os.replace(path, aside)
+                why += f", set aside as {aside}"
             write_atomic(path, good)
-        print(f"agproxy: {path} was damaged ({err}); the last good version is used, "
-              f"the damaged one is {aside}", file=sys.stderr)
-        return _parse_accounts(good)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path} is {why}, and {path}.bak cannot be used: {err}") from err
+    print(f"agproxy: {path} was {why}; the last good version is used", file=sys.stderr)
+    return stored
+
+
+def default_name(row: Mapping, position: int) -> str:
+    """The label of an account in the file: its name, else provider and place."""
+    return row.get("name") or f"{row.get('provider')}-{position + 1}"
+
+
+def stored_accounts(stored: Mapping) -> list[tuple[str, dict]]:
+    """(label, row) of each account of a file that may not be valid."""
+    return [(default_name(row, i), row) for i, row in enumerate(stored.get("accounts") or ())
+            if isinstance(row, dict)] if isinstance(stored.get("accounts"), list) else []
 
 
 def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
-                stored: dict | None = None) -> Config:
+                stored: dict | None = None, recovers: bool = False) -> Config:
     """The whole configuration, from `path` or from `stored`; raises ConfigError with a sentence."""
-    stored = read_accounts_file(path) if stored is None else stored
+    stored = read_accounts_file(path, recovers) if stored is None else stored
+    warn_unknown(stored, ("settings", "providers", "accounts", "aliases", "groups", "users",
+                          "routes", "rules"), "")
     for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
                        ("aliases", dict)):
         if not isinstance(stored.get(name, kind()), kind):
@@ -872,7 +943,7 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     accounts, names = [], set()
     for position, row in enumerate(stored.get("accounts", [])):
         account = _config_account(row, f"accounts.{position}", providers)
-        account.setdefault("name", f"{account['provider']}-{position + 1}")
+        account["name"] = default_name(account, position)
         if account["name"] in names:
             raise ConfigError(f"accounts.{position}.name: {account['name']!r} is there twice")
         names.add(account["name"])
@@ -896,11 +967,13 @@ def edit_accounts(path: str, change: Callable[[dict], Any], validates: bool = Tr
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     with file_lock(path):
-        stored = read_accounts_file(path, recovers=False)
+        stored = read_accounts_file(path)
+        if validates:
+            load_config(path, {}, {}, stored)
         result = change(stored)
         if validates:
             load_config(path, {}, {}, stored)
-        data = json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
+        data = json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         if _parse_accounts(data) != stored:
             raise ConfigError(f"{path}: the change cannot be written as JSON")
         write_atomic(path, data)
@@ -921,7 +994,7 @@ def sweep_temporaries(path: str) -> None:
 def save_rotated_token(path: str, account: str, old: str, new: str) -> None:
     """Writes a rotated refresh token over the old one, on the file as it is now."""
     def change(stored: dict) -> None:
-        row = next((r for r in stored.get("accounts", ()) if r.get("refresh_token") == old), None)
+        row = next((r for _, r in stored_accounts(stored) if r.get("refresh_token") == old), None)
         if row is None:
             raise ConfigError(f"{account} is not in {path} with its old token")
         row["refresh_token"] = new
@@ -1033,16 +1106,22 @@ class State:
         self.dropped = 0
         self._jobs: queue.Queue = queue.Queue(50_000)
         self._lock = threading.Lock()       # guards the one connection of a database in memory
-        self._memory: Any = None
-        self._target = self._prepare()
+        self._told = ""
+        self._db = self._prepare()
+        self._seen = self._version()        # from here on a foreign commit is noticed
         self._thread = threading.Thread(target=self._run, name="state", daemon=True)
         self._thread.start()
 
     def put(self, table: str, *row: Any, urgent: bool = False) -> None:
         """Inserts or replaces one row, in the order of the table's columns.  A value that is a
-        function is called in the writing thread."""
+        function is called in the writing thread.  Of `rests` the newer row holds."""
         marks = ", ".join("?" * len(row))
-        self._enqueue(f"INSERT OR REPLACE INTO {table} VALUES({marks})", row, urgent)
+        sql = f"INSERT OR REPLACE INTO {table} VALUES({marks})"
+        if table == "rests":
+            sql = (f"INSERT OR REPLACE INTO rests SELECT {marks} WHERE NOT EXISTS "
+                   "(SELECT 1 FROM rests WHERE key = ? AND changed_at > ?)")
+            row += (row[0], row[-1])
+        self._enqueue(sql, row, urgent)
 
     def delete(self, table: str, account: str) -> None:
         self._enqueue(f"DELETE FROM {table} WHERE account = ?", (account,), True)
@@ -1052,10 +1131,10 @@ class State:
         import sqlite3
         query = f"SELECT * FROM {table} WHERE {where}"
         try:
-            if self._memory is not None:
+            if not self.path:
                 with self._lock:
-                    return self._memory.execute(query, values).fetchall()
-            with contextlib.closing(self._connect(self._target)) as db:
+                    return self._db.execute(query, values).fetchall()
+            with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as db:
                 return db.execute(query, values).fetchall()
         except sqlite3.Error as err:
             self.tell(f"state.db cannot be read: {err}")
@@ -1064,44 +1143,49 @@ class State:
     def flush(self) -> None:
         """Returns when everything enqueued so far was written, or could not be."""
         done = threading.Event()
-        self._jobs.put((done, (), True))
+        self._enqueue(done, (), True)
         done.wait(10)
 
     def close(self) -> None:
-        self._jobs.put((None, (), True))
+        self._enqueue(None, (), True)
         self._thread.join(10)
 
-    def _enqueue(self, sql: str, values: tuple, urgent: bool) -> None:
+    def _enqueue(self, sql: Any, values: tuple, urgent: bool) -> None:
         try:
             self._jobs.put_nowait((sql, values, urgent))
         except queue.Full:
             self.dropped += 1
 
-    def _prepare(self) -> str:
-        """The file, sound and migrated; else a database in memory."""
+    def _prepare(self) -> Any:
+        """A connection to the file, sound and migrated; else to a database in memory."""
         import sqlite3
-        why = ""
         if self.path:
+            why = ""
             try:
                 os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                for is_last in (False, True):
-                    try:
-                        with contextlib.closing(self._connect(self.path)) as db:
+                with file_lock(self.path):      # two processes may find the same damage
+                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+                    for is_last in (False, True):
+                        db = sqlite3.connect(self.path, timeout=5, isolation_level=None,
+                                             check_same_thread=False)
+                        try:
                             why = self._migrate(db)
-                        break
-                    except sqlite3.DatabaseError as err:
-                        if is_last or isinstance(err, sqlite3.OperationalError):
-                            raise           # locked, full, read-only: not damage
-                        self._set_aside(err)
+                            break
+                        except sqlite3.DatabaseError as err:
+                            db.close()
+                            if is_last or isinstance(err, sqlite3.OperationalError):
+                                raise           # locked, full, read-only: not damage
+                            self._set_aside(err)
+                if not why:
+                    return db
+                db.close()
             except (OSError, sqlite3.Error) as err:
                 why = str(err)
-            if not why:
-                return self.path
             self.tell(f"{self.path} is not used ({why}); limits are kept in memory only")
-        self._memory = self._connect(":memory:")
-        self._migrate(self._memory)
-        return ":memory:"
+            self.path = ""
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._migrate(db)
+        return db
 
     def _set_aside(self, err: Exception) -> None:
         aside = f"{self.path}.corrupt-{int(time.time())}"
@@ -1121,7 +1205,8 @@ class State:
             return "it belongs to a newer version of agproxy"
         db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         db.execute("PRAGMA journal_mode=WAL")
-        db.execute("BEGIN IMMEDIATE")       # two processes may start at once
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("BEGIN IMMEDIATE")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         for script in MIGRATIONS[version:]:
             for statement in script.split(";")[:-1]:
@@ -1130,78 +1215,69 @@ class State:
         db.execute("COMMIT")
         return ""
 
-    def _connect(self, target: str) -> Any:
-        import sqlite3
-        db = sqlite3.connect(target, timeout=5, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA synchronous=NORMAL")
-        return db
+    def _version(self) -> int:
+        """Changes when another process has committed."""
+        return self._db.execute("PRAGMA data_version").fetchone()[0]
 
     def _run(self) -> None:
-        import sqlite3
-        db = self._memory or self._connect(self._target)
-        pending, due, tidy_at, seen = [], 0.0, 0.0, None
+        pending: list = []
+        due = tidy_at = 0.0
         while True:
-            now = time.monotonic()
             with contextlib.suppress(queue.Empty):
-                job = self._jobs.get(timeout=max(0.02, min(1.0, due - now)) if pending else 1.0)
-                due = due if pending else now + 1.0
+                wait_s = max(0.02, min(1.0, due - time.monotonic())) if pending else 1.0
+                job = self._jobs.get(timeout=wait_s)
+                due = due if pending else time.monotonic() + 1.0
                 pending.append(job)
-            if pending and (pending[-1][2] or time.monotonic() >= due or len(pending) > 5000):
-                due = time.monotonic() + 5      # for what could not be written
-                try:
-                    with self._lock:
-                        if self._write(db, pending):
-                            return
-                    pending = []
-                except sqlite3.Error as err:
-                    if any(sql is None for sql, _, _ in pending):
-                        return
-                    pending = self._keep_unwritten(pending, err)
+            is_end = any(sql is None for sql, _, _ in pending)
             try:
-                version = db.execute("PRAGMA data_version").fetchone()[0]
-                if seen not in (None, version):
+                if pending and (pending[-1][2] or time.monotonic() >= due or len(pending) > 5000):
+                    due = time.monotonic() + 5      # for what cannot be written
+                    self._write(pending)
+                    pending, self._told = [], ""
+                if is_end:
+                    self._db.close()
+                    return
+                before, self._seen = self._seen, self._version()
+                if self._seen != before:
                     self.on_foreign_change()
-                seen = version
                 if time.monotonic() > tidy_at:
                     tidy_at = time.monotonic() + 3600
                     with self._lock:
-                        self._tidy(db)
-            except sqlite3.Error as err:
-                self.tell(f"state.db: {err}")
+                        self._tidy()
+            except Exception as err:    # a thread's top: the disk may be back in five seconds
+                if str(err) != self._told:
+                    self._told = str(err)
+                    self.tell(f"state.db: {short_trace(err)}")
+                if is_end:
+                    return
+                pending = [(sql, values, False) for sql, values, _ in pending
+                           if isinstance(sql, str)][-5000:]
 
-    def _write(self, db: Any, jobs: list) -> bool:
-        """Writes jobs in one transaction; whether the end was among them."""
-        db.execute("BEGIN IMMEDIATE")
+    def _write(self, jobs: list) -> None:
+        """Writes jobs in one transaction; flushes are answered also when that fails."""
         try:
-            for sql, values, _ in jobs:
-                if isinstance(sql, str):
-                    db.execute(sql, [v() if callable(v) else v for v in values])
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        for sql, _, _ in jobs:
-            if isinstance(sql, threading.Event):
-                sql.set()
-        if any(sql is None for sql, _, _ in jobs):
-            db.close()
-            return True
-        return False
+            with self._lock:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    for sql, values, _ in jobs:
+                        if isinstance(sql, str):
+                            self._db.execute(sql, [v() if callable(v) else v for v in values])
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+        finally:
+            for sql, _, _ in jobs:
+                if isinstance(sql, threading.Event):
+                    sql.set()
 
-    def _keep_unwritten(self, jobs: list, err: Exception) -> list:
-        """The newest of what could not be written, for another try; flushes do not wait for it."""
-        self.tell(f"state.db could not be written: {err}")
-        for sql, _, _ in jobs:
-            if isinstance(sql, threading.Event):
-                sql.set()
-        return [(sql, values, False) for sql, values, _ in jobs if isinstance(sql, str)][-5000:]
-
-    def _tidy(self, db: Any) -> None:
+    def _tidy(self) -> None:
         """Forgets what is old, and the oldest requests when the file is above its ceiling."""
-        now = time.time()
+        now, db = time.time(), self._db
         db.execute("DELETE FROM requests WHERE at < ?", (now - KEEP_REQUESTS_S,))
         db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
-        db.execute("DELETE FROM rests WHERE until < ?", (now - 86400,))
+        # one that ended must stay until every process has seen it
+        db.execute("DELETE FROM rests WHERE until < ? AND changed_at < ?", (now, now - 86400))
         while True:
             pages = db.execute("PRAGMA page_count").fetchone()[0]
             pages -= db.execute("PRAGMA freelist_count").fetchone()[0]
@@ -3429,15 +3505,11 @@ def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
         yield float(headers["x-ratelimit-reset"]) - now
 
 
-def _dicts(value: Any) -> list[dict]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def _link(details: list[dict], metadata: Mapping, message: str) -> str:
     if isinstance(metadata.get("validation_url"), str):
         return metadata["validation_url"]
     for detail in details:
-        for link in _dicts(detail.get("links")):
+        for link in objects_of(detail.get("links")):
             if "learn more" not in str(link.get("description", "")).lower():
                 return str(link.get("url", ""))
     match = _LOGIN_LINK.search(message.replace("\\u0026", "&"))
@@ -3454,16 +3526,16 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
             text = re.sub(r"<[^>]*>|\s+", " ", raw[:400].decode("utf-8", "replace")).strip()
             raw = {"error": {"message": text}}
     message, error = _innermost(raw)
-    details = _dicts(error.get("details"))
+    details = objects_of(error.get("details"))
     reasons, metadata = set(), {}
     delays = list(_retry_headers_s(headers, now))
     for detail in details:
         reasons.add(str(detail.get("reason", "")))
         if isinstance(detail.get("metadata"), dict):
             metadata.update(detail["metadata"])
-        reasons.update(str(v.get("quotaId", "")) for v in _dicts(detail.get("violations")))
+        reasons.update(str(v.get("quotaId", "")) for v in objects_of(detail.get("violations")))
         delays.append(parse_duration_s(str(detail.get("retryDelay", ""))))
-    reasons.update(str(e.get("reason", "")) for e in _dicts(error.get("errors")))
+    reasons.update(str(e.get("reason", "")) for e in objects_of(error.get("errors")))
     delays.append(parse_duration_s(str(metadata.get("quotaResetDelay", ""))))
     said_at = re.search(r"reset(?:s)?(?: at)?\W+(\d{4}-\d\d-\d\d[T ][\d:]{8}Z?)", message)
     if said_at:
@@ -3658,7 +3730,7 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
         response = client.getresponse()
         data = response.read(MAX_REPLY_BYTES)
         return response.status, {k.lower(): v for k, v in response.getheaders()}, data
-    except (OSError, http.client.HTTPException) as err:
+    except (OSError, http.client.HTTPException, ValueError) as err:
         raise network_error(err, connection.host) from err
     finally:
         connection.close()
@@ -3702,6 +3774,7 @@ class Account:
     access_token: str = ""
     token_expires_at: float = 0.0           # epoch seconds
     failure: tuple | None = None            # (monotonic time, ProxyError) of its last refresh
+    _hashed: tuple = ("", "")               # (secret, its hash)
 
     @property
     def label(self) -> str:
@@ -3720,14 +3793,23 @@ class Account:
     def soft_limit_of(self, settings: Mapping[str, Any]) -> float:
         return settings.get("soft_limit", 0.0) if self.soft_limit is None else self.soft_limit
 
-    def stop_key(self) -> tuple:
-        """Key of the rest that lasts until a person acts; another credential is another key."""
-        return ("stop", self.name, hashlib.sha256(self.secret.encode("utf-8")).hexdigest()[:12])
+    @property
+    def secret_hash(self) -> str:
+        """Tells this credential from another one, where the secret itself must not stand."""
+        if self._hashed[0] != self.secret:
+            self._hashed = self.secret, hashlib.sha256(self.secret.encode()).hexdigest()[:12]
+        return self._hashed[1]
+
+    @property
+    def stop_keys(self) -> tuple:
+        """Keys of rests that last until a person acts: on the vendor's page, or by a new sign-in,
+        which is another credential."""
+        return ("stop", self.name), ("login", self.name, self.secret_hash)
 
 
 # what a person may edit while the account goes on
-ACCOUNT_CELLS = ("pools", "project", "email", "enabled", "priority", "weight", "models", "proxy",
-                 "max_in_flight", "soft_limit", "headers", "user_agent")
+ACCOUNT_CELLS = ("provider", "pools", "project", "email", "enabled", "priority", "weight",
+                 "models", "proxy", "max_in_flight", "soft_limit", "headers", "user_agent")
 
 
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
@@ -3763,16 +3845,30 @@ class Window(NamedTuple):
     at: float
 
 
-class Candidate(NamedTuple):
-    account: Account
-    provider: Provider      # the pool
-    model: Model
-    upstream_id: str
+def quota_group(model: Model, provider: Provider) -> str:
+    """The group whose models may share one allowance, as Cloud Code counts."""
+    if provider.envelope != "antigravity":
+        return model.id
+    return {"claude": "3p", "gpt-oss": "3p", "image": "gemini-image"}.get(model.family, "gemini")
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Lower first: the first pool of all accounts comes before the second of any."""
-        return self.account.priority, self.account.providers.index(self.provider)
+
+class Candidate:
+    """An account's pool that serves a model.  What decisions look up by is prepared here."""
+    __slots__ = ("account", "provider", "model", "upstream_id", "rank", "pair", "key", "keys",
+                 "hosts", "scopes")
+
+    def __init__(self, account: Account, provider: Provider, model: Model, served: str):
+        self.account, self.provider = account, provider
+        self.model, self.upstream_id = model, served
+        # lower first: the first pool of all accounts comes before the second of any
+        self.rank = account.priority, account.providers.index(provider)
+        self.pair = name, pool = account.name, provider.id
+        self.key, group = ("candidate", name, pool, model.id), quota_group(model, provider)
+        # everything whose rest makes this one rest; hosts count when all of them rest
+        self.keys = (("account", name), ("pair", name, pool), self.key,
+                     ("group", name, pool, group), ("capacity", pool, model.id), ("pool", pool))
+        self.hosts = tuple(("host", url) for url in provider.base_urls)
+        self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
 
 
 def upstream_id(model: Model, provider: Provider) -> str:
@@ -3782,13 +3878,6 @@ def upstream_id(model: Model, provider: Provider) -> str:
     if provider.catalogue == "cli_id":
         return GEMINI_CLI_IDS.get(model.key_id, "")
     return model.id if model.on_cloud_code else ""
-
-
-def quota_group(model: Model, provider: Provider) -> str:
-    """The group whose models may share one allowance, as Cloud Code counts."""
-    if provider.envelope != "antigravity":
-        return model.id
-    return {"claude": "3p", "gpt-oss": "3p", "image": "gemini-image"}.get(model.family, "gemini")
 
 
 def account_serves(account: Account, model: Model, provider: Provider | None = None,
@@ -3903,7 +3992,7 @@ class View(NamedTuple):
     """What a decision looks at: the pool's tables and the settings, at one moment."""
     rests: Mapping[tuple, Rest] = {}
     facts: Mapping[tuple, Facts] = {}           # (account, pool)
-    quotas: Mapping[tuple, Mapping] = {}        # (account, pool) -> {(scope, window): Window}
+    quotas: Mapping[tuple, Mapping] = {}        # (account, pool) -> {scope: {window: Window}}
     settings: Mapping[str, Any] = {}
 
 
@@ -3930,24 +4019,15 @@ def is_stated(error: ProxyError) -> bool:
     return error.delay_s is not None and error.kind in ("quota", "rate")
 
 
-def candidate_keys(candidate: Candidate) -> tuple:
-    """Everything whose rest makes this candidate rest; hosts count when all of them rest."""
-    name, pool, model = candidate.account.name, candidate.provider.id, candidate.model
-    return (("account", name), ("pair", name, pool), ("candidate", name, pool, model.id),
-            ("group", name, pool, quota_group(model, candidate.provider)),
-            ("capacity", pool, model.id), ("pool", pool))
-
-
 def fresh_windows(candidate: Candidate, view: View, now: float) -> list[Window]:
     """Readings that tell something about the candidate now: not too old, not past their reset."""
-    readings = view.quotas.get((candidate.account.name, candidate.provider.id))
+    readings = view.quotas.get(candidate.pair)
     if not readings:
         return []
-    scopes = (candidate.upstream_id, candidate.model.id, "account",
-              quota_group(candidate.model, candidate.provider))
     oldest = now - max(QUOTA_STALE_S, 2 * view.settings.get("quota_poll_s", 0))
-    return [w for w in readings.values() if w.scope in scopes and w.fraction is not None
-            and oldest < w.at <= now + 60 and (w.reset_at > now or not w.reset_at)]
+    return [w for scope in candidate.scopes for w in readings.get(scope, {}).values()
+            if w.fraction is not None and oldest < w.at <= now + 60
+            and (w.reset_at > now or not w.reset_at)]
 
 
 def measured(account: Account, now: float) -> tuple[float, float]:
@@ -3976,21 +4056,20 @@ def score(candidate: Candidate, view: View, windows: list[Window], now: float) -
             ("idle", settings["hybrid_idle"] * idle_s), ("last choice", -1e6 * is_last))
 
 
-def judge(candidate: Candidate, view: View, tried: Iterable, ask: Ask, now: float) -> Verdict:
+def judge(candidate: Candidate, view: View, tried: Iterable, now: float) -> Verdict:
     """Pure: whether this candidate may be asked now, and if not, why and until when."""
     account, rests = candidate.account, view.rests
     if not account.enabled:
         return Verdict(candidate, "stopped", 0, "disabled; `accounts enable` brings it back")
-    stop = rests.get(account.stop_key())
-    if stop and stop.until > now:
-        return Verdict(candidate, "stopped", 0, stop.message)
-    facts = view.facts.get((account.name, candidate.provider.id))
+    for key in account.stop_keys if rests else ():
+        if key in rests and rests[key].until > now:
+            return Verdict(candidate, "stopped", 0, rests[key].message)
+    facts = view.facts.get(candidate.pair)
     if facts and facts.absent and now - facts.at < ABSENT_LASTS_S:
         return Verdict(candidate, "stopped", 0, facts.absent)
-    resting = [r for key in candidate_keys(candidate)
-               for r in (rests.get(key),) if r and r.holds(now)]
-    hosts = [rests.get(("host", url)) for url in candidate.provider.base_urls]
-    if hosts and all(r and r.holds(now) for r in hosts):
+    resting = [rests[key] for key in candidate.keys if key in rests and rests[key].holds(now)]
+    hosts = [rests[key] for key in candidate.hosts if key in rests and rests[key].holds(now)]
+    if hosts and len(hosts) == len(candidate.hosts):
         resting.append(min(hosts, key=lambda r: r.until))
     stated = max((r for r in resting if r.is_stated), key=lambda r: r.until, default=None)
     if stated:
@@ -4005,8 +4084,7 @@ def judge(candidate: Candidate, view: View, tried: Iterable, ask: Ask, now: floa
     if candidate in tried:
         return Verdict(candidate, "tried", rest.until if rest else 0,
                        rest.message if rest else "was tried")
-    taken = account.in_flight + account.reserved - (ask.place is account)
-    if account.places and taken >= account.places:
+    if account.places and account.in_flight + account.reserved >= account.places:
         return Verdict(candidate, "busy", now + 5, f"serves {account.in_flight} requests already")
     if rest:
         return Verdict(candidate, "guessed", rest.until, rest.message)
@@ -4048,17 +4126,18 @@ def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, pro
     usable = [v for v in sheet if v.state == "usable"] or [v for v in sheet if v.state == "soft"]
     if usable:
         told = f"{len(usable)} of {len(sheet)} usable"
-        for pair in bound:
-            for v in usable:
-                if (v.candidate.account.name, v.candidate.provider.id) == pair:
-                    return v, f"{strategy}; its conversation's account; {told}"
         best = min(v.candidate.rank for v in usable)
+        for pair in bound:
+            for v in usable:        # a warm cache does not outweigh an account of lower priority
+                if v.candidate.pair == pair and v.candidate.rank[0] == best[0]:
+                    return v, f"{strategy}; its conversation's account; {told}"
         first = [v for v in usable if v.candidate.rank == best]
         return STRATEGIES[strategy](first, last, virtual), f"{strategy}; {told}"
     guessed = [v for v in sheet if v.state == "guessed"]
-    free = [v for v in guessed if v.candidate not in probing]
-    if free and len(free) == len(guessed):      # one request tests, the others wait for its result
-        return min(free, key=lambda v: v.until), "shortest guessed rest; none usable"
+    is_tested = any(v.candidate.key in probing for v in guessed)
+    if guessed and not is_tested and not any(v.state == "busy" for v in sheet):
+        # one request tests, the others wait for its result, as they wait for one that is busy
+        return min(guessed, key=lambda v: v.until), "shortest guessed rest; none usable"
     return None, ""
 
 
@@ -4080,6 +4159,7 @@ class Lease:
                  reason: str, began_at: float):
         self._settle, self.candidate, self.reason = settle, candidate, reason
         self.began_at = began_at        # epoch seconds
+        self.is_probe = False           # it tests a guessed rest
         self.is_settled = self.is_passed_on = False
 
     def settle(self, error: ProxyError | None = None, is_success: bool = False) -> None:
@@ -4124,7 +4204,8 @@ _OWN_RESTS = ("account", "pair", "candidate", "group")
 
 class Rests:
     """Why and until when accounts, models, hosts and pools are not asked.  The pool's lock guards
-    it.  Changes go to `state` at once, and those of other processes come back from there."""
+    it.  Changes go to `state` at once, and those of other processes come back from there; one that
+    ended stays as a row of the past, so that an older version of it is known as such."""
 
     def __init__(self, clock: Clock, state: State | None):
         self.clock, self.state = clock, state
@@ -4133,19 +4214,20 @@ class Rests:
     def set(self, key: tuple, rest: Rest) -> None:
         rest.changed_at = self.clock.now()
         self.items[key] = rest
-        self._keep(key, rest)
+        if self.state is not None:
+            self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
+                           rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
+                           urgent=True)
 
     def end(self, key: tuple) -> None:
-        """Ends a rest for other processes too: they see its end as the newer version."""
-        rest = self.items.pop(key, None)
-        if rest:
-            self._keep(key, Rest(rest.kind, 0.0, rest.is_stated, 0, 0.0, "", self.clock.now()))
+        if key in self.items and self.items[key].until:
+            self.set(key, Rest(self.items[key].kind, 0.0, False, 0, 0.0, ""))
 
     def note(self, key: tuple, error: ProxyError, now: float) -> None:
         """Writes down a rest.  Failures within 2 s are one burst; an hour forgets the count."""
         old = self.items.get(key)
         failures = 1
-        if old and now - old.failed_at < 3600:
+        if old and old.kind == error.kind and now - old.failed_at < 3600:
             failures = old.failures + (now - old.failed_at > 2)
         ladder = GUESSED_REST_S[error.rule.rest]
         stated = is_stated(error)
@@ -4161,23 +4243,23 @@ class Rests:
 
     def widen(self, candidate: Candidate) -> None:
         """Two models of a quota group limited until the same moment share one allowance."""
-        name, pool, group = candidate.account.name, candidate.provider.id, quota_group(
-            candidate.model, candidate.provider)
-        one = self.items.get(("candidate", name, pool, candidate.model.id))
+        one = self.items.get(candidate.key)
         if not one or not one.is_stated or one.kind != "quota":
             return
         for key, rest in list(self.items.items()):
-            if (key[:3] == ("candidate", name, pool) and key[3] != candidate.model.id
-                    and rest.is_stated and rest.kind == "quota" and abs(rest.until - one.until) < 3
+            if (key[:3] == candidate.key[:3] and key != candidate.key and rest.is_stated
+                    and rest.kind == "quota" and abs(rest.until - one.until) < 3
                     and key[3] in MODELS
-                    and quota_group(MODELS[key[3]], candidate.provider) == group):
-                self.set(("group", name, pool, group), replace(one))
+                    and quota_group(MODELS[key[3]], candidate.provider) == candidate.keys[3][3]):
+                self.set(candidate.keys[3], replace(one))
 
-    def clear_guesses(self, candidate: Candidate, before: float) -> None:
-        """Drops guesses that are older; what was stated, or is newer, stays."""
-        for key in candidate_keys(candidate):
+    def succeeded(self, candidate: Candidate, began_at: float, now: float) -> None:
+        """Ends guesses older than the success and what is over, with its count of failures; what
+        was stated, or is newer, stays."""
+        for key in candidate.keys if self.items else ():
             rest = self.items.get(key)
-            if rest and not rest.is_stated and rest.failed_at <= before:
+            if rest and rest.until and (rest.until <= now or (not rest.is_stated
+                                                              and rest.failed_at <= began_at)):
                 self.end(key)
 
     def of(self, account: str, now: float) -> list[tuple[tuple, Rest]]:
@@ -4185,23 +4267,13 @@ class Rests:
         return [(key, rest) for key, rest in self.items.items()
                 if key[0] in _OWN_RESTS and key[1] == account and rest.holds(now)]
 
-    def load(self) -> None:
+    def take(self, rows: Iterable[tuple]) -> None:
         """Takes over what is newer on disk."""
-        for text, *row, changed_at in self.state.rows("rests") if self.state else ():
-            key, mine = tuple(json_decode(text.encode())), None
-            mine = self.items.get(key)
-            if mine is not None and mine.changed_at >= changed_at:
-                continue
-            if row[1] > 0:
-                self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
-            elif mine is not None:
-                del self.items[key]
-
-    def _keep(self, key: tuple, rest: Rest) -> None:
-        if self.state is not None:
-            self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
-                           rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
-                           urgent=True)
+        for text, *row, changed_at in rows:
+            with contextlib.suppress(ValueError, TypeError):    # not of our making
+                key = tuple(json_decode(text.encode()))
+                if key not in self.items or self.items[key].changed_at < changed_at:
+                    self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
 
 
 class Readings:
@@ -4211,16 +4283,20 @@ class Readings:
     def __init__(self, clock: Clock, state: State | None):
         self.state = state
         self.facts: dict[tuple, Facts] = {}                 # (account, pool)
-        self.quotas: dict[tuple, dict] = {}                 # ... -> {(scope, window): Window}
+        self.quotas: dict[tuple, dict] = {}                 # ... -> {scope: {window: Window}}
         self.points: dict[tuple, collections.deque] = {}    # (account, pool, scope, window)
-        if state is None:
-            return
-        for account, pool, *told, models, at in state.rows("facts"):
-            rows = tuple(Model(*row) for row in json_decode(models.encode()))
-            self.facts[account, pool] = Facts(*told, rows, at)
         for account, pool, *row in state.rows("quotas", "at > ? ORDER BY at",
-                                              clock.now() - 86400):
+                                              clock.now() - 86400) if state else ():
             self._take(account, pool, Window(*row))
+
+    def take_facts(self, rows: Iterable[tuple]) -> None:
+        """Takes over what is newer on disk."""
+        for account, pool, *told, models, at in rows:
+            with contextlib.suppress(ValueError, TypeError):    # another version's catalogue
+                known = self.facts.get((account, pool))
+                if known is None or known.at < at:
+                    listed = tuple(Model(*row) for row in json_decode(models.encode()))
+                    self.facts[account, pool] = Facts(*told, listed, at)
 
     def note_facts(self, pair: tuple, facts: Facts) -> None:
         self.facts[pair] = facts
@@ -4235,13 +4311,15 @@ class Readings:
 
     def left(self, pair: tuple, scopes: Iterable[str], since: float) -> float | None:
         """The least fraction that readings after `since` show for these scopes."""
-        return min((w.fraction for w in self.quotas.get(pair, {}).values() if w.scope in scopes
-                    and w.fraction is not None and w.at > since), default=None)
+        readings = self.quotas.get(pair, {})
+        return min((w.fraction for scope in scopes for w in readings.get(scope, {}).values()
+                    if w.fraction is not None and w.at > since), default=None)
 
     def report(self, pair: tuple, stale_s: float, now: float) -> list[dict]:
         """The windows of a pool as JSON, with how fast each goes."""
         rows = []
-        for window in sorted(self.quotas.get(pair, {}).values()):
+        for window in sorted(w for row in self.quotas.get(pair, {}).values()
+                             for w in row.values()):
             trend, per_h, empty_s = burn_rate(
                 self.points.get((*pair, window.scope, window.window), ()), window.reset_at, now)
             is_over = 0 < window.reset_at <= now
@@ -4254,7 +4332,8 @@ class Readings:
 
     def _take(self, account: str, pool: str, window: Window) -> bool:
         """Whether the reading is worth a row: a change, or ten minutes gone by."""
-        self.quotas.setdefault((account, pool), {})[window.scope, window.window] = window
+        readings = self.quotas.setdefault((account, pool), {})
+        readings.setdefault(window.scope, {})[window.window] = window
         if window.fraction is None:
             return False
         points = self.points.setdefault((account, pool, window.scope, window.window),
@@ -4282,26 +4361,29 @@ class AccountPool:
         self._lock = threading.Lock()
         self._last: dict[str, str] = {}                     # model id -> account name
         self._bindings: collections.OrderedDict = collections.OrderedDict()
-        self._probing: set[Candidate] = set()
+        self._probing: set[tuple] = set()                   # keys of candidates under test
         self._waiting: dict[Ask, tuple] = {}                # -> accounts that may serve it
         self._turns: collections.Counter = collections.Counter()    # places kept, by agent
         self._virtual = 0.0
         self._prepared: dict[str, list] = {}                # candidates by model id
         self._used = dict(state.rows("used")) if state else {}      # last uses, as loaded
         if state is not None:
-            self.load_rests()
-            state.on_foreign_change = self.load_rests
+            self.take_over()
+            state.on_foreign_change = self.take_over
         self.replace(accounts, settings)
 
     def replace(self, accounts: Iterable[Account], settings: Mapping[str, Any]) -> None:
-        """Takes over an edited accounts file.  An account with the same name, provider and
+        """Takes over an edited accounts file.  An account with the same name, provider and kind of
         credential goes on as it was; leases of the others run out."""
         with self._lock:
             known, out = {a.name: a for a in self.accounts}, []
             for account in accounts:
                 old = known.get(account.name)
-                if old and (old.provider, old.credential, old.secret) == (
-                        account.provider, account.credential, account.secret):
+                if old and (old.provider.id, old.credential) == (account.provider.id,
+                                                                 account.credential):
+                    if old.secret != account.secret:
+                        with old.lock:      # rotated by another process, or a new sign-in
+                            old.secret, old.access_token, old.failure = account.secret, "", None
                     for name in ACCOUNT_CELLS:
                         setattr(old, name, getattr(account, name))
                     account = old
@@ -4342,32 +4424,43 @@ class AccountPool:
         waits for a busy account keeps its place in the queue until `leave`."""
         now, ask = self.clock.now(), ask or Ask()
         with self._lock:
+            kept, ask.place = ask.place, None       # a place kept for it is as free as any now
+            if kept is not None:
+                kept.reserved -= 1
             view = self.view()
-            sheet = tuple(judge(c, view, tried, ask, now) for c in candidates)
+            sheet = tuple(judge(c, view, tried, now) for c in candidates)
             chosen, reason = self._choose(sheet, ask, now)
-            if chosen is None:
+            self._waiting.pop(ask, None)
+            if chosen is not None:
+                if self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30):
+                    raise ProxyError("full", "too many upstream calls are in flight", 1)
+                lease = self._lend(chosen, sheet, ask, reason, now)
+            else:
                 self._queue(ask, sheet)
-                soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
-                soon += [0.25] * any(v.state == "guessed" for v in sheet)
-                return Choice(None, min(soon, default=None), sheet, "")
-            if self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30):
-                raise ProxyError("full", "too many upstream calls are in flight", 1)
-            self._leave(ask)
-            self._lend(chosen, sheet, ask, now)
-        return Choice(Lease(self.settle, chosen.candidate, reason, now), None, sheet, reason)
+            if kept is not None:
+                self._hand_over(kept)
+        if chosen is not None:
+            return Choice(lease, None, sheet, reason)
+        soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
+        soon += [0.25] * any(v.state == "guessed" for v in sheet)
+        return Choice(None, min(soon, default=None), sheet, "")
 
     def borrow(self, candidate: Candidate) -> Lease:
         """This very candidate, whatever the others are: for the upkeep's own requests."""
         now = self.clock.now()
         with self._lock:
-            self._lend(Verdict(candidate, "usable", 0, ""), (), Ask(), now)
-        return Lease(self.settle, candidate, "auto-refresh", now)
+            return self._lend(Verdict(candidate, "usable", 0, ""), (), Ask(), "auto-refresh", now)
 
     def leave(self, ask: Ask) -> None:
         """The request is over: it waits no longer, and gives back a place kept for it."""
-        if ask in self._waiting or ask.place is not None:
-            with self._lock:
-                self._leave(ask, gives_back=True)
+        with self._lock:
+            self._waiting.pop(ask, None)
+            account, ask.place = ask.place, None
+            if account is not None:
+                account.reserved -= 1
+                self._hand_over(account)
+            if not self._waiting:
+                self._turns.clear()
 
     def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
         """A dry run: (what would be chosen, why, the score sheet)."""
@@ -4379,7 +4472,7 @@ class AccountPool:
         now = self.clock.now()
         with self._lock:
             view = self.view()
-            return tuple(judge(c, view, tried, Ask(), now) for c in candidates)
+            return tuple(judge(c, view, tried, now) for c in candidates)
 
     def _choose(self, sheet: tuple, ask: Ask, now: float) -> tuple[Verdict | None, str]:
         strategy, bound = self.settings.get("strategy", "sticky"), ()
@@ -4393,9 +4486,9 @@ class AccountPool:
         return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
                       self._virtual)
 
-    def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, now: float) -> None:
-        account, pool, model = chosen.candidate.account, chosen.candidate.provider.id, (
-            chosen.candidate.model.id)
+    def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, reason: str, now: float) -> Lease:
+        account, model = chosen.candidate.account, chosen.candidate.model.id
+        lease = Lease(self.settle, chosen.candidate, reason, now)
         account.in_flight += 1
         self.in_flight += 1
         account.health, account.tokens = measured(account, now)
@@ -4410,11 +4503,13 @@ class AccountPool:
         self._virtual = max(self._virtual, account.served)
         account.served = self._virtual + 1 / max(weight, 1e-3)
         if chosen.state == "guessed":
-            self._probing.add(chosen.candidate)
+            lease.is_probe = True
+            self._probing.add(chosen.candidate.key)
         if ask.session:
-            self._bind((ask.session, model), (account.name, pool), now)
+            self._bind((ask.session, model), chosen.candidate.pair, now)
         if self.state is not None:
             self.state.put("used", account.name, now)
+        return lease
 
     def _bind(self, key: tuple, pair: tuple, now: float) -> None:
         """The account that serves a conversation stays its home; another that serves while the home
@@ -4436,16 +4531,6 @@ class AccountPool:
                 ask.arrived_at = self.clock.monotonic()
             self._waiting[ask] = busy
 
-    def _leave(self, ask: Ask, gives_back: bool = False) -> None:
-        self._waiting.pop(ask, None)
-        account, ask.place = ask.place, None
-        if account is not None:
-            account.reserved -= 1
-            if gives_back:
-                self._hand_over(account)
-        if not self._waiting:
-            self._turns.clear()
-
     def _hand_over(self, account: Account) -> None:
         """Keeps the account's free places for who waits, agents in turn, first come first."""
         while self._waiting:
@@ -4454,10 +4539,10 @@ class AccountPool:
                                account.in_flight + account.reserved >= account.places):
                 return
             ask = min(waiting, key=lambda a: (self._turns[a.agent], a.arrived_at))
+            ask.place = account
+            account.reserved += 1
             del self._waiting[ask]
             self._turns[ask.agent] += 1
-            account.reserved += 1
-            ask.place = account
             ask.wake()
 
     # Settling
@@ -4468,9 +4553,10 @@ class AccountPool:
         with self._lock:
             candidate.account.in_flight -= 1
             self.in_flight -= 1
-            self._probing.discard(candidate)
+            if lease.is_probe:
+                self._probing.discard(candidate.key)
             if is_success:
-                self.rests.clear_guesses(candidate, lease.began_at)
+                self.rests.succeeded(candidate, lease.began_at, now)
                 self._feel(candidate.account, "success", now)
             elif error is not None:
                 self._punish(candidate, error, now)
@@ -4480,8 +4566,9 @@ class AccountPool:
         """The candidate answers with content: guesses about it are over, others may come."""
         account = lease.candidate.account
         with self._lock:
-            self._probing.discard(lease.candidate)
-            self.rests.clear_guesses(lease.candidate, lease.began_at)
+            if lease.is_probe:
+                self._probing.discard(lease.candidate.key)
+            self.rests.succeeded(lease.candidate, lease.began_at, self.clock.now())
             if account.ramp:
                 account.ramp = account.ramp * 2 if account.ramp < RAMP_END else 0
                 self._hand_over(account)
@@ -4493,7 +4580,7 @@ class AccountPool:
 
     def _punish(self, candidate: Candidate, error: ProxyError, now: float) -> None:
         rule = error.rule
-        account, pair, one, _, capacity, pool = candidate_keys(candidate)
+        account, pair, one, _, capacity, pool = candidate.keys
         if rule.scope in (Scope.ACCOUNT, Scope.CANDIDATE, Scope.PAIR):
             self._feel(candidate.account, "limit" if rule.status == 429 else "failure", now)
         if rule.rest == "stop":
@@ -4506,8 +4593,9 @@ class AccountPool:
             self.rests.widen(candidate)
 
     def _stop(self, account: Account, error: ProxyError) -> None:
-        self.rests.set(account.stop_key(), Rest(error.kind, float("inf"), True, 1,
-                                                self.clock.now(), error.message))
+        needs_page = error.kind in ("validation", "disabled")
+        self.rests.set(account.stop_keys[0 if needs_page else 1], Rest(
+            error.kind, float("inf"), True, 1, self.clock.now(), error.message))
 
     def stop(self, account: Account, error: ProxyError) -> None:
         """Sends nothing more for this account until a person acts."""
@@ -4519,7 +4607,7 @@ class AccountPool:
             self.rests.note(("host", url), error, self.clock.now())
 
     def host_answered(self, url: str) -> None:
-        if ("host", url) in self.rests.items:
+        if ("host", url) in self.rests.items:       # mostly not: no lock is taken for nothing
             with self._lock:
                 self.rests.end(("host", url))
 
@@ -4535,19 +4623,24 @@ class AccountPool:
     def clear(self, account: Account, stops_only: bool = False) -> int:
         """Ends the account's stop, and every other rest and absence of it; how many."""
         with self._lock:
-            keys = [account.stop_key()] * (account.stop_key() in self.rests.items)
+            keys = [k for k in account.stop_keys if self._stands(k)]
             if not stops_only:
                 keys += [key for key, _ in self.rests.of(account.name, self.clock.now())]
                 for pair, facts in list(self.readings.facts.items()):
                     if pair[0] == account.name and facts.absent:
-                        self.readings.note_facts(pair, facts._replace(absent="", at=0.0))
+                        self.readings.note_facts(pair, facts._replace(
+                            absent="", at=self.clock.now() - FACTS_LAST_S))
             for key in keys:
                 self.rests.end(key)
             return len(keys)
 
-    def load_rests(self) -> None:
+    def take_over(self) -> None:
+        """What other processes learned.  Called by the state's thread; reads without the lock."""
+        rests, facts = self.state.rows("rests"), self.state.rows("facts")
         with self._lock:
-            self.rests.load()
+            self.rests.take(rests)
+            self.readings.take_facts(facts)
+            self._prepared = {}
 
     def facts(self, pair: tuple) -> Facts | None:
         with self._lock:
@@ -4581,7 +4674,10 @@ class AccountPool:
 
     def is_stopped(self, account: Account) -> bool:
         """Whether nothing may be sent for it until a person acts."""
-        return not account.enabled or account.stop_key() in self.rests.items
+        return not account.enabled or any(map(self._stands, account.stop_keys))
+
+    def _stands(self, key: tuple) -> bool:
+        return key in self.rests.items and self.rests.items[key].until > self.clock.now()
 
     def has_stated_limit(self, pair: tuple) -> bool:
         with self._lock:
@@ -4602,7 +4698,8 @@ class AccountPool:
         limits = [{"scope": " ".join(key[2:]) or "account", "kind": rest.kind, "until": rest.until,
                    "is_stated": rest.is_stated, "message": rest.message}
                   for key, rest in self.rests.of(account.name, now)]
-        stop, pools, quotas, tier = self.rests.items.get(account.stop_key()), [], [], ""
+        stop = next((self.rests.items[k] for k in account.stop_keys if self._stands(k)), None)
+        pools, quotas, tier = [], [], ""
         stale_s = max(QUOTA_STALE_S, 2 * self.settings.get("quota_poll_s", 0))
         for provider in account.providers:
             pair = account.name, provider.id
@@ -4691,43 +4788,59 @@ def no_client(provider: Provider) -> ProxyError:
                       f"client_id and client_secret in providers.{provider.id}")
 
 
-def oauth_post(provider: Provider, fields: Mapping[str, str], connections: ConnectionCache,
-               proxy: str = "") -> tuple[dict, str]:
-    """(the token endpoint's answer, "") or ({}, its error word).  Raises ProxyError token_endpoint
-    for what passes by itself: it never costs an account its place."""
-    try:
-        status, _, raw = simple_call(
-            connections, "POST", provider.token_url,
-            {"Content-Type": "application/x-www-form-urlencoded"},
-            urllib.parse.urlencode(fields).encode("ascii"), proxy)
-    except ProxyError as err:       # a network failure here is not the generating host's
-        raise ProxyError("token_endpoint", err.message) from err
-    try:
-        answer = json_decode(raw)
-    except ValueError:
-        answer = None
-    answer = answer if isinstance(answer, dict) else {}
-    if status == 200 and isinstance(answer.get("access_token"), str):
-        for name in ("access_token", "refresh_token", "id_token"):
-            remember_secret(str(answer.get(name) or ""))
-        return answer, ""
-    error = answer.get("error")
-    error = str(error.get("status") if isinstance(error, dict) else error or "")
-    if status in (400, 401) and error and error != "rate_limit_exceeded":
-        return {}, error
-    raise ProxyError("token_endpoint", f"the token endpoint answered {status}")
-
-
+_AGAIN = "; sign in again with `accounts add`"
 GRANT_ERRORS = {        # the token endpoint's words -> a sentence with what to do
-    "invalid_grant": "the sign-in was revoked or has expired; sign in again with `accounts add`",
-    "unauthorized_client": "the refresh token belongs to another OAuth client",
-    "invalid_client": "the OAuth client id and secret do not fit each other",
+    "invalid_grant": "the sign-in was revoked or has expired" + _AGAIN,
+    "clock_skew": "this machine's clock is wrong by minutes; set it, then `accounts verify`",
+    "unauthorized_client": "the refresh token belongs to another OAuth client; set the client that "
+                           "issued it (README, Accounts), or sign in with this one: `accounts add`",
+    "invalid_client": "the OAuth client id and secret do not fit each other; correct them, then "
+                      "`accounts verify`",
+    "invalid_request": "the token endpoint did not understand the request" + _AGAIN,
     "redirect_uri_mismatch": "this OAuth client does not allow a sign-in on this address",
     "invalid_scope": "this OAuth client may not ask for what the provider needs",
     "access_denied": "the sign-in was refused on the vendor's page",
     "admin_policy_enforced": "the organisation's administrator does not allow this sign-in",
     "org_internal": "this OAuth client is for members of another organisation",
+    "disallowed_useragent": "the vendor wants this sign-in in a real browser" + _AGAIN,
 }
+
+
+def _clock_skew_s(headers: Mapping[str, str]) -> float:
+    """Seconds between the answer's Date and this machine's clock."""
+    import email.utils
+    try:
+        return abs(email.utils.parsedate_to_datetime(headers["date"]).timestamp() - time.time())
+    except (LookupError, TypeError, ValueError):
+        return 0.0
+
+
+def oauth_post(provider: Provider, fields: Mapping[str, str], connections: ConnectionCache,
+               proxy: str = "") -> tuple[dict, str]:
+    """(the token endpoint's answer, "") or ({}, a key of GRANT_ERRORS).  Raises ProxyError
+    token_endpoint for everything else: it passes, and never costs an account its place."""
+    try:
+        status, headers, raw = simple_call(
+            connections, "POST", provider.token_url,
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            urllib.parse.urlencode(fields).encode("ascii"), proxy)
+        answer = object_of(json_decode(raw))
+    except ProxyError as err:       # a network failure here is not the generating host's
+        raise ProxyError("token_endpoint", err.message) from err
+    except ValueError:
+        answer = {}
+    token = answer.get("access_token")
+    if status == 200 and isinstance(token, str) and re.fullmatch(r"[!-~]+", token):
+        for name in ("access_token", "refresh_token", "id_token"):
+            remember_secret(str(answer.get(name) or ""))
+        return answer, ""
+    error = answer.get("error")
+    error = str(object_of(error).get("status") or error or "").lower()
+    if error == "invalid_grant" and _clock_skew_s(headers) > 300:
+        error = "clock_skew"
+    if error in GRANT_ERRORS:
+        return {}, error
+    raise ProxyError("token_endpoint", f"the token endpoint answered {status}")
 
 
 def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
@@ -4738,16 +4851,18 @@ def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionC
                                for pair in oauth_clients(provider, connections.environ)))
     if not pairs:
         raise no_client(account.provider)
+    errors = []
     for client_id, secret in pairs:
         answer, error = oauth_post(account.provider, {
             "client_id": client_id, "client_secret": secret, "grant_type": "refresh_token",
             "refresh_token": refresh_token}, connections, account.proxy)
         if answer:
             return answer
+        errors.append(error)
         if error not in ("unauthorized_client", "invalid_client"):
             break
-    why = GRANT_ERRORS.get(error, "the token endpoint refused the refresh token")
-    raise ProxyError("revoked", f"{why} ({redact(error)})")
+    said = sorted(errors, key=lambda e: (e == "invalid_client", e == "unauthorized_client"))[0]
+    raise ProxyError("revoked", f"{GRANT_ERRORS[said]} ({said})")
 
 
 def user_agent(account: Account, provider: Provider, model: str = "") -> str:
@@ -4800,28 +4915,33 @@ class Tokens:
     refresh holds the account's lock file; beside it the access token is kept, 0600, so that the
     next process and the next start need none."""
 
-    def __init__(self, connections: ConnectionCache, clock: Clock, path: str = "",
+    def __init__(self, connections: ConnectionCache, clock: Clock,
+                 understand: Callable[[int, Mapping, bytes, float], ProxyError], path: str = "",
                  on_rotate: Callable[[Account, str, str], None] = lambda *_: None):
         self.connections, self.clock, self.path, self.on_rotate = (
-            connections, clock, path, on_rotate)
+            connections, clock, path, on_rotate)        # on_rotate must not raise
+        self.understand = understand        # (status, headers, body, now) of a small call's error
         self.flights = Flights()
 
     def access(self, account: Account, refused: str = "", life_s: float = TOKEN_REFRESH_BEFORE_S,
                is_shared: bool = True) -> str:
         """A token with `life_s` left.  `refused` is one that the upstream answered 401: it is not
         handed out again; nor is one from another process without `is_shared`."""
-        is_static = account.credential != "refresh_token"
         with account.lock:
-            if is_static and refused and refused == account.access_token:
-                raise ProxyError("revoked", "the credential is not accepted; put a new one into "
-                                 "accounts.json")
-            fresh = is_static or account.token_expires_at - self.clock.now() > life_s
-            if account.access_token and fresh and account.access_token != refused:
+            left_s = account.token_expires_at - self.clock.now()
+            is_alive = account.access_token and account.access_token != refused
+            if is_alive and (account.credential != "refresh_token" or left_s > life_s):
                 return account.access_token
             failed = account.failure
             if failed and self.clock.monotonic() - failed[0] < 5:
                 raise failed[1]
-        return self.flights.fly(account, lambda: self._renew(account, refused, life_s, is_shared))
+        try:
+            return self.flights.fly(account, lambda: self._renew(account, refused, life_s,
+                                                                 is_shared))
+        except ProxyError as err:
+            if err.kind == "token_endpoint" and is_alive and left_s > 30:
+                return account.access_token     # short-lived is better than none
+            raise
 
     def _renew(self, account: Account, refused: str, life_s: float, is_shared: bool) -> str:
         """Asks without the account's lock, then publishes token or failure."""
@@ -4831,11 +4951,17 @@ class Tokens:
                 token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
             else:
                 token, expires_at = resolve_secret(account.secret), 0.0
+                if token == refused:
+                    raise ProxyError("revoked", "the credential is not accepted; put a new one "
+                                     "into accounts.json")
             with account.lock:
                 account.access_token, account.token_expires_at = token, expires_at
             return token
         except ConfigError as err:
-            failure = ProxyError("revoked", f"its secret cannot be had: {err}")
+            # a command may work again in a moment
+            is_command = account.secret.startswith("cmd:")
+            failure = ProxyError("token_endpoint" if is_command else "revoked",
+                                 f"its secret cannot be had: {err}")
             raise failure from err
         except ProxyError as err:
             failure = err
@@ -4848,13 +4974,14 @@ class Tokens:
                         is_shared: bool) -> tuple[str, float]:
         if not self.path:
             return self._refresh(account)
-        folder = os.path.join(os.path.dirname(os.path.realpath(self.path)), "tokens")
-        kept_path = os.path.join(folder, hashlib.sha256(account.name.encode()).hexdigest()[:16])
+        kept_path = self.kept_path(account.name)
         with contextlib.ExitStack() as stack:
             try:
-                os.makedirs(folder, mode=0o700, exist_ok=True)
+                os.makedirs(os.path.dirname(kept_path), mode=0o700, exist_ok=True)
                 stack.enter_context(file_lock(kept_path, 3 * TOKEN_TIMEOUT_S))
-            except OSError:
+            except OSError as err:
+                if err.errno == errno.EBUSY:    # refreshed elsewhere: twice would spend it
+                    raise ProxyError("token_endpoint", "another process is refreshing it") from err
                 return self._refresh(account)   # no place for a lock: on our own
             self._take_over_rotation(account)
             kept = self._kept(kept_path, account) if is_shared else None
@@ -4869,16 +4996,22 @@ class Tokens:
             with contextlib.suppress(OSError):      # it is only spared the next process
                 write_atomic(kept_path, json_encode({
                     "access_token": token, "expires_at": expires_at,
-                    "of": account.stop_key()[2]}).encode("ascii"))
+                    "of": account.secret_hash}).encode("ascii"))
             return token, expires_at
+
+    def kept_path(self, name: str) -> str:
+        """Where an account's access token is kept for the next process."""
+        return os.path.join(os.path.dirname(os.path.realpath(self.path)), "tokens",
+                            hashlib.sha256(name.encode("utf-8")).hexdigest()[:16])
 
     def _kept(self, path: str, account: Account) -> tuple[str, float] | None:
         try:
             with open(path, "rb") as handle:
                 kept = json_decode(handle.read())
-            if kept["of"] == account.stop_key()[2]:
+            if kept["of"] == account.secret_hash:
                 remember_secret(kept["access_token"])
-                return str(kept["access_token"]), float(kept["expires_at"])
+                return str(kept["access_token"]), min(float(kept["expires_at"]),
+                                                      self.clock.now() + 86400)
         except (OSError, ValueError, LookupError, TypeError):
             pass        # none, or not ours to understand: a refresh replaces it
         return None
@@ -4886,15 +5019,14 @@ class Tokens:
     def _take_over_rotation(self, account: Account) -> bool:
         """Whether the accounts file holds a newer refresh token; it is used from now on."""
         try:
-            stored = read_accounts_file(self.path, recovers=False)
+            stored = read_accounts_file(self.path)
         except ConfigError:
             return False        # being edited: what we have is as good
-        for row in stored.get("accounts", ()):
-            if isinstance(row, dict) and row.get("name") == account.name:
-                new = row.get("refresh_token")
-                if isinstance(new, str) and new and new != account.secret:
-                    account.secret = new
-                    return True
+        for name, row in stored_accounts(stored):
+            new = row.get("refresh_token")
+            if name == account.name and isinstance(new, str) and new not in ("", account.secret):
+                account.secret = new
+                return True
         return False
 
     def _refresh(self, account: Account) -> tuple[str, float]:
@@ -4902,39 +5034,44 @@ class Tokens:
         secret = resolve_secret(account.secret)
         answer = oauth_refresh(secret, account, self.connections)
         new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
-        if isinstance(new, str) and new and new != secret:
-            self.on_rotate(account, account.secret, new)        # on disk before it is used
-            account.secret = new
-        is_number = isinstance(lifetime, (int, float))
-        return answer["access_token"], self.clock.now() + (lifetime if is_number else 3600)
+        if isinstance(new, str) and re.fullmatch(r"[!-~]+", new) and new != secret:
+            old, account.secret = account.secret, new   # the old one is spent, whatever happens
+            self.on_rotate(account, old, new)           # on disk before it is used
+        try:
+            lifetime = min(86400.0, max(60.0, float(lifetime)))
+        except (TypeError, ValueError):
+            lifetime = 3600.0
+        return answer["access_token"], self.clock.now() + lifetime
 
 
 # Projects, tiers and quotas of Cloud Code accounts
 
 def cloud_call(account: Account, provider: Provider, token: str, method: str, body: Any,
-               connections: ConnectionCache, timeout_s: float = TOKEN_TIMEOUT_S) -> tuple[int, Any]:
-    """(status, decoded answer or None) of a small Cloud Code call, of the first host that answers
-    at all: the one that serves generation counts its own quota.  Raises ProxyError of the last."""
+               tokens: Tokens, timeout_s: float = TOKEN_TIMEOUT_S) -> dict:
+    """The answer of a small Cloud Code call, of the first host that answers at all: the one that
+    serves generation counts its own quota.  Raises what the error answer means."""
     headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
                "User-Agent": user_agent(account, provider)}
     failure = ProxyError("network", f"{provider.id} has no base_url")
     for base_url in provider.base_urls:
         try:
-            status, _, raw = simple_call(connections, "POST", f"{base_url}/v1internal:{method}",
-                                         headers, json_encode(body).encode("ascii"),
-                                         account.proxy, timeout_s)
+            status, told, raw = simple_call(tokens.connections, "POST",
+                                            f"{base_url}/v1internal:{method}", headers,
+                                            json_encode(body).encode("ascii"), account.proxy,
+                                            timeout_s)
+            if status == 200:
+                return object_of(json_decode(raw))
+            failure = tokens.understand(status, told, raw, tokens.clock.now())
         except ProxyError as err:
             failure = err
-            continue
-        if status >= 500 or status == 404:
-            failure = ProxyError("server", f"{method} answered {status}")
-            continue
-        try:
-            answer = json_decode(raw)
         except ValueError:
-            answer = None
-        return status, answer if isinstance(answer, dict) else None
+            failure = ProxyError("server", f"{method} answered no JSON")
+        if failure.rule.scope is not Scope.HOST and failure.kind != "model_missing":
+            break
     raise failure
+
+
+_NO_PROJECTS = ("", "ALL", "rising-fact-p41fc")     # the last one is shared by many programs
 
 
 def _project_of(answer: Mapping) -> str:
@@ -4942,44 +5079,41 @@ def _project_of(answer: Mapping) -> str:
     programs use for everybody counts as none."""
     project = answer.get("cloudaicompanionProject")
     project = project.get("id") if isinstance(project, dict) else project
-    return project if isinstance(project, str) and project != "rising-fact-p41fc" else ""
+    return project if isinstance(project, str) and project not in _NO_PROJECTS else ""
 
 
 def _tier_of(answer: Mapping) -> str:
     """free, pro or ultra; paid before current before the default of the allowed ones."""
     rows = [answer.get("paidTier"), answer.get("currentTier"), *(
-        t for t in answer.get("allowedTiers") or () if isinstance(t, dict) and t.get("isDefault"))]
-    name = next((str(r["id"]) for r in rows if isinstance(r, dict) and r.get("id")), "")
+        t for t in objects_of(answer.get("allowedTiers")) if t.get("isDefault"))]
+    name = next((str(r["id"]) for r in map(object_of, rows) if r.get("id")), "")
     return ("ultra" if "ultra" in name else "pro" if re.search("pro|premium|standard", name)
             else "free" if name else "")
 
 
 def onboard(account: Account, provider: Provider, token: str, loaded: Mapping, metadata: Mapping,
-            connections: ConnectionCache, pause: Callable[[float], None]) -> str:
+            tokens: Tokens, pause: Callable[[float], None]) -> str:
     """The project Google makes for a new account, "" when it makes none.  The same call repeated
     polls the operation."""
-    allowed = [t for t in loaded.get("allowedTiers") or () if isinstance(t, dict)]
+    allowed = objects_of(loaded.get("allowedTiers"))
     tier = next((t for t in allowed if t.get("isDefault")), allowed[0] if allowed else {})
     body = {"tierId": str(tier.get("id") or "free-tier"), "metadata": dict(metadata)}
     if tier.get("userDefinedCloudaicompanionProject") and account.project:
         body["cloudaicompanionProject"] = account.project
     for _ in range(ONBOARD_TRIES):
-        status, answer = cloud_call(account, provider, token, "onboardUser", body, connections)
-        if status != 200 or answer is None:
-            return ""
+        answer = cloud_call(account, provider, token, "onboardUser", body, tokens)
         if answer.get("done"):
-            return _project_of(answer.get("response") or {})
+            return _project_of(object_of(answer.get("response")))
         pause(ONBOARD_PAUSE_S)
     return ""
 
 
-def discover(account: Account, provider: Provider, token: str, connections: ConnectionCache,
-             clock: Clock, onboards: bool = False,
+def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
              pause: Callable[[float], None] = time.sleep) -> Facts:
-    """What Google says of this account in this pool: project, tier, or why it is absent.  With
-    `onboards` an account that never used the service is signed up first, which takes a minute at
-    most.  Raises ProxyError validation where Google wants the owner to act."""
-    configured = account.project or connections.environ.get("GOOGLE_CLOUD_PROJECT", "")
+    """What Google says of this account in this pool: project, tier, or why it is absent.  An
+    account that never used the service is signed up first, which takes a minute at most.  Raises
+    ProxyError, validation where Google wants the owner to act."""
+    configured = account.project or tokens.connections.environ.get("GOOGLE_CLOUD_PROJECT", "")
     is_cli = provider.envelope == "gemini-cli"
     metadata = {"ideType": "IDE_UNSPECIFIED" if is_cli else "ANTIGRAVITY", "pluginType": "GEMINI"}
     body: dict = {"metadata": metadata}
@@ -4987,50 +5121,75 @@ def discover(account: Account, provider: Provider, token: str, connections: Conn
         metadata["platform"] = "PLATFORM_UNSPECIFIED"
         if configured:
             body["cloudaicompanionProject"] = metadata["duetProject"] = configured
-    status, answer = cloud_call(account, provider, token, "loadCodeAssist", body, connections)
-    if status != 200 or answer is None:
-        message = str(((answer or {}).get("error") or {}).get("message") or f"status {status}")
-        raise ProxyError("auth_expired" if status == 401 else "project",
-                         f"loadCodeAssist: {redact(message)}")
+    answer = cloud_call(account, provider, token, "loadCodeAssist", body, tokens)
     project, tier = account.project or _project_of(answer), _tier_of(answer)
-    refused = [t for t in answer.get("ineligibleTiers") or () if isinstance(t, dict)]
-    if not project:
-        for row in refused:
-            if row.get("validationUrl"):
-                raise ProxyError("validation", "Google wants this account verified: "
-                                 + str(row["validationUrl"]))
-        if any(row.get("reasonCode") == "UNSUPPORTED_CLIENT" for row in refused):
-            return Facts("", tier, "Google no longer serves individual accounts here "
-                         "(UNSUPPORTED_CLIENT); the antigravity sign-in or an API key does",
-                         (), clock.now())
-    if not project and onboards:
-        project = onboard(account, provider, token, answer, metadata, connections, pause)
-    if not project and is_cli:
+    now, refused = tokens.clock.now(), objects_of(answer.get("ineligibleTiers"))
+    for row in refused if not project else ():
+        if row.get("validationUrl") or row.get("reasonCode") == "VALIDATION_REQUIRED":
+            told = row.get("validationUrl") or row.get("validationErrorMessage") or "sign in there"
+            raise ProxyError("validation", f"Google wants this account verified: {told}; then "
+                             "`accounts verify`")
+    if refused and not project and any(r.get("reasonCode") == "UNSUPPORTED_CLIENT"
+                                       for r in refused):
+        return Facts("", tier, "Google no longer serves individual accounts here "
+                     "(UNSUPPORTED_CLIENT); the antigravity sign-in or an API key does", (), now)
+    if not project and not refused:
+        project = onboard(account, provider, token, answer, metadata, tokens, pause)
+    if not project and is_cli and configured:
         project = configured
-        if not project:
-            return Facts("", tier, "no licensed project: set `project` or GOOGLE_CLOUD_PROJECT",
-                         (), clock.now())
-    return Facts(project, tier, "", (), clock.now())
+    if not project and refused:
+        told = redact(str(refused[0].get("reasonMessage") or refused[0].get("reasonCode") or "?"))
+        return Facts("", tier, f"not eligible: {told}", (), now)
+    if not project and is_cli:
+        return Facts("", tier, "no licensed project: set `project` of the account, or "
+                     "GOOGLE_CLOUD_PROJECT, then `accounts verify`", (), now)
+    return Facts(project, tier, "", (), now)
+
+
+def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
+               again: bool = False) -> Facts:
+    """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
+    Raises ProxyError for what stands in the way; what passes leaves the facts as they were."""
+    facts = pool.facts((account.name, provider.id))
+    lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
+    if facts and not again and tokens.clock.now() - facts.at < lasts_s:
+        return facts
+
+    def ask() -> Facts:
+        try:
+            found = discover(account, provider, token, tokens)
+            found = found._replace(models=facts.models) if facts else found
+        except ProxyError as err:
+            if again or err.rule.scope is not Scope.HOST and err.rule.status != 429:
+                raise
+            # the call that matters may go through; asked again in five minutes
+            found = (facts or Facts("", "", "", (), 0))._replace(
+                at=tokens.clock.now() - lasts_s + 300)
+        pool.note_facts((account.name, provider.id), found)
+        return found
+    return tokens.flights.fly((account, provider.id), ask)
 
 
 def _fraction(row: Mapping) -> float | None:
     """What is left, 0 to 1.  Google omits zeros: a reset time alone means nothing is left."""
     value = row.get("remainingFraction")
-    if row.get("isExhausted") is True:
+    if row.get("isExhausted") is True or (value is None and row.get("resetTime")):
         return 0.0
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    try:
         return max(0.0, min(1.0, float(value)))
-    return 0.0 if row.get("resetTime") else None
+    except (TypeError, ValueError):
+        return None
 
 
-def _reset_at(row: Mapping) -> float:
-    return parse_timestamp(str(row.get("resetTime") or "")) or 0.0
+def _window(scope: str, window: str, row: Mapping, now: float) -> Window:
+    return Window(scope, window, _fraction(row),
+                  parse_timestamp(str(row.get("resetTime") or "")) or 0.0, now)
 
 
 def _listed_model(name: str, row: Mapping) -> Model:
     """A catalogue entry as a Model row: ours where we know it."""
     def number(cell: str) -> int:
-        return row[cell] if isinstance(row.get(cell), int) else 0
+        return row[cell] if type(row.get(cell)) is int else 0
     return MODELS.get(name) or model_from_id(
         name, str(row.get("displayName") or ""), context=number("maxTokens"),
         output=number("maxOutputTokens"), least=number("minThinkingBudget"),
@@ -5038,72 +5197,79 @@ def _listed_model(name: str, row: Mapping) -> Model:
 
 
 def read_quota(account: Account, provider: Provider, token: str, project: str,
-               connections: ConnectionCache, now: float) -> tuple[list[Window], tuple]:
-    """(readings, the account's catalogue or ()) of one pool, by its free calls.  What one call
-    does not tell stays unknown; raises ProxyError when none answers."""
-    body, windows, models = {"project": project} if project else {}, [], ()
+               tokens: Tokens) -> tuple[list[Window], tuple]:
+    """(readings, the account's catalogue or ()) of one pool, by its free calls.  What an answer
+    does not tell stays unknown; raises ProxyError when the main call is refused."""
+    body, now = {"project": project} if project else {}, tokens.clock.now()
     if provider.envelope == "gemini-cli":
-        _, answer = cloud_call(account, provider, token, "retrieveUserQuota", body, connections,
-                               QUOTA_TIMEOUT_S)
-        for row in (answer or {}).get("buckets") or ():
-            if isinstance(row, dict) and row.get("modelId"):
-                windows.append(Window(str(row["modelId"]), str(row.get("tokenType") or "quota")
-                                      .lower(), _fraction(row), _reset_at(row), now))
-        return windows, ()
-    _, answer = cloud_call(account, provider, token, "fetchAvailableModels", body, connections,
-                           QUOTA_TIMEOUT_S)
-    listed = (answer or {}).get("models") or ((answer or {}).get("response") or {}).get("models")
-    for name, row in (listed or {}).items():
-        if isinstance(row, dict) and not (row.get("isInternal") or row.get("disabled")) and (
-                name.startswith(("gemini-", "claude-", "gpt-"))):
-            models += (_listed_model(name, row),)
-            quota = row.get("quotaInfo")
-            if isinstance(quota, dict):
-                windows.append(Window(name, "model", _fraction(quota), _reset_at(quota), now))
+        answer = cloud_call(account, provider, token, "retrieveUserQuota", body, tokens,
+                            QUOTA_TIMEOUT_S)
+        return [_window(str(row["modelId"]), str(row.get("tokenType") or "quota").lower(), row, now)
+                for row in objects_of(answer.get("buckets")) if row.get("modelId")], ()
+    answer = cloud_call(account, provider, token, "fetchAvailableModels", body, tokens,
+                        QUOTA_TIMEOUT_S)
+    listed = {name: object_of(row) for name, row in object_of(
+        answer.get("models") or object_of(answer.get("response")).get("models")).items()
+        if name.startswith(("gemini-", "claude-", "gpt-"))}
+    models = tuple(_listed_model(name, row) for name, row in listed.items()
+                   if not (row.get("isInternal") or row.get("disabled")))
+    windows = [_window(name, "model", row["quotaInfo"], now) for name, row in listed.items()
+               if isinstance(row.get("quotaInfo"), dict)]
     with contextlib.suppress(ProxyError):       # the only source of weekly limits, but a later one
-        _, answer = cloud_call(account, provider, token, "retrieveUserQuotaSummary", body,
-                               connections, QUOTA_TIMEOUT_S)
-        summary = (answer or {}).get("quotaSummary") or answer or {}
-        for bucket in (b for g in summary.get("groups") or () for b in g.get("buckets") or ()):
+        answer = cloud_call(account, provider, token, "retrieveUserQuotaSummary", body, tokens,
+                            QUOTA_TIMEOUT_S)
+        groups = objects_of(object_of(answer.get("quotaSummary") or answer).get("groups"))
+        for bucket in (b for g in groups for b in objects_of(g.get("buckets"))):
             name = str(bucket.get("bucketId") or bucket.get("displayName") or "").lower()
             window = str(bucket.get("window") or ("weekly" if "week" in name else "5h"))
             group = "3p" if "3p" in name or "claude" in name else (
                 "gemini-image" if "image" in name else "gemini")
-            windows.append(Window(group, window, _fraction(bucket), _reset_at(bucket), now))
+            windows.append(_window(group, window, bucket, now))
     return windows, models
 
 
-_LIMIT_HEADERS = (      # family's remaining-or-used header -> (window, limit header, reset header)
-    (re.compile(r"anthropic-ratelimit-unified-(5h|7d)-utilization"), "used", "-reset"),
-    (re.compile(r"x-codex-(primary|secondary)-used-percent"), "percent", "-reset-at"),
-    (re.compile(r"anthropic-ratelimit-([a-z-]+)-remaining"), "left", "-reset"),
-    (re.compile(r"x-ratelimit-remaining-(requests|tokens)"), "left", "x-ratelimit-reset-"),
+_LIMIT_HEADERS = (      # remaining-or-used header, what its number is, its limit and reset headers
+    (re.compile(r"(anthropic-ratelimit-unified-(5h|7d))-utilization"), "used", "", r"\1-reset"),
+    (re.compile(r"(x-codex-(primary|secondary))-used-percent"), "percent", "", r"\1-reset-at"),
+    (re.compile(r"(anthropic-ratelimit-([a-z-]+))-remaining"), "left", r"\1-limit", r"\1-reset"),
+    (re.compile(r"(x-ratelimit)-remaining-(requests|tokens)"), "left", r"\1-limit-\2",
+     r"\1-reset-\2"),
 )
 _WINDOW_WORDS = {"7d": "weekly", "primary": "5h", "secondary": "weekly"}
 
 
+def _header_reset_at(headers: Mapping[str, str], name: str, now: float) -> float:
+    """Epoch seconds of a reset told in any of the families' forms, 0 where none is told."""
+    told = headers.get(name, "")
+    after = headers.get(name.replace("-reset-at", "-reset-after-seconds"), "") or told
+    if re.fullmatch(r"[0-9]{9,12}", told):
+        return float(told)
+    if re.fullmatch(r"[0-9]{1,8}", after):
+        return now + int(after)
+    in_s = parse_duration_s(told)
+    return now + in_s if in_s is not None else parse_timestamp(told) or 0.0
+
+
 def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
-    """Readings from the limit headers of the Anthropic, OpenAI and Codex families.  Minutes-long
-    windows are left out where they say nothing about the account (under an hour to their reset)."""
+    """Readings from the limit headers of the Anthropic, OpenAI and Codex families.  Windows of
+    minutes are left out: they say nothing of what is left to the account."""
     windows = []
     for name, value in headers.items():
-        for pattern, meaning, reset in _LIMIT_HEADERS:
+        for pattern, meaning, limit, reset in _LIMIT_HEADERS if "limit" in name or (
+                name.startswith("x-codex")) else ():
             match = pattern.fullmatch(name)
-            if not match or not re.fullmatch(r"\d+(\.\d+)?", value):
+            if not match or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", value):
                 continue
-            stem = name[:match.end(1)]
+            reset_at = _header_reset_at(headers, match.expand(reset), now)
             if meaning == "left":
-                limit = headers.get(name.replace("remaining", "limit"), "")
-                if not limit.isdigit() or not int(limit):
+                most = headers.get(match.expand(limit), "")
+                if not re.fullmatch(r"[1-9][0-9]{0,11}", most) or reset_at < now + 3600:
                     break
-                left = float(value) / int(limit)
+                left = float(value) / int(most)
             else:
                 left = 1 - float(value) / (100 if meaning == "percent" else 1)
-            told = headers.get(reset + match[1] if reset[0] == "x" else stem + reset, "")
-            at = float(told) if re.fullmatch(r"\d{9,}", told) else parse_timestamp(told) or (
-                now + (parse_duration_s(told) or 0))
-            windows.append(Window("account", _WINDOW_WORDS.get(match[1], match[1]),
-                                  max(0.0, min(1.0, left)), at, now))
+            windows.append(Window("account", _WINDOW_WORDS.get(match[2], match[2]),
+                                  max(0.0, min(1.0, left)), reset_at, now))
             break
     return windows
 
@@ -5114,11 +5280,12 @@ def check_key(account: Account, connections: ConnectionCache) -> None:
         connections, "GET", account.provider.base_urls[0] + "/v1beta/models?pageSize=1",
         {"x-goog-api-key": resolve_secret(account.secret),
          "User-Agent": user_agent(account, account.provider)}, None, account.proxy)
-    if status != 200:
-        try:
-            message = json_decode(raw)["error"]["message"]
-        except (ValueError, LookupError, TypeError):
-            message = f"status {status}"
+    try:
+        answer = object_of(json_decode(raw))
+    except ValueError:
+        answer = {}
+    if status != 200 or "models" not in answer:
+        message = object_of(answer.get("error")).get("message") or f"status {status}, no model list"
         raise ProxyError("revoked" if status in (400, 401, 403) else "server",
                          f"the key was not accepted: {redact(str(message))}")
 
@@ -5127,7 +5294,7 @@ def check_key(account: Account, connections: ConnectionCache) -> None:
 
 def oauth_email(provider: Provider, answer: Mapping, connections: ConnectionCache) -> str:
     """Whose sign-in it is: from the identity token, else from the user-info call, else ""."""
-    with contextlib.suppress(ValueError, LookupError):      # no identity token: ask
+    with contextlib.suppress(ValueError, LookupError, AttributeError):   # no identity token: ask
         part = str(answer["id_token"]).split(".")[1]
         claims = json_decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
         if claims.get("email"):
@@ -5183,13 +5350,17 @@ class Login:
     def take(self, text: str) -> str:
         """Takes the address of the last page, its query, or a bare code (PKCE binds that to this
         sign-in).  "" when it was taken, else what is wrong with it."""
-        text = text.strip()
-        query = urllib.parse.urlsplit(text).query if "://" in text else text.lstrip("?")
+        text = text.strip().strip("\"'<>")
+        try:
+            query = urllib.parse.urlsplit(text).query if "://" in text else text.lstrip("?")
+        except ValueError:
+            return "that is no address"
         fields = dict(urllib.parse.parse_qsl(query)) if "=" in query else {}
-        if not fields and len(text) >= 10 and "://" not in text:
+        if re.fullmatch(r"4(/|%2[Ff])[\w.%-]{8,}", text):
             fields = {"code": urllib.parse.unquote(text), "state": self.state}
-        if not hmac.compare_digest(fields.get("state", "").encode(), self.state.encode()):
-            return "that belongs to another sign-in"
+        if not hmac.compare_digest(fields.get("state", "").encode("utf-8", "replace"),
+                                   self.state.encode()):
+            return "that does not belong to this sign-in"
         if fields.get("error"):
             self._answers.put(("", fields["error"]))
         elif fields.get("code"):
@@ -5205,8 +5376,6 @@ class Login:
         except queue.Empty:
             raise ProxyError("revoked", f"no answer within {human_s(timeout_s)}; "
                              "run `accounts add` again") from None
-        finally:
-            self.close()
         if error:
             why = GRANT_ERRORS.get(error, "the vendor's page refused the sign-in")
             raise ProxyError("revoked", f"{why} ({redact(error)})")
@@ -5226,6 +5395,8 @@ class Login:
                 return answer
             if error != "invalid_client":
                 break
+        if error == "invalid_grant":
+            raise ProxyError("revoked", "that code is wrong, or was used already")
         why = GRANT_ERRORS.get(error, "the vendor gave no refresh token")
         raise ProxyError("revoked", f"{why} ({redact(error) or 'no refresh_token'})")
 
@@ -5242,10 +5413,10 @@ class Login:
             """Answers the vendor's redirect; nothing of the query is echoed or logged."""
 
             def do_GET(self) -> None:
-                url = urllib.parse.urlsplit(self.path)
-                wrong = "not found" if url.path != path else login.take("?" + url.query)
+                target, _, query = self.path.partition("?")
+                wrong = "not found" if target != path else login.take("?" + query)
                 text = ("This sign-in is not expected here." if wrong else
-                        "The sign-in was refused." if "error=" in url.query else
+                        "The sign-in was refused." if "error=" in query else
                         "Signed in: you can close this page and go back to the terminal.")
                 data = (f"<!doctype html><title>agproxy</title><p>{text}</p>").encode("ascii")
                 self.send_response(400 if wrong else 200)
@@ -5327,16 +5498,15 @@ def discover_clients(provider: Provider, environ: Mapping[str, str]) -> list[tup
 
 # Credentials of other programs: read-only, never written back
 
-IMPORT_SOURCES = {          # name -> files, the first that exist; ~ and $VARIABLES are filled in
-    "gemini-cli": ("~/.gemini/oauth_creds.json",),
+IMPORT_SOURCES = {      # name -> files and folders, the first with accounts counts
+    "gemini-cli": ("$GEMINI_CLI_HOME/.gemini/oauth_creds.json", "~/.gemini/oauth_creds.json"),
     "antigravity": tuple(
         f"{base}/{name}/User/globalStorage/state.vscdb" for base in (
             "~/Library/Application Support", "$APPDATA", "$XDG_CONFIG_HOME", "~/.config")
         for name in ("Antigravity", "Antigravity IDE")),
-    "opencode": ("$OPENCODE_CONFIG_DIR/antigravity-accounts.json",
-                 "$XDG_CONFIG_HOME/opencode/antigravity-accounts.json",
-                 "~/.config/opencode/antigravity-accounts.json",
-                 "$APPDATA/opencode/antigravity-accounts.json"),
+    "opencode": tuple(f"{base}/antigravity-accounts.json" for base in (
+        "$OPENCODE_CONFIG_DIR", "$XDG_CONFIG_HOME/opencode", "~/.config/opencode",
+        "$APPDATA/opencode")),
     "antigravity-claude-proxy": ("~/.config/antigravity-proxy/accounts.json",),
     "ag-cl": ("~/.config/antigravity-proxy/accounts.json",),
     "multi-claude-proxy": ("~/.config/multi-claude-proxy/accounts.json",),
@@ -5385,132 +5555,128 @@ def _proto_inside(value: bytes) -> dict[int, list]:
     return proto_fields(value)
 
 
+def _token_info(value: bytes) -> str:
+    """The refresh token of an OAuthTokenInfo message, its base64, or a Row that holds either."""
+    for _ in range(2):
+        fields = _proto_inside(value)
+        if 3 in fields:
+            return fields[3][0].decode("ascii")
+        value = fields[1][0]
+    return ""
+
+
 def antigravity_credentials(path: str) -> dict:
-    """{"refresh_token", "email"} of Antigravity's state database; {} when it holds none."""
+    """{"refresh_token", "email"} of Antigravity's state database, of either of its layouts; {} when
+    it holds none.  The file is opened read-only."""
     import sqlite3
     values: dict[str, bytes] = {}
     for mode in ("mode=ro", "mode=ro&immutable=1"):     # the second reads one that is locked
         with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
-                "file:" + urllib.parse.quote(path) + "?" + mode, uri=True)) as db:
+                "file:" + urllib.parse.quote(path) + "?" + mode, uri=True, timeout=0.5)) as db:
             values = {k: v if isinstance(v, bytes) else str(v).encode() for k, v in db.execute(
                 "SELECT key, value FROM ItemTable WHERE key LIKE 'antigravity%' "
                 "OR key LIKE 'jetski%'")}
             break
-    found: dict = {}
-    with contextlib.suppress(ValueError, LookupError):      # another version's layout
-        status = json_decode(values["antigravityAuthStatus"])
-        found["email"] = str(status.get("email") or "")
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        topic = _proto_inside(values["antigravityUnifiedStateSync.oauthToken"])
-        for entry in map(proto_fields, topic[1]):
-            if entry[1][0] == b"oauthTokenInfoSentinelKey":
-                with contextlib.suppress(ValueError, LookupError, TypeError):
-                    found["refresh_token"] = _proto_inside(
-                        proto_fields(entry[2][0])[1][0])[3][0].decode()
-                found.setdefault("refresh_token", _proto_inside(entry[2][0])[3][0].decode())
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        old = _proto_inside(values["jetskiStateSync.agentManagerInitState"])
-        found.setdefault("refresh_token", proto_fields(old[6][0])[3][0].decode())
-        found.setdefault("email", old[2][0].decode())
-    if not found.get("refresh_token"):          # no layout fits: look for the token's shape
-        for raw in values.values():
-            with contextlib.suppress(ValueError):
-                raw += base64.b64decode(raw + b"=" * (-len(raw) % 4))
-            match = re.search(rb"1//[0-9A-Za-z_-]{30,}", raw)
-            if match:
-                found["refresh_token"] = match[0].decode()
-    return found if found.get("refresh_token") else {}
+    email = token = ""
+    odd = (ValueError, LookupError, TypeError, AttributeError)      # another version's layout
+    with contextlib.suppress(*odd):
+        email = str(json_decode(values["antigravityAuthStatus"])["email"] or "")
+    with contextlib.suppress(*odd):
+        for raw in _proto_inside(values["antigravityUnifiedStateSync.oauthToken"])[1]:
+            with contextlib.suppress(*odd):
+                entry = proto_fields(raw)
+                if entry[1][0] == b"oauthTokenInfoSentinelKey":
+                    token = _token_info(entry[2][0])
+    if not token:
+        with contextlib.suppress(*odd):
+            old = _proto_inside(values["jetskiStateSync.agentManagerInitState"])
+            token = _token_info(old[6][0])
+            email = email or old[2][0].decode("utf-8")
+    for raw in values.values() if not token else ():    # no layout fits: look for the token's shape
+        with contextlib.suppress(ValueError):
+            raw += base64.b64decode(raw + b"=" * (-len(raw) % 4))
+        match = re.search(rb"1//[0-9A-Za-z_-]{30,}", raw)
+        token = match[0].decode() if match else token
+    return {"refresh_token": token, "email": email} if token else {}
 
 
-def _import_row(row: Any, provider: str = "antigravity") -> dict | None:
-    """One account of another program's file, of whatever shape, as a row of ours."""
-    if not isinstance(row, dict):
-        return None
-    token = row.get("token") if isinstance(row.get("token"), dict) else {}
-    provider = {"gemini": "gemini-cli", "antigravity": "antigravity"}.get(
-        str(row.get("type") or row.get("provider") or ""), str(row.get("provider") or provider))
-    out = {"provider": provider, "email": str(row.get("email") or row.get("name") or "")}
-    for name in ("enabled",):
-        if row.get(name) is False or row.get("disabled") is True:
-            out["enabled"] = False
+def _import_row(row: dict, provider: str) -> dict | None:
+    """One account of another program's file, of whatever shape, as a row of ours; None where it is
+    another vendor's, or only a short-lived token."""
+    token = object_of(row.get("token"))
+    if "type" in row or "provider" in row:
+        provider = {"gemini": "gemini-cli"}.get(row["type"], row["type"]) if "type" in row else (
+            row["provider"])
+    out: dict = {"provider": provider}
+    if isinstance(row.get("email"), str) and row["email"]:
+        out["email"] = row["email"]
+    if row.get("enabled") is False or row.get("disabled") is True:
+        out["enabled"] = False
+    if isinstance(row.get("proxy_url"), str) and row["proxy_url"]:
+        out["proxy"] = row["proxy_url"]
     if provider not in ("antigravity", "gemini-cli"):
-        if isinstance(row.get("apiKey") or row.get("api_key"), str):
-            return {**out, "api_key": row.get("apiKey") or row["api_key"]}
-        return None
-    secret = str(row.get("refresh_token") or row.get("refreshToken")
-                 or token.get("refresh_token") or "")
+        key = row.get("apiKey")
+        return {**out, "api_key": key} if isinstance(key, str) and key and "type" not in row else (
+            None)
+    secret = next((v for v in (row.get("refresh_token"), row.get("refreshToken"),
+                               token.get("refresh_token")) if isinstance(v, str) and v), "")
     secret, _, rest = secret.partition("|")         # token|project|managed project
-    project = next((p for p in (row.get("projectId"), row.get("project_id"), row.get("project"),
-                                token.get("project_id"), *rest.split("|"))
-                    if isinstance(p, str) and p not in ("", "ALL", "rising-fact-p41fc")), "")
+    project = next((p for p in (
+        row.get("projectId"), row.get("project_id"), token.get("project_id"),
+        row.get("managedProjectId"), object_of(row.get("subscription")).get("projectId"),
+        *rest.split("|")) if isinstance(p, str) and p not in _NO_PROJECTS), "")
     if project:
         out["project"] = project.split(",")[0]
+    if token.get("client_id") and token.get("client_secret"):
+        out["client"] = {"client_id": str(token["client_id"]),
+                         "client_secret": str(token["client_secret"])}
     return {**out, "refresh_token": secret} if secret else None
 
 
-def _import_file(path: str) -> list[dict]:
-    """The accounts of one file, known by its content and not by its name."""
-    if path.endswith(".vscdb"):
-        found = antigravity_credentials(path)
-        return [{"provider": "antigravity", **found}] if found else []
+def _import_file(path: str) -> tuple[list[dict], int]:
+    """(accounts of one file, known by its content and not by its name; how many were left out)."""
     try:
         with open(path, "rb") as handle:
-            content = json_decode(handle.read(16 << 20))
+            raw = handle.read(16 << 20)
+        if raw.startswith(b"SQLite format 3"):
+            found = antigravity_credentials(path)
+            return ([{"provider": "antigravity", **found}] if found else []), 0
+        content = json_decode(raw)
     except (OSError, ValueError):
-        return []
+        return [], 0
     provider = "gemini-cli" if os.path.basename(path) == "oauth_creds.json" else "antigravity"
-    rows = content.get("accounts", [content]) if isinstance(content, dict) else content
-    return [row for row in (_import_row(r, provider) for r in rows) if row] if isinstance(
-        rows, list) else []
+    is_list = isinstance(content, list) or "accounts" in object_of(content)
+    rows = objects_of(object_of(content).get("accounts", content)) if is_list else [
+        object_of(content)]
+    out = []
+    for row in rows:
+        # a row of ours is taken as it is, with everything its owner set
+        is_ours = row.get("provider") in PROVIDERS and any(row.get(c) for c in CREDENTIALS) and (
+            set(row) <= set(ACCOUNT_FIELDS))
+        out.append(dict(row) if is_ours else _import_row(row, provider))
+    return [row for row in out if row], sum(1 for row in out if row is None) if is_list else 0
 
 
-def import_accounts(source: str, environ: Mapping[str, str]) -> list[dict]:
-    """Rows for accounts.json out of another program's store: a name of IMPORT_SOURCES, a file or a
-    folder.  Raises ConfigError naming what was looked for."""
+def import_accounts(source: str, environ: Mapping[str, str]) -> tuple[list[dict], int]:
+    """(rows for accounts.json out of another program's store, how many were left out): a name of
+    IMPORT_SOURCES, a file or a folder.  Raises ConfigError naming what was looked for."""
     def fill(text: str) -> str:
         return os.path.expanduser(string.Template(text).safe_substitute(environ))
-    places = [fill(p) for p in IMPORT_SOURCES.get(source, (source,))]
-    found: list[dict] = []
+    places = [p for p in map(fill, IMPORT_SOURCES.get(source, (source,))) if not p.startswith("$")]
     for place in places:
         files = sorted(e.path for e in os.scandir(place)) if os.path.isdir(place) else [place]
-        for path in files:
-            found += _import_file(path)
+        read = [_import_file(path) for path in files]
+        found = [row for rows, _ in read for row in rows]
         if found:
-            break
-    if not found:
-        hint = ""
-        if source == "gemini-cli" and os.path.exists(fill("~/.gemini/gemini-credentials.json")):
-            hint = "; its sign-in is encrypted: run `accounts add --provider gemini-cli`"
-        raise ConfigError(f"no account found in {' or '.join(places)}{hint}; sources are a file, "
-                          f"a folder, or one of {', '.join(IMPORT_SOURCES)}")
-    return found
+            return found, sum(left for _, left in read)
+    hint = ""
+    if source == "gemini-cli" and os.path.exists(fill("~/.gemini/gemini-credentials.json")):
+        hint = "; its sign-in is encrypted: run `accounts add --provider gemini-cli`"
+    raise ConfigError(f"no account found in {' or '.join(places)}{hint}; sources are a file, "
+                      f"a folder, or one of {', '.join(IMPORT_SOURCES)}")
 
 
 # The keeper
-
-def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
-               again: bool = False) -> Facts:
-    """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
-    Raises ProxyError validation or project."""
-    facts = pool.facts((account.name, provider.id))
-    lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
-    if facts and not again and tokens.clock.now() - facts.at < lasts_s:
-        return facts
-
-    def ask() -> Facts:
-        try:
-            found = discover(account, provider, token, tokens.connections, tokens.clock, True)
-        except ProxyError as err:
-            if err.rule.scope is not Scope.HOST:
-                raise
-            # the call that matters may go through: tried without, asked again in five minutes
-            found = Facts("", "", "", (), tokens.clock.now() - FACTS_LAST_S + 300)
-        if facts:
-            found = found._replace(models=facts.models)
-        pool.note_facts((account.name, provider.id), found)
-        return found
-    return tokens.flights.fly((account, provider.id), ask)
-
 
 class Keeper:
     """Does ahead of need what requests would wait for: tokens, projects, quota readings; takes over
@@ -5522,7 +5688,9 @@ class Keeper:
         self.pool, self.tokens, self.reload, self.log, self.touch = pool, tokens, reload, log, touch
         self.clock, self.connections = tokens.clock, tokens.connections
         self._stop = threading.Event()
-        self._due: dict[tuple, float] = {}          # (account, pool) -> wall clock of a reading
+        self._read_at: dict[tuple, float] = {}      # (account, pool) -> wall clock of a reading
+        self._renewed_at: dict[str, float] = {}
+        self._jitter: dict[tuple, float] = {}
         self._touched: dict[tuple, float] = {}
         self._threads = [threading.Thread(target=self._loop, args=(job,), daemon=True, name=name)
                          for job, name in ((self.reload, "watcher"), (self.tick, "keeper"))]
@@ -5538,62 +5706,77 @@ class Keeper:
         while not self._stop.wait(1):
             try:
                 job()
-            except (ProxyError, ConfigError, OSError) as err:
-                self.log.line("upkeep: %s", err)
+            except Exception as err:        # a thread's top: the next second is another try
+                self.log.line("upkeep: %s", short_trace(err))
 
     def tick(self) -> None:
         """Whatever is due now, one account after the other."""
         now = self.clock.now()
         for account in list(self.pool.accounts):
-            is_active = now - account.used_at < 3600
             if self._stop.is_set():
                 return
             if self.pool.is_stopped(account):
                 continue            # no call at all before its owner acted
             for provider in account.providers if account.provider.envelope else ():
                 key = (account.name, provider.id)
-                if now >= self._due.get(key, 0):
-                    self._due[key] = now + self.interval(account, provider, is_active)
+                if now >= self._read_at.get(key, 0) + self.interval(account, provider):
                     self.read(account, provider)
-            if is_active and account.credential == "refresh_token" and (
-                    0 < account.token_expires_at < now + 2 * TOKEN_REFRESH_BEFORE_S):
-                with contextlib.suppress(ProxyError):       # the request that needs it will say it
-                    self.tokens.access(account, life_s=2 * TOKEN_REFRESH_BEFORE_S)
+            left_s = account.token_expires_at - now
+            if now - account.used_at < 3600 and 0 < left_s < TOKEN_REFRESH_BEFORE_S * 1.5 and (
+                    now - self._renewed_at.get(account.name, 0) > 60):
+                self._renewed_at[account.name] = now
+                try:
+                    self.tokens.access(account, life_s=TOKEN_REFRESH_BEFORE_S * 1.5)
+                except ProxyError as err:
+                    self._blame(account, err)
 
-    def interval(self, account: Account, provider: Provider, is_active: bool) -> float:
-        """Seconds to the next reading, with jitter so that accounts do not come in step."""
+    def interval(self, account: Account, provider: Provider) -> float:
+        """Seconds between two readings now, with jitter so that accounts do not come in step."""
+        key = (account.name, provider.id)
+        is_active = self.clock.now() - account.used_at < 3600
         base = self.pool.settings["quota_poll_s"] if is_active else QUOTA_IDLE_POLL_S
-        facts = self.pool.facts((account.name, provider.id))
+        facts = self.pool.facts(key)
         if facts and facts.absent:
             base = ABSENT_LASTS_S
-        elif self.pool.has_stated_limit((account.name, provider.id)):
+        elif self.pool.has_stated_limit(key):
             base = min(base, RECHECK_S)
-        return jitter(base)
+        return base * self._jitter.setdefault(key, jitter(1.0))
 
     def after_quota(self, account: Account, provider: Provider) -> None:
-        """A quota refusal is read about once more, five seconds later."""
-        self._due[account.name, provider.id] = self.clock.now() + 5
+        """A quota refusal is looked into by a reading, five seconds later."""
+        key = (account.name, provider.id)
+        self._read_at[key] = self.clock.now() + 5 - self.interval(account, provider)
 
-    def read(self, account: Account, provider: Provider) -> list[Window]:
-        """Facts where they are due, then quota; what cannot be read now is read later."""
-        try:
-            token = self.tokens.access(account)
-            facts = pool_facts(self.pool, self.tokens, account, provider, token)
-            if facts.absent:
-                return []
-            windows, models = read_quota(account, provider, token, account.project
-                                         or facts.project, self.connections, self.clock.now())
-        except ProxyError as err:
-            if err.kind in ("validation", "revoked", "disabled"):
-                self.pool.stop(account, err)
-            self.log.line("%s (%s): quota not read: %s", account.label, provider.id, err)
-            return []
+    def read(self, account: Account, provider: Provider) -> ProxyError | None:
+        """Reads facts where they are due, then quota; the failure, which costs nobody his place
+        unless Google wants the owner to act."""
+        key = (account.name, provider.id)
+        self._read_at[key] = self.clock.now()
+        token = ""
+        for is_last in (False, True):
+            try:
+                token = self.tokens.access(account, refused=token)
+                facts = pool_facts(self.pool, self.tokens, account, provider, token)
+                if facts.absent:
+                    return None
+                windows, models = read_quota(account, provider, token, account.project
+                                             or facts.project, self.tokens)
+                break
+            except ProxyError as err:
+                if is_last or err.kind != "auth_expired":
+                    self._blame(account, err)
+                    return err
         if models and models != facts.models:
-            self.pool.note_facts((account.name, provider.id), facts._replace(models=models))
-        self.pool.note_windows((account.name, provider.id), windows)
+            self.pool.note_facts(key, facts._replace(models=models))
+        self.pool.note_windows(key, windows)
         if self.pool.settings.get("auto_refresh"):
             self._start_windows(account, provider, windows)
-        return windows
+        return None
+
+    def _blame(self, account: Account, error: ProxyError) -> None:
+        if error.rule.rest == "stop":
+            self.pool.stop(account, error)
+        self.log.line("%s: %s", account.label, error)
 
     def _start_windows(self, account: Account, provider: Provider, windows: list[Window]) -> None:
         """One small request for each quota group whose 5 h window has not begun: it begins now, and
@@ -5733,6 +5916,12 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error:
     if kind == "quota" and "PERDAY" in reasons:
         delay = (8 * 3600 - now) % 86400
     return ProxyError(kind, message, delay_s=delay)
+
+
+def small_call_error(status: int, headers: Mapping[str, str], raw: bytes,
+                     now: float) -> ProxyError:
+    """What the error answer of a token, project or quota call means."""
+    return read_meaning(status, headers, raw, gemini_parse_error, now, lambda: 0, 0)
 
 
 # Pipe
@@ -6026,7 +6215,7 @@ class Conducting:
         self.began = services.clock.monotonic()
         self.waited_s = 0.0
         self.last: ProxyError | None = None
-        self.has_fallen_back = False
+        self.is_fallback = False
 
     def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply:
         """A stream from its first content on, with what is to be sent first; or the whole Reply."""
@@ -6058,6 +6247,7 @@ class Conducting:
                              services.pool.listed_models())
 
     def _aim(self, model: Model) -> None:
+        self.used = model
         self.candidates = self.services.pool.candidates(model)
         self.record.used = model.id
 
@@ -6066,15 +6256,19 @@ class Conducting:
 
     def _refuse(self, verdicts: tuple) -> None:
         """The end, unless the model's pair may serve instead: one hop, no chains."""
-        pair = fallback_for(MODELS[self.record.used]) if self.record.used in MODELS else ""
-        is_limited = self.last is None or self.last.kind in ("quota", "rate", "soft_429",
-                                                             "capacity")
-        if self.services.config.fallback and pair and is_limited and not self.has_fallen_back:
-            self.has_fallen_back, self.record.note = True, f"fell back from {self.record.used}"
-            self.tries_left, self.soft_failures = self.services.config.max_attempts, 0
-            self._aim(self.model(pair))
-            return
-        raise refusal(self.request.model, verdicts, self.services.clock.now(), self.last)
+        now = self.services.clock.now()
+        refused = refusal(self.request.model, verdicts, now, self.last)
+        pair = fallback_for(self.used) if self.used.id in MODELS else ""
+        if (not self.services.config.fallback or not pair or self.is_fallback
+                or refused.kind not in ("exhausted", "quota", "rate", "soft_429", "capacity")):
+            raise refused
+        model = MODELS[pair]
+        others = self.services.pool.candidates(model)
+        if all(v.state == "stopped" for v in self.services.pool.verdicts(others, ())):
+            raise refused
+        self.is_fallback, self.record.note = True, f"fell back from {self.used.id}"
+        self.tries_left, self.soft_failures = self.services.config.max_attempts, 0
+        self._aim(model)
 
     def _wait(self, choice: Choice) -> None:
         """Waits for the soonest release, or refuses where that is too far away."""
@@ -6083,8 +6277,9 @@ class Conducting:
                 or self._elapsed_s() + wait_s > LAST_TRY_BEGINS_S):
             self._refuse(choice.verdicts)
             return
+        paused_at = self._elapsed_s()
         self.client.pause(wait_s)
-        self.waited_s += wait_s
+        self.waited_s += self._elapsed_s() - paused_at
 
     def _after(self, candidate: Candidate, error: ProxyError) -> None:
         """After a candidate failed: the next one, or the answer to the client."""
@@ -6155,10 +6350,14 @@ class Conducting:
             if step is not Step.HOST or error.kind == "capacity":
                 seen.add(error.kind)
 
-    def _token(self, lease: Lease, refused: str, looks_up: bool) -> tuple[str, str]:
-        """(token, project) for this pool; ProxyError absent where the pool turns out to be none."""
-        services, (account, provider, _, _) = self.services, lease.candidate
+    def _token(self, lease: Lease, refused: str, looks_up: bool,
+               tokens: list[str]) -> tuple[str, str]:
+        """(token, project) for this pool; ProxyError absent where the pool turns out to be none.
+        The token goes to `tokens` as soon as there is one to be refused."""
+        services, candidate = self.services, lease.candidate
+        account, provider = candidate.account, candidate.provider
         token = services.tokens.access(account, refused)
+        tokens.append(token)
         if not provider.envelope:
             return token, ""
         facts = pool_facts(services.pool, services.tokens, account, provider, token, looks_up)
@@ -6168,12 +6367,11 @@ class Conducting:
 
     def _call(self, lease: Lease, base_url: str, refused: str, repair: str, fold: bool,
               tokens: list[str], looks_up: bool) -> Any:
-        """One call: an open stream, or the folded reply.  The token it used goes to `tokens`."""
+        """One call: an open stream, or the folded reply."""
         services, candidate = self.services, lease.candidate
         account, provider = candidate.account, candidate.provider
         dialect = DIALECTS[provider.dialect]
-        token, project = self._token(lease, refused, looks_up)
-        tokens.append(token)
+        token, project = self._token(lease, refused, looks_up, tokens)
         target = Target(candidate.model, provider, candidate.upstream_id, project)
         rendered = dialect.render_request(self.request, target, services.signatures, repair)
         auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
@@ -8228,7 +8426,7 @@ class AccountsFile:
         self._seen = signature
         services = self.services
         try:
-            stored = read_accounts_file(self.path, recovers=False)
+            stored = read_accounts_file(self.path)
             if not stored:
                 raise ConfigError(f"{self.path} is gone or empty")
             config = load_config(self.path, self.flags, os.environ, stored)
@@ -8296,7 +8494,7 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
     path = "" if args.demo else config_path(args.accounts, os.environ)
     if path:
         sweep_temporaries(path)
-    config = load_config(path, flags, os.environ, {} if args.demo else None)
+    config = load_config(path, flags, os.environ, {} if args.demo else None, recovers=True)
     sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
     if sim:
         config = sim_config(sim, config)
@@ -8307,7 +8505,8 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
                        clock, config.settings, state)
     file = AccountsFile(path, flags, log)
     connections = ConnectionCache(clock, os.environ)
-    tokens = Tokens(connections, clock, path, file.keep_token if path else lambda *_: None)
+    tokens = Tokens(connections, clock, small_call_error, path,
+                    file.keep_token if path else lambda *_: None)
     services = Services(config, pool, connections, clock, log, Meters(), Memory(), tokens, state,
                         simulator=sim.url if sim else "")
     keeper = Keeper(pool, tokens, file.watch if path else lambda: None, log,
@@ -8338,6 +8537,7 @@ class Offline(NamedTuple):
     tokens: Tokens
     state: State
     clock: Clock
+    keeper: Keeper
 
 
 @contextlib.contextmanager
@@ -8345,16 +8545,19 @@ def offline(args: argparse.Namespace, log: Callable[[str], None] = warn) -> Iter
     path, clock = config_path(args.accounts, os.environ), Clock()
     config = load_config(path, {}, os.environ)
     state = State(state_path(path), log, config.max_state_bytes)
-    connections = ConnectionCache(clock, os.environ)
-    tokens = Tokens(connections, clock, path,
-                    lambda account, old, new: save_rotated_token(path, account.label, old, new))
+    connections, lines = ConnectionCache(clock, os.environ), Log(sys.stderr)
+    file = AccountsFile(path, {}, lines)
+    tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
     pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts], clock,
                        config.settings, state)
+    keeper = Keeper(pool, tokens, file.watch, lines, lambda _: None)
     try:
-        yield Offline(config, pool, tokens, state, clock)
+        yield Offline(config, pool, tokens, state, clock, keeper)
     finally:
+        file.watch()            # what could not be stored is tried once more
         connections.close()
         state.close()
+        lines.close()
 
 
 def client_variables(client: str, url: str, key: str) -> dict[str, str]:
@@ -8490,32 +8693,34 @@ def agree(provider: Provider) -> None:
 
 def free_name(wanted: str, stored: Mapping) -> str:
     """`wanted`, or with the first number that makes it unique; never an e-mail address."""
-    taken = {row.get("name") for row in stored.get("accounts", ())}
+    taken = {name for name, _ in stored_accounts(stored)}
     wanted = wanted.partition("@")[0] or "account"
     return next(name for n in range(1, len(taken) + 3)
                 for name in (wanted if n == 1 else f"{wanted}-{n}",) if name not in taken)
 
 
 def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
-    """(its name, whether it is new).  An account that is there already (same provider and e-mail,
-    or name, or secret) gets the new credential and keeps the rest.  `cells` go to its provider."""
+    """(its name, whether it is new).  An account of the same provider with the same e-mail address,
+    name or secret gets the new credential and keeps the rest.  `cells` go to its provider.  Raises
+    ConfigError where the name is another account's."""
     def change(stored: dict) -> tuple[str, bool]:
-        rows = stored.setdefault("accounts", [])
-        for old in rows:
-            is_same = (old.get("provider") == row["provider"] and row.get("email")
-                       and old.get("email") == row["email"]) or (
-                row.get("name") and old.get("name") == row["name"]) or any(
-                row.get(c) and old.get(c) == row[c] for c in CREDENTIALS)
-            if is_same:
-                for name in CREDENTIALS:
-                    old.pop(name, None)
-                old.update({k: v for k, v in row.items() if v and k != "name"})
-                return old.setdefault("name", free_name(row["provider"], stored)), False
-        new = {"name": row.get("name") or free_name(row.get("email") or row["provider"], stored),
-               **{k: v for k, v in row.items() if v not in ("", None) and k != "name"}}
         if cells:
             stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
-        rows.append(new)
+        rows = stored.setdefault("accounts", [])
+        for name, old in stored_accounts(stored):
+            is_other = old.get("provider") != row["provider"] or (
+                row.get("email") and old.get("email") and old["email"] != row["email"])
+            if is_other and row.get("name") == name:
+                raise ConfigError(f"the name {name} is another account's; give one with --name")
+            if not is_other and (row.get("name") == name or any(
+                    row.get(c) and old.get(c) == row[c] for c in ("email", *CREDENTIALS))):
+                for credential in CREDENTIALS:
+                    old.pop(credential, None)
+                old.update({k: v for k, v in row.items() if v and k != "name"})
+                return name, False
+        new = {**row, "name": row.get("name") or free_name(row.get("email") or row["provider"],
+                                                           stored)}
+        rows.append({k: v for k, v in new.items() if v not in ("", None)})
         return new["name"], True
     return edit_accounts(path, change)
 
@@ -8564,33 +8769,21 @@ def browser_login(args: argparse.Namespace, provider: Provider,
                 say(f"{wrong}; paste the whole address of the last page")
 
     threading.Thread(target=read_pasted, name="paste", daemon=True).start()
-    answer = login.exchange(login.wait(), connections)
+    deadline = time.monotonic() + LOGIN_WAIT_S
+    try:
+        while True:
+            code = login.wait(max(0.1, deadline - time.monotonic()))
+            try:
+                answer = login.exchange(code, connections)
+                break
+            except ProxyError as err:
+                if "that code" not in err.message:
+                    raise
+                say(f"{err.message}; the sign-in still waits for the right one")
+    finally:
+        login.close()
     client_id, secret = login.clients[0]
     return answer, {"client_id": client_id, "client_secret": secret} if is_found else {}
-
-
-def check_account(row: dict, providers: Mapping[str, Provider],
-                  connections: ConnectionCache) -> list[str]:
-    """What the account can do, a line a pool; raises ProxyError when it can do nothing.  A rotated
-    refresh token and the e-mail address are put into `row`."""
-    account = account_from_row({"name": "new", **row}, providers)
-    if account.provider.auth != "oauth":
-        check_key(account, connections)
-        return [f"{account.provider.id}: the key is accepted"]
-
-    def rotated(_: Account, old: str, new: str) -> None:
-        row["refresh_token"] = new
-    token = Tokens(connections, Clock(), on_rotate=rotated).access(account)
-    if not row.get("email"):
-        row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
-    lines = []
-    for provider in account.providers if account.provider.envelope else ():
-        facts = discover(account, provider, token, connections, Clock(), onboards=True)
-        lines.append(f"{provider.id}: " + (f"absent: {facts.absent}" if facts.absent else ", ".join(
-            filter(None, (f"project {facts.project}" if facts.project else
-                          "no project: open Antigravity once with this account",
-                          f"tier {facts.tier}" if facts.tier else "")))))
-    return lines
 
 
 def check_credential(row: dict, providers: Mapping[str, Provider],
@@ -8604,14 +8797,15 @@ def check_credential(row: dict, providers: Mapping[str, Provider],
 
     def rotated(_: Account, old: str, new: str) -> None:
         row["refresh_token"] = new
-    token = Tokens(connections, Clock(), on_rotate=rotated).access(account)
+    token = Tokens(connections, Clock(), small_call_error, on_rotate=rotated).access(account)
     if not row.get("email"):
         row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
 
 
 def chosen_accounts(found: Offline, name: str | None) -> list[Account]:
     """The account of that name, or all; raises ConfigError with the names there are."""
-    chosen = [a for a in found.pool.accounts if name in (None, a.name, a.label)]
+    chosen = [a for a in found.pool.accounts if name in (None, a.name)] or [
+        a for a in found.pool.accounts if name == a.label]
     if name and not chosen:
         names = ", ".join(a.label for a in found.pool.accounts) or "none"
         raise ConfigError(f"no account {name}; there are: {names}")
@@ -8626,16 +8820,13 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
     """Reads facts and quota of the account of that name, or all, where they are older; prints them.
     The exit code says whether any can serve."""
     with offline(args) as found:
-        log = Log(sys.stderr)
-        keeper = Keeper(found.pool, found.tokens, lambda: None, log, lambda _: None)
         chosen = chosen_accounts(found, name)
         for account in chosen:
             for provider in account.providers if account.provider.envelope else ():
                 read_at = max((q["read_at"] for q in found.pool.readings.report(
                     (account.name, provider.id), 0, 0)), default=0)
                 if found.clock.now() - read_at > max_age_s and not found.pool.is_stopped(account):
-                    keeper.read(account, provider)
-        log.close()
+                    found.keeper.read(account, provider)
         report, now = [r for r in found.pool.report()
                        if r["name"] in {a.label for a in chosen}], found.clock.now()
     if args.json:
@@ -8657,11 +8848,16 @@ def account_add(args: argparse.Namespace) -> int:
                           f"is required, not {args.provider}")
     connections, cells = ConnectionCache(Clock(), os.environ), {}
     row = {"name": args.name, "provider": provider.id, "project": args.project}
-    if provider.auth != "oauth":
+    is_key = provider.auth != "oauth"
+    if args.refresh_token if is_key else args.key:
+        raise ConfigError(f"{provider.id} takes {'a key: --key -' if is_key else 'a sign-in, or '}"
+                          f"{'' if is_key else '--refresh-token -'}")
+    if is_key:
         row["api_key"] = read_secret(args.key, f"API key for {provider.id}: ")
         agree(provider)
     elif args.refresh_token:
-        row["refresh_token"] = read_secret(args.refresh_token, "").partition("|")[0]
+        row["refresh_token"], _, told = read_secret(args.refresh_token, "").partition("|")
+        row["project"] = row["project"] or told.partition("|")[0]
         agree(provider)
     else:
         agree(provider)
@@ -8687,23 +8883,35 @@ def account_list(args: argparse.Namespace) -> int:
     return 0
 
 
+def verify_account(account: Account, found: Offline) -> str:
+    """`works`, and what does not; raises ProxyError or ConfigError when nothing does."""
+    if account.provider.auth != "oauth":
+        check_key(account, found.tokens.connections)
+        return "works"
+    token, absent = found.tokens.access(account, is_shared=False), []
+    for provider in account.providers if account.provider.envelope else ():
+        facts = pool_facts(found.pool, found.tokens, account, provider, token, again=True)
+        absent += [f"{provider.id} is absent: {facts.absent}"] * bool(facts.absent)
+        failure = None if facts.absent else found.keeper.read(account, provider)
+        if failure is not None:
+            raise failure
+    if len(absent) == len(account.providers):
+        raise ProxyError("absent", "; ".join(absent))
+    return "; ".join(["works", *absent])
+
+
 def account_verify(args: argparse.Namespace) -> int:
     """Asks upstream for each account again; one that works is cleared of its stop."""
     failed = 0
     with offline(args) as found:
         for account in chosen_accounts(found, args.name):
             try:
-                if account.provider.auth != "oauth":
-                    check_key(account, found.tokens.connections)
-                else:
-                    token = found.tokens.access(account, is_shared=False)
-                    for provider in account.providers if account.provider.envelope else ():
-                        pool_facts(found.pool, found.tokens, account, provider, token, again=True)
+                said = verify_account(account, found)
                 found.pool.clear(account, stops_only=True)
-                say(f"{account.label}: works")
-            except ProxyError as err:
+            except (ProxyError, ConfigError) as err:
                 failed += 1
-                say(f"{account.label}: {redact(err.message)}")
+                said = redact(str(err))
+            say(f"{account.label}: {said}")
     return 4 if failed else 0
 
 
@@ -8718,22 +8926,24 @@ def account_clear(args: argparse.Namespace) -> int:
 def edit_account(args: argparse.Namespace, change: Callable[[list, dict], Any]) -> str:
     """`change(rows, row)` on the account of that name in the file; its name."""
     def find(stored: dict) -> str:
-        rows = stored.get("accounts", [])
-        for position, row in enumerate(rows):
-            name = row.get("name", f"{row.get('provider')}-{position + 1}")
-            if args.name in (name, name.partition("@")[0]):
-                change(rows, row)
-                return name
-        names = ", ".join(str(r.get("name")) for r in rows) or "none"
-        raise ConfigError(f"no account {args.name}; there are: {names}")
+        rows = stored_accounts(stored)
+        fit = [r for r in rows if r[0] == args.name] or [
+            r for r in rows if r[0].partition("@")[0] == args.name]
+        if len(fit) != 1:
+            raise ConfigError(f"{'several accounts are' if fit else 'no account'} {args.name}; "
+                              f"there are: {', '.join(name for name, _ in rows) or 'none'}")
+        change(stored["accounts"], fit[0][1])
+        return fit[0][0]
     return edit_accounts(config_path(args.accounts, os.environ), find)
 
 
 def account_remove(args: argparse.Namespace) -> int:
+    name = edit_account(args, lambda rows, row: rows.remove(row))
     with offline(args) as found:
-        for account in chosen_accounts(found, args.name):
-            found.pool.clear(account)
-        name = edit_account(args, lambda rows, row: rows.remove(row))
+        found.pool.clear(Account(name, PROVIDERS["sim"], "", ""))
+        for ending in ("", ".lock"):
+            with contextlib.suppress(OSError):      # it had none
+                os.unlink(found.tokens.kept_path(name) + ending)
         for table in ("facts", "quotas", "used"):
             found.state.delete(table, name)
     say(f"removed: {name}.  Its sign-in is still valid at the vendor; revoke it there.")
@@ -8753,21 +8963,38 @@ def account_enable(args: argparse.Namespace) -> int:
 
 def _importable(name: str) -> bool:
     try:
-        return bool(import_accounts(name, os.environ))
+        return bool(import_accounts(name, os.environ)[0])
     except (ConfigError, OSError):
         return False
+
+
+def known_secret(secret: str) -> str:
+    """The secret itself where it is only referred to; commands are not run for it."""
+    if not secret.startswith(("env:", "file:")):
+        return secret
+    try:
+        return resolve_secret(secret)
+    except ConfigError:
+        return secret
+
+
+def known_client(provider: Provider) -> dict:
+    """Cells for a provider whose OAuth client is only found in its installed program."""
+    if provider.auth != "oauth" or oauth_clients(provider, os.environ):
+        return {}
+    found = discover_clients(provider, os.environ)
+    return {"client_id": found[0][0], "client_secret": found[0][1]} if found else {}
 
 
 def account_import(args: argparse.Namespace) -> int:
     """Accounts of another program; its store is only read."""
     if not args.source:
-        known = [name for name in IMPORT_SOURCES for _ in (0,)
-                 if _importable(name)]
+        known = [name for name in IMPORT_SOURCES if _importable(name)]
         say("found here: " + (", ".join(known) or "nothing") + "; run `accounts import SOURCE` "
             f"with one of {', '.join(IMPORT_SOURCES)}, a file or a folder")
         return 0
     path, added, known = config_path(args.accounts, os.environ), 0, 0
-    rows = import_accounts(args.source, os.environ)
+    rows, left_out = import_accounts(args.source, os.environ)
     config = load_config(path, {}, os.environ)
     for provider in dict.fromkeys(row["provider"] for row in rows):
         if provider not in config.providers:
@@ -8775,18 +9002,23 @@ def account_import(args: argparse.Namespace) -> int:
             rows = [row for row in rows if row["provider"] != provider]
         else:
             agree(config.providers[provider])
-    present = {old.get(c) for old in config.accounts for c in CREDENTIALS} - {None}
+    present = {known_secret(old[c]) for old in config.accounts for c in CREDENTIALS if c in old}
     emails = {(old["provider"], old.get("email")) for old in config.accounts if old.get("email")}
     for row in rows:
-        secret = row.get("refresh_token") or row.get("api_key")
-        if secret in present or (row["provider"], row["email"]) in emails:
+        secret = next(row[c] for c in CREDENTIALS if row.get(c))
+        if secret in present or (row["provider"], row.get("email")) in emails:
             known += 1
             continue
-        name, _ = store_account(path, row)
+        row["name"] = row.get("name") or ""
+        cells = row.pop("client", None) or known_client(config.providers[row["provider"]])
+        name, _ = store_account(path, row, cells)
         present.add(secret)
-        emails.add((row["provider"], row["email"] or secret))
+        if row.get("email"):
+            emails.add((row["provider"], row["email"]))
         added += 1
         say(f"added: {name} ({row['provider']})")
+    if left_out:
+        say(f"{left_out} left out: another vendor's, or without a refresh token")
     say(f"{added} added, {known} were here already.  Next: python3 agproxy.py accounts verify")
     return 0
 
