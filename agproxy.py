@@ -991,6 +991,40 @@ def sweep_temporaries(path: str) -> None:
                 os.unlink(entry.path)
 
 
+def free_name(wanted: str, stored: Mapping) -> str:
+    """`wanted`, or with the first number that makes it unique; never an e-mail address."""
+    taken = {name for name, _ in stored_accounts(stored)}
+    wanted = wanted.partition("@")[0] or "account"
+    return next(name for n in range(1, len(taken) + 3)
+                for name in (wanted if n == 1 else f"{wanted}-{n}",) if name not in taken)
+
+
+def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
+    """(its name, whether it is new).  An account of the same provider with the same e-mail address,
+    name or secret gets the new credential and keeps the rest.  `cells` go to its provider.  Raises
+    ConfigError where the name is another account's."""
+    def change(stored: dict) -> tuple[str, bool]:
+        if cells:
+            stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
+        rows = stored.setdefault("accounts", [])
+        for name, old in stored_accounts(stored):
+            is_other = old.get("provider") != row["provider"] or (
+                row.get("email") and old.get("email") and old["email"] != row["email"])
+            if is_other and row.get("name") == name:
+                raise ConfigError(f"the name {name} is another account's; give one with --name")
+            if not is_other and (row.get("name") == name or any(
+                    row.get(c) and old.get(c) == row[c] for c in ("email", *CREDENTIALS))):
+                for credential in CREDENTIALS:
+                    old.pop(credential, None)
+                old.update({k: v for k, v in row.items() if v and k != "name"})
+                return name, False
+        new = {**row, "name": row.get("name") or free_name(row.get("email") or row["provider"],
+                                                           stored)}
+        rows.append({k: v for k, v in new.items() if v not in ("", None)})
+        return new["name"], True
+    return edit_accounts(path, change)
+
+
 def save_rotated_token(path: str, account: str, old: str, new: str) -> None:
     """Writes a rotated refresh token over the old one, on the file as it is now."""
     def change(stored: dict) -> None:
@@ -5676,7 +5710,94 @@ def import_accounts(source: str, environ: Mapping[str, str]) -> tuple[list[dict]
                       f"a folder, or one of {', '.join(IMPORT_SOURCES)}")
 
 
+def known_client(provider: Provider, environ: Mapping[str, str]) -> dict:
+    """Cells for a provider whose OAuth client is only found in its installed program."""
+    if provider.auth != "oauth" or oauth_clients(provider, environ):
+        return {}
+    found = discover_clients(provider, environ)
+    return {"client_id": found[0][0], "client_secret": found[0][1]} if found else {}
+
+
+def sort_imports(rows: list[dict], config: Config) -> tuple[list[dict], int]:
+    """(rows that are new here, how many are known): by secret, also one that is only referred to,
+    and by provider and e-mail address.  Rows of unknown providers are in neither."""
+    def secret_of(row: Mapping) -> str:
+        secret = next((str(row[c]) for c in CREDENTIALS if row.get(c)), "")
+        with contextlib.suppress(ConfigError):      # it cannot be read now: compared as it stands
+            return resolve_secret(secret) if secret.startswith(("env:", "file:")) else secret
+        return secret
+    seen = {secret_of(row) for row in config.accounts} | {
+        (row["provider"], row["email"]) for row in config.accounts if row.get("email")}
+    new, known = [], 0
+    for row in rows:
+        marks = {secret_of(row)}
+        if row.get("email"):
+            marks.add((row["provider"], row["email"]))
+        if marks & seen:
+            known += 1
+        elif row["provider"] in config.providers:
+            new.append(row)
+        seen |= marks
+    return new, known
+
+
 # The keeper
+
+class AccountsFile:
+    """The accounts file under a running server: valid edits are handed to `apply`, an invalid one
+    leaves the old settings in force; rotated tokens are stored, again and again where that fails.
+    The lock guards `_unsaved`."""
+
+    def __init__(self, path: str, flags: Mapping[str, Any], log: Log,
+                 apply: Callable[[Config], None]):
+        self.path, self.flags, self.log, self.apply = path, flags, log, apply
+        self._lock = threading.Lock()
+        self._unsaved: dict[str, tuple[str, str]] = {}      # account -> (old, new)
+        self._seen = self._signature()
+
+    def keep_token(self, account: Account, old: str, new: str) -> None:
+        """Stores a rotated refresh token before it is used; where that fails it is used from memory
+        and stored as soon as that works."""
+        with self._lock:
+            self._unsaved[account.name] = (self._unsaved.get(account.name, (old,))[0], new)
+        self.save_tokens(is_first=True)
+
+    def save_tokens(self, is_first: bool = False) -> None:
+        with self._lock:
+            for name, (old, new) in list(self._unsaved.items()) if self.path else ():
+                try:
+                    save_rotated_token(self.path, name.partition("@")[0], old, new)
+                    del self._unsaved[name]
+                except (OSError, ConfigError) as err:
+                    if is_first:
+                        self.log.line("%s: its new refresh token is kept in memory until it can "
+                                      "be stored: %s", name, err)
+
+    def watch(self) -> None:
+        """Once a second: what could not be stored, and what was edited."""
+        self.save_tokens()
+        signature = self._signature()
+        if signature == self._seen:
+            return
+        self._seen = signature
+        try:
+            stored = read_accounts_file(self.path)
+            if not stored:
+                raise ConfigError(f"{self.path} is gone or empty")
+            config = load_config(self.path, self.flags, os.environ, stored)
+        except ConfigError as err:
+            self.log.line("accounts file not taken over, the old settings stay: %s", err)
+            return
+        self.apply(config)
+        self.log.line("accounts file taken over: %s accounts", len(config.accounts))
+
+    def _signature(self) -> tuple:
+        try:
+            stat = os.stat(self.path)
+        except OSError:
+            return ()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
 
 class Keeper:
     """Does ahead of need what requests would wait for: tokens, projects, quota readings; takes over
@@ -6196,7 +6317,7 @@ class Services:
     signatures: Memory
     tokens: Tokens
     state: State | None = None
-    on_quota: Callable[[Account, Provider], None] = lambda *_: None    # a refusal to look into
+    keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
@@ -6289,8 +6410,8 @@ class Conducting:
             pool, pair = self.services.pool, (candidate.account.name, candidate.provider.id)
             known = pool.facts(pair) or Facts("", "", "", (), 0)
             pool.note_facts(pair, known._replace(absent=error.message, at=pool.clock.now()))
-        if error.kind in ("quota", "soft_429"):
-            self.services.on_quota(candidate.account, candidate.provider)
+        if error.kind in ("quota", "soft_429") and self.services.keeper:
+            self.services.keeper.after_quota(candidate.account, candidate.provider)
         if not is_stated(error) and error.kind not in LOGIN_KINDS:
             # a stated rest blocks it by itself, and may end while we wait
             self.tried.add(candidate)
@@ -8396,69 +8517,6 @@ def check_bind(config: Config) -> None:
                           "characters, not from documentation")
 
 
-class AccountsFile:
-    """The accounts file of a running server: edits are taken over when they are valid, and an
-    invalid one leaves the old settings in force; rotated tokens are stored, again and again where
-    that fails.  The lock guards `_unsaved`."""
-
-    def __init__(self, path: str, flags: Mapping[str, Any], log: Log):
-        self.path, self.flags, self.log = path, flags, log
-        self.services: Services | None = None
-        self._lock = threading.Lock()
-        self._unsaved: dict[str, tuple[str, str]] = {}      # account -> (old, new)
-        self._seen = self._signature()
-
-    def keep_token(self, account: Account, old: str, new: str) -> None:
-        """Stores a rotated refresh token before it is used; where that fails it is used from memory
-        and stored as soon as that works."""
-        with self._lock:
-            oldest = self._unsaved.get(account.name, (old,))[0]
-            self._unsaved[account.name] = (oldest, new)
-        self._save(account.name)
-
-    def watch(self) -> None:
-        """Once a second: what could not be stored, and what was edited."""
-        for name in list(self._unsaved):
-            self._save(name, is_first=False)
-        signature = self._signature()
-        if signature == self._seen or self.services is None:
-            return
-        self._seen = signature
-        services = self.services
-        try:
-            stored = read_accounts_file(self.path)
-            if not stored:
-                raise ConfigError(f"{self.path} is gone or empty")
-            config = load_config(self.path, self.flags, os.environ, stored)
-        except ConfigError as err:
-            self.log.line("accounts file not taken over, the old settings stay: %s", err)
-            return
-        services.config = config
-        services.pool.replace([account_from_row(row, config.providers)
-                               for row in config.accounts], config.settings)
-        self.log.line("accounts file taken over: %s accounts", len(config.accounts))
-
-    def _save(self, name: str, is_first: bool = True) -> None:
-        with self._lock:
-            if name not in self._unsaved:
-                return
-            old, new = self._unsaved[name]
-            try:
-                save_rotated_token(self.path, name.partition("@")[0], old, new)
-                del self._unsaved[name]
-            except (OSError, ConfigError) as err:
-                if is_first:
-                    self.log.line("%s: its new refresh token is kept in memory until it can be "
-                                  "stored: %s", name, err)
-
-    def _signature(self) -> tuple:
-        try:
-            stat = os.stat(self.path)
-        except OSError:
-            return ()
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-
 def touch_account(services: Services, candidate: Candidate) -> None:
     """One small request, so that a quota window begins; its answer is of no interest."""
     class Nobody:
@@ -8481,83 +8539,69 @@ def touch_account(services: Services, candidate: Candidate) -> None:
             services.log.line("%s: its window was not started: %s", candidate.account.label, err)
 
 
-def state_path(accounts_path: str) -> str:
-    """state.db beside the accounts file, "" for none."""
-    return os.path.join(os.path.dirname(os.path.realpath(accounts_path)),
-                        "state.db") if accounts_path else ""
+@contextlib.contextmanager
+def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
+                 recovers: bool = False) -> Iterator[Services]:
+    """Everything behind a server, or behind a command that needs the pool: the files, the accounts
+    and calls upstream, with --demo to the simulator.  Closed on the way out."""
+    path, clock = "" if args.demo else config_path(args.accounts, os.environ), Clock()
+    config = load_config(path, flags, os.environ, {} if args.demo else None, recovers)
+    sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
+    config = sim_config(sim, config) if sim else config
+    state = State(os.path.join(os.path.dirname(os.path.realpath(path)), "state.db") if path else "",
+                  warn, config.max_state_bytes)
+    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
+                       clock, config.settings, state)
+
+    def apply(edited: Config) -> None:
+        services.config = edited
+        pool.replace([account_from_row(row, edited.providers) for row in edited.accounts],
+                     edited.settings)
+    file = AccountsFile(path, flags, log, apply)
+    connections = ConnectionCache(clock, os.environ)
+    tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
+    services = Services(config, pool, connections, clock, log, Meters(), Memory(), tokens, state,
+                        simulator=sim.url if sim else "")
+    services.keeper = Keeper(pool, tokens, file.watch, log,
+                             lambda candidate: touch_account(services, candidate))
+    try:
+        yield services
+    finally:
+        services.keeper.stop()
+        file.save_tokens()
+        connections.close()
+        state.close()
+        if sim:
+            sim.stop()
+        log.close()
 
 
 @contextlib.contextmanager
 def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServer]:
     """A listening server with everything behind it; drained on the way out."""
     flags = {name: getattr(args, name, None) for name in SETTINGS}
-    path = "" if args.demo else config_path(args.accounts, os.environ)
-    if path:
-        sweep_temporaries(path)
-    config = load_config(path, flags, os.environ, {} if args.demo else None, recovers=True)
-    sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
-    if sim:
-        config = sim_config(sim, config)
-    check_bind(config)
-    clock, log = Clock(), Log(log_out)
-    state = State(state_path(path), warn, config.max_state_bytes)
-    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
-                       clock, config.settings, state)
-    file = AccountsFile(path, flags, log)
-    connections = ConnectionCache(clock, os.environ)
-    tokens = Tokens(connections, clock, small_call_error, path,
-                    file.keep_token if path else lambda *_: None)
-    services = Services(config, pool, connections, clock, log, Meters(), Memory(), tokens, state,
-                        simulator=sim.url if sim else "")
-    keeper = Keeper(pool, tokens, file.watch if path else lambda: None, log,
-                    lambda candidate: touch_account(services, candidate))
-    services.on_quota, file.services = keeper.after_quota, services
-    try:
-        server = ProxyServer(services, config.host, config.port)
-    except OSError as err:
-        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
-                          "choose another with --port") from err
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    keeper.start()
-    try:
-        yield server
-    finally:
-        keeper.stop()
-        server.drain(config.drain_s)
-        if sim:
-            sim.stop()
-        state.close()
-        log.close()
+    if not args.demo:
+        sweep_temporaries(config_path(args.accounts, os.environ))
+    with services_for(args, Log(log_out), flags, recovers=True) as services:
+        config = services.config
+        check_bind(config)
+        try:
+            server = ProxyServer(services, config.host, config.port)
+        except OSError as err:
+            raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
+                              "choose another with --port") from err
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept",
+                         daemon=True).start()
+        services.keeper.start()
+        try:
+            yield server
+        finally:
+            server.drain(services.config.drain_s)
 
 
-class Offline(NamedTuple):
-    """What commands need of a pool without a server: the files, and calls upstream."""
-    config: Config
-    pool: AccountPool
-    tokens: Tokens
-    state: State
-    clock: Clock
-    keeper: Keeper
-
-
-@contextlib.contextmanager
-def offline(args: argparse.Namespace, log: Callable[[str], None] = warn) -> Iterator[Offline]:
-    path, clock = config_path(args.accounts, os.environ), Clock()
-    config = load_config(path, {}, os.environ)
-    state = State(state_path(path), log, config.max_state_bytes)
-    connections, lines = ConnectionCache(clock, os.environ), Log(sys.stderr)
-    file = AccountsFile(path, {}, lines)
-    tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
-    pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts], clock,
-                       config.settings, state)
-    keeper = Keeper(pool, tokens, file.watch, lines, lambda _: None)
-    try:
-        yield Offline(config, pool, tokens, state, clock, keeper)
-    finally:
-        file.watch()            # what could not be stored is tried once more
-        connections.close()
-        state.close()
-        lines.close()
+def offline(args: argparse.Namespace) -> contextlib.AbstractContextManager[Services]:
+    """The pool for a command, without a server."""
+    return services_for(args, Log(sys.stderr), {})
 
 
 def client_variables(client: str, url: str, key: str) -> dict[str, str]:
@@ -8576,7 +8620,7 @@ def needs_account(args: argparse.Namespace) -> str:
     if args.demo:
         return ""
     path = config_path(args.accounts, os.environ)
-    config = load_config(path, {}, os.environ)
+    config = load_config(path, {}, os.environ, recovers=True)
     if any(row.get("enabled", True) for row in config.accounts):
         return ""
     return (f"No account in {path}. Add one:\n"
@@ -8660,16 +8704,8 @@ def command_run(args: argparse.Namespace) -> int:
 
 def command_models(args: argparse.Namespace) -> int:
     """Every model with the accounts that serve it."""
-    if args.demo:
-        rows = [{"name": name, "provider": "sim", "refresh_token": "demo"}
-                for name in DEMO_ACCOUNTS]
-        nowhere = {"sim": {"base_url": "http://127.0.0.1"}}
-        config = load_config("", {}, os.environ, {"accounts": rows, "providers": nowhere})
-        pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
-                           Clock(), config.settings)
-    else:
-        with offline(args) as found:
-            pool = found.pool
+    with offline(args) as found:
+        pool = found.pool
     if not any(account.enabled for account in pool.accounts):
         say(needs_account(args))
         return 4
@@ -8689,40 +8725,6 @@ def agree(provider: Provider) -> None:
     say(f"{provider.id}: {provider.policy}")
     if ask_person("Type yes to go on: ").lower() != "yes":
         raise ConfigError("nothing was added")
-
-
-def free_name(wanted: str, stored: Mapping) -> str:
-    """`wanted`, or with the first number that makes it unique; never an e-mail address."""
-    taken = {name for name, _ in stored_accounts(stored)}
-    wanted = wanted.partition("@")[0] or "account"
-    return next(name for n in range(1, len(taken) + 3)
-                for name in (wanted if n == 1 else f"{wanted}-{n}",) if name not in taken)
-
-
-def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
-    """(its name, whether it is new).  An account of the same provider with the same e-mail address,
-    name or secret gets the new credential and keeps the rest.  `cells` go to its provider.  Raises
-    ConfigError where the name is another account's."""
-    def change(stored: dict) -> tuple[str, bool]:
-        if cells:
-            stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
-        rows = stored.setdefault("accounts", [])
-        for name, old in stored_accounts(stored):
-            is_other = old.get("provider") != row["provider"] or (
-                row.get("email") and old.get("email") and old["email"] != row["email"])
-            if is_other and row.get("name") == name:
-                raise ConfigError(f"the name {name} is another account's; give one with --name")
-            if not is_other and (row.get("name") == name or any(
-                    row.get(c) and old.get(c) == row[c] for c in ("email", *CREDENTIALS))):
-                for credential in CREDENTIALS:
-                    old.pop(credential, None)
-                old.update({k: v for k, v in row.items() if v and k != "name"})
-                return name, False
-        new = {**row, "name": row.get("name") or free_name(row.get("email") or row["provider"],
-                                                           stored)}
-        rows.append({k: v for k, v in new.items() if v not in ("", None)})
-        return new["name"], True
-    return edit_accounts(path, change)
 
 
 def read_secret(option: str | None, prompt: str) -> str:
@@ -8747,8 +8749,7 @@ def browser_login(args: argparse.Namespace, provider: Provider,
     """(token answer, client cells to store) of a sign-in by browser, by paste, or both at once."""
     clients = oauth_clients(provider, os.environ)
     is_found = not clients
-    if is_found:
-        clients = discover_clients(provider, os.environ)
+    clients = clients or discover_clients(provider, os.environ)
     if not clients:
         raise no_client(provider)
     login = Login(provider, clients, os.environ)
@@ -8802,7 +8803,7 @@ def check_credential(row: dict, providers: Mapping[str, Provider],
         row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
 
 
-def chosen_accounts(found: Offline, name: str | None) -> list[Account]:
+def chosen_accounts(found: Services, name: str | None) -> list[Account]:
     """The account of that name, or all; raises ConfigError with the names there are."""
     chosen = [a for a in found.pool.accounts if name in (None, a.name)] or [
         a for a in found.pool.accounts if name == a.label]
@@ -8876,14 +8877,15 @@ def account_add(args: argparse.Namespace) -> int:
 
 
 def account_list(args: argparse.Namespace) -> int:
-    if not load_config(config_path(args.accounts, os.environ), {}, os.environ).accounts:
+    if not args.demo and not load_config(config_path(args.accounts, os.environ), {},
+                                         os.environ).accounts:
         say(needs_account(args))
         return 4
-    show_readings(args, None, float("inf"))
+    show_readings(args, None, 0 if args.demo else float("inf"))
     return 0
 
 
-def verify_account(account: Account, found: Offline) -> str:
+def verify_account(account: Account, found: Services) -> str:
     """`works`, and what does not; raises ProxyError or ConfigError when nothing does."""
     if account.provider.auth != "oauth":
         check_key(account, found.tokens.connections)
@@ -8968,24 +8970,6 @@ def _importable(name: str) -> bool:
         return False
 
 
-def known_secret(secret: str) -> str:
-    """The secret itself where it is only referred to; commands are not run for it."""
-    if not secret.startswith(("env:", "file:")):
-        return secret
-    try:
-        return resolve_secret(secret)
-    except ConfigError:
-        return secret
-
-
-def known_client(provider: Provider) -> dict:
-    """Cells for a provider whose OAuth client is only found in its installed program."""
-    if provider.auth != "oauth" or oauth_clients(provider, os.environ):
-        return {}
-    found = discover_clients(provider, os.environ)
-    return {"client_id": found[0][0], "client_secret": found[0][1]} if found else {}
-
-
 def account_import(args: argparse.Namespace) -> int:
     """Accounts of another program; its store is only read."""
     if not args.source:
@@ -8993,33 +8977,21 @@ def account_import(args: argparse.Namespace) -> int:
         say("found here: " + (", ".join(known) or "nothing") + "; run `accounts import SOURCE` "
             f"with one of {', '.join(IMPORT_SOURCES)}, a file or a folder")
         return 0
-    path, added, known = config_path(args.accounts, os.environ), 0, 0
-    rows, left_out = import_accounts(args.source, os.environ)
+    path = config_path(args.accounts, os.environ)
     config = load_config(path, {}, os.environ)
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        if provider not in config.providers:
-            say(f"{provider} is not a provider here: left out")
-            rows = [row for row in rows if row["provider"] != provider]
-        else:
-            agree(config.providers[provider])
-    present = {known_secret(old[c]) for old in config.accounts for c in CREDENTIALS if c in old}
-    emails = {(old["provider"], old.get("email")) for old in config.accounts if old.get("email")}
-    for row in rows:
-        secret = next(row[c] for c in CREDENTIALS if row.get(c))
-        if secret in present or (row["provider"], row.get("email")) in emails:
-            known += 1
-            continue
-        row["name"] = row.get("name") or ""
-        cells = row.pop("client", None) or known_client(config.providers[row["provider"]])
+    rows, left_out = import_accounts(args.source, os.environ)
+    new, known = sort_imports(rows, config)
+    for provider in dict.fromkeys(row["provider"] for row in new):
+        agree(config.providers[provider])
+    for row in new:
+        cells = row.pop("client", None) or known_client(config.providers[row["provider"]],
+                                                        os.environ)
         name, _ = store_account(path, row, cells)
-        present.add(secret)
-        if row.get("email"):
-            emails.add((row["provider"], row["email"]))
-        added += 1
         say(f"added: {name} ({row['provider']})")
+    left_out += len(rows) - len(new) - known
     if left_out:
-        say(f"{left_out} left out: another vendor's, or without a refresh token")
-    say(f"{added} added, {known} were here already.  Next: python3 agproxy.py accounts verify")
+        say(f"{left_out} left out: not of a provider here, or without a refresh token")
+    say(f"{len(new)} added, {known} were here already.  Next: python3 agproxy.py accounts verify")
     return 0
 
 

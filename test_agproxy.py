@@ -2860,7 +2860,7 @@ def test_a_full_disk_keeps_the_old_file_and_the_rotated_token_in_memory(make_pro
     ag.edit_accounts(path, lambda s: s.update(accounts=[{"name": "a", "provider": "antigravity", "refresh_token": "old-token"}]))
     before = bytes_of(path)
     proxy = make_proxy({"a": None})
-    file = ag.AccountsFile(path, {}, proxy.log)
+    file = ag.AccountsFile(path, {}, proxy.log, lambda config: None)
     real = ag.os.fsync
 
     def full(*_):
