@@ -1138,8 +1138,9 @@ class State:
         self.path, self.tell, self.max_bytes = path, tell, max_bytes
         self.on_foreign_change: Callable[[], None] = lambda: None
         self.dropped = 0
-        self._jobs: queue.Queue = queue.Queue(50_000)
-        self._lock = threading.Lock()       # guards the one connection of a database in memory
+        self._jobs: collections.deque = collections.deque()     # (SQL, Event or None, values)
+        self._wake = threading.Event()
+        self._lock = threading.Lock()       # guards the connection
         self._told = ""
         self._db = self._prepare()
         self._seen = self._version()        # from here on a foreign commit is noticed
@@ -1185,10 +1186,12 @@ class State:
         self._thread.join(10)
 
     def _enqueue(self, sql: Any, values: tuple, urgent: bool) -> None:
-        try:
-            self._jobs.put_nowait((sql, values, urgent))
-        except queue.Full:
+        if len(self._jobs) < 50_000:
+            self._jobs.append((sql, values))
+        else:
             self.dropped += 1
+        if urgent:
+            self._wake.set()
 
     def _prepare(self) -> Any:
         """A connection to the file, sound and migrated; else to a database in memory."""
@@ -1255,27 +1258,27 @@ class State:
 
     def _run(self) -> None:
         pending: list = []
-        due = tidy_at = 0.0
+        look_at = tidy_at = retry_at = 0.0
         while True:
-            with contextlib.suppress(queue.Empty):
-                wait_s = max(0.02, min(1.0, due - time.monotonic())) if pending else 1.0
-                job = self._jobs.get(timeout=wait_s)
-                due = due if pending else time.monotonic() + 1.0
-                pending.append(job)
-            is_end = any(sql is None for sql, _, _ in pending)
+            self._wake.wait(1.0)
+            self._wake.clear()
+            while self._jobs:
+                pending.append(self._jobs.popleft())
+            now, is_end = time.monotonic(), any(sql is None for sql, _ in pending)
             try:
-                if pending and (pending[-1][2] or time.monotonic() >= due or len(pending) > 5000):
-                    due = time.monotonic() + 5      # for what cannot be written
+                if pending and (now >= retry_at or is_end):
+                    retry_at = now + 5          # in case it cannot be written
                     self._write(pending)
-                    pending, self._told = [], ""
+                    pending, retry_at, self._told = [], 0.0, ""
                 if is_end:
                     self._db.close()
                     return
-                before, self._seen = self._seen, self._version()
-                if self._seen != before:
-                    self.on_foreign_change()
-                if time.monotonic() > tidy_at:
-                    tidy_at = time.monotonic() + 3600
+                if now >= look_at:
+                    look_at, before, self._seen = now + 1, self._seen, self._version()
+                    if self._seen != before:
+                        self.on_foreign_change()
+                if now >= tidy_at:
+                    tidy_at = now + 3600
                     with self._lock:
                         self._tidy()
             except Exception as err:    # a thread's top: the disk may be back in five seconds
@@ -1284,8 +1287,7 @@ class State:
                     self.tell(f"state.db: {short_trace(err)}")
                 if is_end:
                     return
-                pending = [(sql, values, False) for sql, values, _ in pending
-                           if isinstance(sql, str)][-5000:]
+                pending = [job for job in pending if isinstance(job[0], str)][-5000:]
 
     def _write(self, jobs: list) -> None:
         """Writes jobs in one transaction; flushes are answered also when that fails."""
@@ -1293,7 +1295,7 @@ class State:
             with self._lock:
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
-                    for sql, values, _ in jobs:
+                    for sql, values in jobs:
                         if isinstance(sql, str):
                             self._db.execute(sql, [v() if callable(v) else v for v in values])
                     self._db.execute("COMMIT")
@@ -1301,7 +1303,7 @@ class State:
                     self._db.execute("ROLLBACK")
                     raise
         finally:
-            for sql, _, _ in jobs:
+            for sql, _ in jobs:
                 if isinstance(sql, threading.Event):
                     sql.set()
 
@@ -4541,7 +4543,8 @@ class AccountPool:
             self._probing.add(chosen.candidate.key)
         if ask.session:
             self._bind((ask.session, model), chosen.candidate.pair, now)
-        if self.state is not None:
+        if self.state is not None and now - self._used.get(account.name, 0.0) > 10:
+            self._used[account.name] = now
             self.state.put("used", account.name, now)
         return lease
 
