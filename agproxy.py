@@ -4721,6 +4721,13 @@ class AccountPool:
             return any(rest.is_stated and key[2:3] == pair[1:]
                        for key, rest in self.rests.of(pair[0], self.clock.now()))
 
+    def history(self) -> list[dict]:
+        """Every remembered reading, the points of a window as (epoch seconds, fraction left)."""
+        with self._lock:
+            return [{"account": key[0].partition("@")[0], "pool": key[1], "scope": key[2],
+                     "window": key[3], "points": list(points)}
+                    for key, points in self.readings.points.items()]
+
     def states(self) -> list[tuple[Account, str]]:
         """Each account with its state in words."""
         return [(a, row["state"]) for a, row in zip(self.accounts, self.report())]
@@ -5966,6 +5973,13 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
             "signature"),
     Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
             r"|tool_use_id|`tool_use` ids were found", "pairing"),
+    # business codes of Z.AI's error bodies, mostly under 429
+    Meaning((), "CODE_100[0-4]", "", "revoked"),
+    Meaning((), "CODE_(1113|1304|1308|1309|1310)", "", "quota"),
+    Meaning((), "CODE_(1302|1303|1305)", "", "rate"),
+    Meaning((), "CODE_1312", "", "capacity"),
+    Meaning((), "CODE_(1311|1211)", "", "model_missing"),
+    Meaning((), "CODE_1313", "", "disabled"),
     Meaning((400, 401, 403), "API_KEY_INVALID|API_KEY_EXPIRED", "", "revoked"),
     Meaning((), "", r"version of antigravity is no longer supported|not available on this version",
             "version"),
@@ -5989,13 +6003,6 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((503, 529), "", r"no capacity|overloaded", "capacity"),
     Meaning((400, 429), "", r"overloaded", "capacity"),
     Meaning((529,), "", "", "capacity"),
-    # business codes of Z.AI's error bodies, mostly under 429
-    Meaning((), "CODE_100[0-4]", "", "revoked"),
-    Meaning((), "CODE_(1113|1304|1308|1309|1310)", "", "quota"),
-    Meaning((), "CODE_(1302|1303|1305)", "", "rate"),
-    Meaning((), "CODE_1312", "", "capacity"),
-    Meaning((), "CODE_(1311|1211)", "", "model_missing"),
-    Meaning((), "CODE_1313", "", "disabled"),
     Meaning((402,), "", "", "quota"),
     Meaning((429,), "", r"limit: 0\b", "entitlement"),
     Meaning((429,), "QUOTA_EXHAUSTED|PERDAY|DAILY|INSUFFICIENT_|USAGE_LIMIT", "", "quota"),
@@ -7549,6 +7556,8 @@ class Handler:
 
     def account_limits(self, exchange: Exchange, match: Any) -> None:
         limits = account_limits(self.services.pool)
+        if "includeHistory=true" in exchange.query.split("&"):
+            limits["history"] = self.services.pool.history()
         if "format=table" in exchange.query.split("&"):
             exchange.send_bytes(200, "text/plain; charset=utf-8", limits_table(limits).encode())
         else:
@@ -8836,7 +8845,7 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
     if args.json:
         say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
     else:
-        for line in status_lines(report, now, is_ascii_terminal(), getattr(args, "models", False)):
+        for line in status_lines(report, now, is_ascii_terminal(), args.models):
             say(line)
     return 0 if any(row["state"] in ("ready", "soft-limited", "resting") for row in report) else 5
 
@@ -9129,7 +9138,7 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
 
 def _add_account_actions(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(dest="action", metavar="ACTION")
-    command.set_defaults(json=False)
+    command.set_defaults(json=False, models=False)
     for name, (_, about, argument, count) in ACCOUNT_ACTIONS.items():
         action = actions.add_parser(name, help=about, description=about)
         # given before or after the action
@@ -9139,6 +9148,7 @@ def _add_account_actions(command: argparse.ArgumentParser) -> None:
             action.add_argument(argument, nargs=count, metavar=argument.upper())
         if name == "list":
             action.add_argument("--json", action="store_true")
+            action.add_argument("--models", action="store_true", help="single models too")
         if name == "add":
             action.add_argument("--provider", default="antigravity", metavar="P")
             action.add_argument("--name", metavar="N", help="label in log and headers")

@@ -988,6 +988,10 @@ NESTED = json.dumps({"error": {"message": json.dumps({"type": "error", "error": 
     (400, google("thinking is bound to a different conversation"), "signature"),
     (400, google("The input token count exceeds the maximum number of tokens allowed 1048576."), "too_long"),
     (429, b'{"error":{"code":429,"message":"m","errors":true,"details":[{"violations":3.5,"links":1}]}}', "soft_429"),
+    (429, b'{"error":{"code":"1308","message":"Usage limit reached, resets at 2027-01-15 09:00:00"}}', "quota"),
+    (429, b'{"error":{"code":1302,"message":"x"}}', "rate"), (400, b'{"error":{"code":"1211","message":"x"}}', "model_missing"),
+    (429, b'{"error":{"type":"usage_limit_reached","resets_in_seconds":600}}', "quota"), (402, b"{}", "quota"),
+    (429, b'{"error":{"code":"1313","message":"x"}}', "disabled"), (401, b'{"error":{"code":"1002","message":"x"}}', "revoked"),
     (413, b"{}", "too_long"), (403, b"{}", "project"), (418, b"{}", "bad_request"),
 ])
 def test_what_an_answer_means(status, raw, kind):
@@ -1296,7 +1300,7 @@ def play_a_day(strategy, seed, hours=24):
 
 
 @pytest.mark.parametrize("strategy", ["sticky", "round-robin", "hybrid", "weighted"])
-def test_a_day_of_traffic_keeps_the_promises(strategy):
+def test_a_day_of_traffic_keeps_the_promises(strategy, capsys):
     total, shares = {}, {}
     for seed in range(3):
         figures, served = play_a_day(strategy, seed)
@@ -1305,7 +1309,8 @@ def test_a_day_of_traffic_keeps_the_promises(strategy):
         for name, value in served.items():
             shares[name] = shares.get(name, 0) + value
     total["stayed"] = round(total["stayed"] / 3, 3)
-    print(f"\n{strategy}: {total}, by account {dict(sorted(shares.items()))}")
+    with capsys.disabled():
+        print(f"\nthree days, {strategy}: {total}, by account {dict(sorted(shares.items()))}")
     assert total["served"] > 3000 and total["limits"] < total["served"] / 20
     if strategy != "round-robin":
         assert total["stayed"] > 0.9
@@ -1453,6 +1458,34 @@ def test_a_switch_is_followed_by_a_ramp_and_waiting_agents_take_turns():
     for ask in waiting:
         pool.leave(ask)
     assert pool.accounts[1].reserved == 0 and not pool._waiting
+
+
+def test_processes_may_begin_with_different_accounts(monkeypatch):
+    first = []
+    for pid in range(6):
+        monkeypatch.setattr(ag.os, "getpid", lambda pid=pid: pid)
+        first.append(pair_of(lent(pooled(3, strategy="sticky", pools=(), pid_offset=True)))[0])
+    assert first == ["a0", "a1", "a2"] * 2
+
+
+SESSIONS = [    # (headers, body) in the order in which they count: each row beats those below it
+    ({"x-claude-code-session-id": "s1"}, {}), ({}, {"metadata": {"user_id": '{"session_id":"s2"}'}}),
+    ({}, {"metadata": {"user_id": "user_1_account__session_s3"}}), ({"session-id": "s4"}, {}), ({"session_id": "s5"}, {}),
+    ({"x-session-id": "s6"}, {}), ({"x-session-affinity": "s7"}, {}), ({"x-client-request-id": "s8"}, {}),
+    ({}, {"session_id": "s9"}), ({}, {"sessionId": "s10"}), ({}, {"conversation_id": "s11"}), ({}, {"prompt_cache_key": "s12"})]
+
+
+def test_a_conversation_is_known_by_what_its_client_says_else_by_its_beginning():
+    def request(headers, body):
+        return ag.anthropic_parse_request({"model": "m", "max_tokens": 1, "messages": [U], **body}, headers)
+    for n, (headers, body) in enumerate(SESSIONS, 1):
+        later = dict(pair for below in SESSIONS[n:] for pair in below[0].items())
+        fields = dict(pair for below in reversed(SESSIONS[n:]) for pair in below[1].items() if pair[0] != "metadata")
+        assert request({**later, **headers}, {**fields, **body}).session == f"s{n}"
+    plain = request({}, {})
+    assert plain.session == "" and plain.conversation == request({"user-agent": "x"}, {}).conversation
+    assert plain.conversation != ag.anthropic_parse_request(
+        {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "other"}]}, {}).conversation
 
 
 def test_a_score_sheet_shows_every_term():
@@ -2041,6 +2074,63 @@ def test_a_failure_of_all_accounts_has_its_own_status_and_reason(make_proxy, no_
     if fault == "quota":
         assert int(headers["retry-after"]) > 8000 and headers["x-should-retry"] == "false"
         assert proxy.sim.accounts["a"].calls == 1           # a stated limit is respected
+
+
+def test_a_busy_account_is_waited_for_in_a_fair_queue(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s, most, done = 0.002, [], []
+    account = proxy.pool.accounts[0]
+    account.max_in_flight = 2
+
+    def work():
+        for _ in range(5):
+            done.append(proxy.ask("count to 9")[0])
+            most.append(account.in_flight)
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [200] * 40 and max(most) <= 2
+    until(lambda: account.in_flight == 0)
+    assert account.reserved == 0 and not proxy.pool._waiting
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_the_models_pair_serves_when_it_is_exhausted_and_that_is_wanted(make_proxy, no_pauses, fallback):
+    proxy = make_proxy({"a": None}, fallback=fallback)
+    key = ("candidate", "a", "sim", "claude-opus-4-6-thinking")
+    proxy.pool.rests.items[key] = ag.Rest("quota", time.time() + 9000, True, 1, time.time(), "spent")
+    status, headers, body = proxy.ask(model="claude-opus-4-8", stream=True)
+    if fallback:
+        assert status == 200 and headers["x-agproxy-model"] == "gemini-pro-agent"
+        proxy.pool.rests.items[(*key[:3], "gemini-pro-agent")] = proxy.pool.rests.items[key]
+        status, headers, body = proxy.ask(model="claude-opus-4-8")      # one hop, no chains
+    assert status == 429 and 8000 < int(headers["retry-after"]) <= 9000
+
+
+def test_the_reports_that_scripts_read(make_proxy):
+    proxy = make_proxy({"ann@x.org": None, "b": 4}, env={"PROXY_API_KEY": "k" * 20})
+    key = {"x-api-key": "k" * 20}
+    pair = ("b", "sim")
+    proxy.pool.note_windows(pair, [ag.Window("gemini", "5h", 0.1, time.time() + 900, time.time()),
+                                   ag.Window("gemini", "weekly", 0.6, 0, time.time())])
+    assert proxy.call("GET", "/account-limits")[0] == proxy.call("GET", "/health?deep=1")[0] == 401
+    assert set(json.loads(proxy.call("GET", "/health")[2])) & {"accounts", "counts"} == set()
+    limits = json.loads(proxy.call("GET", "/account-limits?includeHistory=true", headers=key)[2])
+    assert limits["totalAccounts"] == 2 and limits["accounts"][0]["email"] == "ann" and "x.org" not in json.dumps(limits)
+    cells = limits["accounts"][1]["limits"]["gemini-3-flash"]
+    assert cells["remaining"] == "10%" and cells["remainingFraction"] == 0.1 and cells["resetTime"].endswith("Z")
+    assert limits["accounts"][0]["limits"]["gemini-3-flash"]["remainingFraction"] is None       # unknown is not zero
+    assert limits["accounts"][1]["status"] == "soft-limited" and len(limits["history"]) == 2
+    deep = json.loads(proxy.call("GET", "/health?deep=1", headers=key)[2])
+    assert deep["counts"] == {"total": 2, "available": 1, "rateLimited": 0, "softLimited": 1, "invalid": 0, "error": 0}
+    assert deep["softLimit"] == {"enabled": True, "threshold": 0.2}
+    assert deep["accounts"][1]["models"]["gemini-3-flash"]["isSoftLimited"] is True
+    table = proxy.call("GET", "/account-limits?format=table", headers=key)[2].decode()
+    assert "Accounts: 2 total" in table and re.search(r"gemini-3-flash +\? +10%", table)
+    told = json.loads(proxy.call("POST", "/refresh-token", headers=key)[2])
+    assert told["status"] == "ok" and told["accounts"] == {"ann": "refreshed", "b": "refreshed"}
 
 
 def test_a_short_stated_limit_is_waited_for_with_keep_alives(make_proxy, monkeypatch):
