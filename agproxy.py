@@ -3945,6 +3945,21 @@ def model_from_id(name: str, label: str = "", **limits: int) -> Model:
                  limits.get("budget") or -1, False, "")
 
 
+def _model_choices(wanted: str, aliases: Mapping[str, tuple], listed: Iterable[str]) -> tuple:
+    """The ids a normal name may mean, in order of preference; () for a name nobody knows."""
+    patterns = [p for p in aliases if fnmatch.fnmatchcase(wanted, p)]
+    if patterns:
+        return tuple(map(normal_model_name, aliases[max(patterns, key=len)]))
+    if wanted in MODELS or wanted in listed:
+        return (wanted,)
+    if wanted.startswith("claude-") and wanted[7:] in MODELS:
+        return (wanted[7:],)            # as listed for clients that keep only claude ids
+    choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
+    if not choices and (wanted.startswith("claude") or wanted in TIERS):
+        choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
+    return choices
+
+
 def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
                   listed: Iterable[Model] = ()) -> Model:
     """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
@@ -3952,23 +3967,10 @@ def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, 
     not_found."""
     accounts, listed = list(accounts), {m.id: m for m in listed}
     wanted = normal_model_name(name)
-    patterns = sorted((p for p in aliases if fnmatch.fnmatchcase(wanted, p)), key=len,
-                      reverse=True)
-    if patterns:
-        choices = tuple(normal_model_name(t) for t in aliases[patterns[0]])
-    elif wanted in MODELS or wanted in listed:
-        choices = (wanted,)
-    elif wanted.startswith("claude-") and wanted[7:] in MODELS:
-        choices = (wanted[7:],)         # as listed for clients that keep only claude ids
-    else:
-        choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
-        if not choices and (wanted.startswith("claude") or wanted in TIERS):
-            choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
+    choices = _model_choices(wanted, aliases, listed)
     known = [MODELS.get(c) or listed[c] for c in choices if c in MODELS or c in listed]
-    for account in accounts:
-        for choice in choices or (wanted,):
-            if choice in account.models and choice not in MODELS:
-                known.append(model_from_id(choice))
+    known += [model_from_id(c) for account in accounts for c in choices or (wanted,)
+              if c in account.models and c not in MODELS]
     for model in known:
         if model.id in listed or any(account_serves(a, model, p)
                                      for a in accounts for p in a.providers):
@@ -4092,38 +4094,51 @@ def score(candidate: Candidate, view: View, windows: list[Window], now: float) -
             ("idle", settings["hybrid_idle"] * idle_s), ("last choice", -1e6 * is_last))
 
 
-def judge(candidate: Candidate, view: View, tried: Iterable, now: float) -> Verdict:
-    """Pure: whether this candidate may be asked now, and if not, why and until when."""
+def _stopped(candidate: Candidate, view: View, now: float) -> str:
+    """Why nothing may be sent before a person acts, or while the pool is absent; else ""."""
     account, rests = candidate.account, view.rests
     if not account.enabled:
-        return Verdict(candidate, "stopped", 0, "disabled; `accounts enable` brings it back")
+        return "disabled; `accounts enable` brings it back"
     for key in account.stop_keys if rests else ():
         if key in rests and rests[key].until > now:
-            return Verdict(candidate, "stopped", 0, rests[key].message)
+            return rests[key].message
     facts = view.facts.get(candidate.pair)
-    if facts and facts.absent and now - facts.at < ABSENT_LASTS_S:
-        return Verdict(candidate, "stopped", 0, facts.absent)
+    return facts.absent if facts and now - facts.at < ABSENT_LASTS_S else ""
+
+
+def _resting(candidate: Candidate, rests: Mapping[tuple, Rest], now: float) -> list[Rest]:
+    """The rests in force; hosts count when all of them rest."""
+    if not rests:
+        return []
     resting = [rests[key] for key in candidate.keys if key in rests and rests[key].holds(now)]
     hosts = [rests[key] for key in candidate.hosts if key in rests and rests[key].holds(now)]
     if hosts and len(hosts) == len(candidate.hosts):
         resting.append(min(hosts, key=lambda r: r.until))
-    stated = max((r for r in resting if r.is_stated), key=lambda r: r.until, default=None)
+    return sorted(resting, key=lambda r: r.until)
+
+
+def judge(candidate: Candidate, view: View, tried: Iterable, now: float) -> Verdict:
+    """Pure: whether this candidate may be asked now, and if not, why and until when."""
+    account, stop = candidate.account, _stopped(candidate, view, now)
+    if stop:
+        return Verdict(candidate, "stopped", 0, stop)
+    resting = _resting(candidate, view.rests, now)
+    stated = [r for r in resting if r.is_stated]
     if stated:
-        return Verdict(candidate, "stated", stated.until, stated.message)
+        return Verdict(candidate, "stated", stated[-1].until, stated[-1].message)
     windows = fresh_windows(candidate, view, now)
-    spent = max((w for w in windows if w.fraction <= 0 and w.reset_at), key=lambda w: w.reset_at,
-                default=None)
+    spent = [w for w in windows if w.fraction <= 0 and w.reset_at]
     if spent:
-        return Verdict(candidate, "stated", spent.reset_at,
-                       f"no quota is left in its {spent.window} window ({spent.scope})")
-    rest = max(resting, key=lambda r: r.until, default=None)
+        last = max(spent, key=lambda w: w.reset_at)
+        return Verdict(candidate, "stated", last.reset_at,
+                       f"no quota is left in its {last.window} window ({last.scope})")
     if candidate in tried:
-        return Verdict(candidate, "tried", rest.until if rest else 0,
-                       rest.message if rest else "was tried")
+        return Verdict(candidate, "tried", resting[-1].until if resting else 0,
+                       resting[-1].message if resting else "was tried")
     if account.places and account.in_flight + account.reserved >= account.places:
         return Verdict(candidate, "busy", now + 5, f"serves {account.in_flight} requests already")
-    if rest:
-        return Verdict(candidate, "guessed", rest.until, rest.message)
+    if resting:
+        return Verdict(candidate, "guessed", resting[-1].until, resting[-1].message)
     terms = score(candidate, view, windows, now)
     least = min((w.fraction for w in windows), default=1.0)
     soft = account.soft_limit_of(view.settings)
@@ -5152,6 +5167,21 @@ def onboard(account: Account, provider: Provider, token: str, loaded: Mapping, m
     return ""
 
 
+def _absence(refused: list[dict]) -> str:
+    """Why an account without project cannot use the pool, "" where nothing stands against it.
+    Raises ProxyError validation where its owner can act."""
+    for row in refused:
+        if row.get("validationUrl") or row.get("reasonCode") == "VALIDATION_REQUIRED":
+            told = row.get("validationUrl") or row.get("validationErrorMessage") or "sign in there"
+            raise ProxyError("validation", f"Google wants this account verified: {told}; then "
+                             "`accounts verify`")
+    if any(row.get("reasonCode") == "UNSUPPORTED_CLIENT" for row in refused):
+        return ("Google no longer serves individual accounts here (UNSUPPORTED_CLIENT); the "
+                "antigravity sign-in or an API key does")
+    told = [str(row.get("reasonMessage") or row.get("reasonCode") or "?") for row in refused]
+    return f"not eligible: {redact(told[0])}" if told else ""
+
+
 def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
              pause: Callable[[float], None] = time.sleep) -> Facts:
     """What Google says of this account in this pool: project, tier, or why it is absent.  An
@@ -5167,27 +5197,15 @@ def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
             body["cloudaicompanionProject"] = metadata["duetProject"] = configured
     answer = cloud_call(account, provider, token, "loadCodeAssist", body, tokens)
     project, tier = account.project or _project_of(answer), _tier_of(answer)
-    now, refused = tokens.clock.now(), objects_of(answer.get("ineligibleTiers"))
-    for row in refused if not project else ():
-        if row.get("validationUrl") or row.get("reasonCode") == "VALIDATION_REQUIRED":
-            told = row.get("validationUrl") or row.get("validationErrorMessage") or "sign in there"
-            raise ProxyError("validation", f"Google wants this account verified: {told}; then "
-                             "`accounts verify`")
-    if refused and not project and any(r.get("reasonCode") == "UNSUPPORTED_CLIENT"
-                                       for r in refused):
-        return Facts("", tier, "Google no longer serves individual accounts here "
-                     "(UNSUPPORTED_CLIENT); the antigravity sign-in or an API key does", (), now)
+    refused = objects_of(answer.get("ineligibleTiers"))
+    absent = "" if project else _absence(refused)
     if not project and not refused:
         project = onboard(account, provider, token, answer, metadata, tokens, pause)
-    if not project and is_cli and configured:
+    if not project and is_cli and not absent:
+        absent = "" if configured else ("no licensed project: set `project` of the account, or "
+                                        "GOOGLE_CLOUD_PROJECT, then `accounts verify`")
         project = configured
-    if not project and refused:
-        told = redact(str(refused[0].get("reasonMessage") or refused[0].get("reasonCode") or "?"))
-        return Facts("", tier, f"not eligible: {told}", (), now)
-    if not project and is_cli:
-        return Facts("", tier, "no licensed project: set `project` of the account, or "
-                     "GOOGLE_CLOUD_PROJECT, then `accounts verify`", (), now)
-    return Facts(project, tier, "", (), now)
+    return Facts(project, tier, absent, (), tokens.clock.now())
 
 
 def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
@@ -6332,6 +6350,17 @@ class Services:
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
 
+@dataclass
+class Attempt:
+    """One candidate's turn, with what its failures so far have taught."""
+    hosts: list[str]                # those still to be asked
+    seen: set[str] = field(default_factory=set)     # kinds that were answered once already
+    token: str = ""                 # of the last call
+    refused: str = ""               # a token that was answered 401
+    repair: str = ""                # kind of the 400 that is being mended
+    looks_up: bool = False          # the project is asked for again
+
+
 class Conducting:
     """One request on its way over the accounts.  `client` is who waits for it: it has
     `wait(sock, seconds)`, `pause(seconds)`, `wake()` and `render(delta)`."""
@@ -6436,77 +6465,76 @@ class Conducting:
         """All calls one candidate gets: hosts in order, a refreshed token, a repaired conversation,
         a short wait.  Raises the ProxyError that ended its turn."""
         candidate, pool = lease.candidate, self.services.pool
-        hosts = pool.hosts(candidate.provider)
-        seen: set[str] = set()          # kinds that were answered once already
-        refused = repair = ""
-        looks_up = False
+        attempt = Attempt(pool.hosts(candidate.provider))
         while True:
             self.record.attempts += 1
             self.record.account = candidate.account.label
-            tokens: list[str] = []
             try:
-                result = self._call(lease, hosts[0], refused, repair, fold, tokens, looks_up)
-                pool.host_answered(hosts[0])
+                result = self._call(lease, attempt, fold)
+                pool.host_answered(attempt.hosts[0])
                 pool.proved(lease)
                 return result
             except ProxyError as err:
-                self.record.failures.append(f"{candidate.account.label}: {err.kind}")
-                step, error = err.rule.step, err
+                error = err
+            self.record.failures.append(f"{candidate.account.label}: {error.kind}")
             if error.kind not in LOGIN_KINDS and not is_stated(error):
                 self.tries_left -= 1
             if error.rule.scope is Scope.HOST:
-                pool.rest_host(hosts[0], error)
-            if error.kind == "empty" and self.empties_left > 0:
-                self.client.pause(error.rule.pause_s * (2 if "empty" in seen else 1))
-                self.empties_left -= 1
-            elif self.tries_left <= 0 and step is not Step.REPAIR:
+                pool.rest_host(attempt.hosts[0], error)
+            if not self._may_try_again(attempt, error, candidate.provider):
                 raise error
-            elif step is Step.HOST and len(hosts) > 1 and error.kind not in seen:
-                hosts = hosts[1:]
-                self.client.pause(error.rule.pause_s)
-            elif error.kind in seen:
-                raise error
-            elif error.kind == "rate" and (error.delay_s or 99) <= WAIT_AT_MOST_IN_PLACE_S:
-                self.client.pause(max(1.0, error.delay_s))
-            elif step is Step.ONE_MORE or error.kind == "capacity":
-                self.client.pause(error.rule.pause_s)
-            elif step is Step.REFRESH and tokens:
-                refused = tokens[0]
-            elif step is Step.DISCOVER and tokens and candidate.provider.envelope:
-                looks_up = True
-            elif step is Step.REPAIR:
-                repair = error.kind
-            else:
-                raise error
-            if step is not Step.HOST or error.kind == "capacity":
-                seen.add(error.kind)
 
-    def _token(self, lease: Lease, refused: str, looks_up: bool,
-               tokens: list[str]) -> tuple[str, str]:
-        """(token, project) for this pool; ProxyError absent where the pool turns out to be none.
-        The token goes to `tokens` as soon as there is one to be refused."""
+    def _may_try_again(self, attempt: Attempt, error: ProxyError, provider: Provider) -> bool:
+        """Whether the same candidate gets one more call, after the pause or change it needs."""
+        step, is_first = error.rule.step, error.kind not in attempt.seen
+        if error.kind == "empty" and self.empties_left > 0:
+            self.empties_left -= 1
+            self.client.pause(error.rule.pause_s * (1 if is_first else 2))
+        elif self.tries_left <= 0 and step is not Step.REPAIR or not is_first:
+            return False
+        elif step is Step.HOST and len(attempt.hosts) > 1:
+            attempt.hosts = attempt.hosts[1:]
+            self.client.pause(error.rule.pause_s)
+        elif error.kind == "rate" and (error.delay_s or 99) <= WAIT_AT_MOST_IN_PLACE_S:
+            self.client.pause(max(1.0, error.delay_s))
+        elif step is Step.ONE_MORE or error.kind == "capacity":
+            self.client.pause(error.rule.pause_s)
+        elif step is Step.REFRESH and attempt.token:
+            attempt.refused = attempt.token
+        elif step is Step.DISCOVER and attempt.token and provider.envelope:
+            attempt.looks_up = True
+        elif step is Step.REPAIR:
+            attempt.repair = error.kind
+        else:
+            return False
+        if step is not Step.HOST or error.kind == "capacity":
+            attempt.seen.add(error.kind)
+        return True
+
+    def _project(self, lease: Lease, attempt: Attempt) -> str:
+        """The project for this pool, the attempt's token being set on the way; ProxyError absent
+        where the pool turns out to be none."""
         services, candidate = self.services, lease.candidate
         account, provider = candidate.account, candidate.provider
-        token = services.tokens.access(account, refused)
-        tokens.append(token)
+        attempt.token = services.tokens.access(account, attempt.refused)
         if not provider.envelope:
-            return token, ""
-        facts = pool_facts(services.pool, services.tokens, account, provider, token, looks_up)
+            return ""
+        facts = pool_facts(services.pool, services.tokens, account, provider, attempt.token,
+                           attempt.looks_up)
         if facts.absent:
             raise ProxyError("absent", facts.absent)
-        return token, account.project or facts.project
+        return account.project or facts.project
 
-    def _call(self, lease: Lease, base_url: str, refused: str, repair: str, fold: bool,
-              tokens: list[str], looks_up: bool) -> Any:
+    def _call(self, lease: Lease, attempt: Attempt, fold: bool) -> Any:
         """One call: an open stream, or the folded reply."""
         services, candidate = self.services, lease.candidate
         account, provider = candidate.account, candidate.provider
-        dialect = DIALECTS[provider.dialect]
-        token, project = self._token(lease, refused, looks_up, tokens)
+        dialect, project = DIALECTS[provider.dialect], self._project(lease, attempt)
         target = Target(candidate.model, provider, candidate.upstream_id, project)
-        rendered = dialect.render_request(self.request, target, services.signatures, repair)
-        auth = {"x-goog-api-key": token} if provider.auth == "x-goog-api-key" else {
-            "Authorization": "Bearer " + token}
+        rendered = dialect.render_request(self.request, target, services.signatures,
+                                          attempt.repair)
+        auth = {"x-goog-api-key": attempt.token} if provider.auth == "x-goog-api-key" else {
+            "Authorization": "Bearer " + attempt.token}
         headers = {"Content-Type": "application/json",
                    "User-Agent": user_agent(account, provider, candidate.upstream_id),
                    "Accept-Encoding": "identity", **auth, **rendered.headers,
@@ -6520,7 +6548,7 @@ class Conducting:
         render = self.client.render if not fold else lambda delta: deltas.append(delta) or ""
         pipe = Pipe(dialect.parse_event, rendered.shape, self.request, render,
                     lambda body: understand(200, {}, body))
-        call = Call(base_url, dialect.path(target), headers,
+        call = Call(attempt.hosts[0], dialect.path(target), headers,
                     json_encode(rendered.body).encode("ascii"),
                     account.proxy, pipe, understand)
         answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
@@ -9144,6 +9172,8 @@ def _add_account_actions(command: argparse.ArgumentParser) -> None:
         # given before or after the action
         action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
                             help="accounts.json to use")
+        action.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
         if argument:
             action.add_argument(argument, nargs=count, metavar=argument.upper())
         if name == "list":
