@@ -1197,31 +1197,46 @@ class State:
         """A connection to the file, sound and migrated; else to a database in memory."""
         import sqlite3
         if self.path:
-            why = ""
             try:
                 os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
                 with file_lock(self.path):      # two processes may find the same damage
-                    os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-                    for is_last in (False, True):
-                        db = sqlite3.connect(self.path, timeout=5, isolation_level=None,
-                                             check_same_thread=False)
-                        try:
-                            why = self._migrate(db)
-                            break
-                        except sqlite3.DatabaseError as err:
-                            db.close()
-                            if is_last or isinstance(err, sqlite3.OperationalError):
-                                raise           # locked, full, read-only: not damage
-                            self._set_aside(err)
-                if not why:
-                    return db
-                db.close()
+                    return self._open_file()
             except (OSError, sqlite3.Error) as err:
-                why = str(err)
-            self.tell(f"{self.path} is not used ({why}); limits are kept in memory only")
+                self.tell(f"{self.path} is not used ({err}); limits are kept in memory only")
             self.path = ""
-        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self._migrate(db)
+        return self._open(":memory:")
+
+    def _open_file(self) -> Any:
+        import sqlite3
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            return self._open(self.path)
+        except sqlite3.OperationalError:
+            raise                   # locked, full, read-only: not damage
+        except sqlite3.DatabaseError as err:
+            self._set_aside(err)
+            return self._open(self.path)
+
+    def _open(self, target: str) -> Any:
+        """Opens and brings to the present form; raises what stands in the way."""
+        import sqlite3
+        db = sqlite3.connect(target, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("its integrity check failed")
+            if db.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
+                raise OSError("it belongs to a newer version of agproxy")
+            for pragma in ("auto_vacuum=INCREMENTAL", "journal_mode=WAL", "synchronous=NORMAL"):
+                db.execute("PRAGMA " + pragma)
+            with db:
+                db.execute("BEGIN IMMEDIATE")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                for statement in ";".join(MIGRATIONS[version:]).split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+        except BaseException:
+            db.close()
+            raise
         return db
 
     def _set_aside(self, err: Exception) -> None:
@@ -1232,25 +1247,6 @@ class State:
                 os.unlink(self.path + ending)
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         self.tell(f"{self.path} was damaged ({err}); it is {aside} now, a new one is begun")
-
-    def _migrate(self, db: Any) -> str:
-        """Brings a database to the present form; a sentence where it must not be touched."""
-        import sqlite3
-        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("its integrity check failed")
-        if db.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
-            return "it belongs to a newer version of agproxy"
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=NORMAL")
-        db.execute("BEGIN IMMEDIATE")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        for script in MIGRATIONS[version:]:
-            for statement in script.split(";")[:-1]:
-                db.execute(statement)
-        db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
-        db.execute("COMMIT")
-        return ""
 
     def _version(self) -> int:
         """Changes when another process has committed."""
@@ -1292,16 +1288,11 @@ class State:
     def _write(self, jobs: list) -> None:
         """Writes jobs in one transaction; flushes are answered also when that fails."""
         try:
-            with self._lock:
+            with self._lock, self._db:      # commits, or rolls back
                 self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    for sql, values in jobs:
-                        if isinstance(sql, str):
-                            self._db.execute(sql, [v() if callable(v) else v for v in values])
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
+                for sql, values in jobs:
+                    if isinstance(sql, str):
+                        self._db.execute(sql, [v() if callable(v) else v for v in values])
         finally:
             for sql, _ in jobs:
                 if isinstance(sql, threading.Event):
@@ -4427,25 +4418,26 @@ class AccountPool:
         """Takes over an edited accounts file.  An account with the same name, provider and kind of
         credential goes on as it was; leases of the others run out."""
         with self._lock:
-            known, out = {a.name: a for a in self.accounts}, []
-            for account in accounts:
-                old = known.get(account.name)
-                if old and (old.provider.id, old.credential) == (account.provider.id,
-                                                                 account.credential):
-                    if old.secret != account.secret:
-                        with old.lock:      # rotated by another process, or a new sign-in
-                            old.secret, old.access_token, old.failure = account.secret, "", None
-                    for name in ACCOUNT_CELLS:
-                        setattr(old, name, getattr(account, name))
-                    account = old
-                else:
-                    account.used_at = self._used.get(account.name, 0.0)
-                out.append(account)
+            known = {a.name: a for a in self.accounts}
+            out = [self._go_on(known.get(account.name), account) for account in accounts]
             if settings.get("pid_offset") and out:
                 offset = os.getpid() % len(out)
                 out = out[offset:] + out[:offset]
             self.accounts = sorted(out, key=lambda a: a.priority)
             self.settings, self._prepared = settings, {}
+
+    def _go_on(self, old: Account | None, edited: Account) -> Account:
+        """The account with its state, as edited."""
+        if old is None or (old.provider.id, old.credential) != (edited.provider.id,
+                                                                edited.credential):
+            edited.used_at = self._used.get(edited.name, 0.0)
+            return edited
+        if old.secret != edited.secret:
+            with old.lock:          # rotated by another process, or a new sign-in
+                old.secret, old.access_token, old.failure = edited.secret, "", None
+        for name in ACCOUNT_CELLS:
+            setattr(old, name, getattr(edited, name))
+        return old
 
     # Choosing
 
