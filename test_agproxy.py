@@ -2633,7 +2633,8 @@ def test_the_demo_serves_and_stops_on_a_signal():
         client.close()
     finally:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate()
+        with process:
+            out, err = process.stdout.read(), process.stderr.read()
     if os.name != "nt":
         assert process.returncode == 0 and "ANTHROPIC_BASE_URL" in out and not err
 
@@ -2789,7 +2790,9 @@ def test_a_sign_in_from_end_to_end(vendor, way):
             client.close()
             process.stdin.write("4/wrong-code\n" + address + "\n")
             process.stdin.flush()
-        out, err = process.communicate()
+        process.stdin.close()
+        out, err = process.stdout.read(), process.stderr.read()
+        process.wait()
     finally:
         process.kill()
         process.wait()
