@@ -3801,6 +3801,7 @@ class Account:
     access_token: str = ""
     token_expires_at: float = 0.0           # epoch seconds
     failure: tuple | None = None            # (monotonic time, ProxyError) of its last refresh
+    spent: set = field(default_factory=set)     # refresh tokens that were rotated: never again
     _hashed: tuple = ("", "")               # (secret, its hash)
 
     @property
@@ -4432,7 +4433,7 @@ class AccountPool:
                                                                 edited.credential):
             edited.used_at = self._used.get(edited.name, 0.0)
             return edited
-        if old.secret != edited.secret:
+        if edited.secret != old.secret and edited.secret not in old.spent:
             with old.lock:          # rotated by another process, or a new sign-in
                 old.secret, old.access_token, old.failure = edited.secret, "", None
         for name in ACCOUNT_CELLS:
@@ -5075,7 +5076,8 @@ class Tokens:
             return False        # being edited: what we have is as good
         for name, row in stored_accounts(stored):
             new = row.get("refresh_token")
-            if name == account.name and isinstance(new, str) and new not in ("", account.secret):
+            if name == account.name and isinstance(new, str) and new not in (
+                    "", account.secret, *account.spent):
                 account.secret = new
                 return True
         return False
@@ -5086,7 +5088,8 @@ class Tokens:
         answer = oauth_refresh(secret, account, self.connections)
         new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
         if isinstance(new, str) and re.fullmatch(r"[!-~]+", new) and new != secret:
-            old, account.secret = account.secret, new   # the old one is spent, whatever happens
+            old, account.secret = account.secret, new
+            account.spent.add(old)                      # whatever happens to the new one
             self.on_rotate(account, old, new)           # on disk before it is used
         try:
             lifetime = min(86400.0, max(60.0, float(lifetime)))

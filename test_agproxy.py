@@ -1673,6 +1673,21 @@ def test_a_token_rotated_by_another_process_is_taken_over(make_proxy, tmp_path):
     assert stored["accounts"][0]["refresh_token"] == proxy.sim.accounts["a"].refresh_token == accounts[1].secret
 
 
+def test_a_spent_token_never_comes_back_from_the_file(make_proxy, tmp_path):
+    proxy = make_proxy({"a": None})
+    proxy.sim.rotates_tokens = True
+    path = str(tmp_path / "accounts.json")
+    row = {"name": "a", "provider": "sim", "refresh_token": "1//sim-refresh-a"}
+    ag.edit_accounts(path, lambda stored: stored.update(accounts=[row]), validates=False)
+    account = proxy.pool.accounts[0]
+    desk = ag.Tokens(proxy.services.connections, ag.Clock(), ag.small_call_error, path)     # stores nothing
+    for n in (1, 2):
+        desk.access(account, account.access_token, is_shared=False)
+        assert account.secret == f"1//sim-refresh-a-{n}"
+        proxy.pool.replace([ag.account_from_row(row, proxy.services.config.providers)], proxy.pool.settings)
+        assert proxy.pool.accounts[0] is account and account.secret == f"1//sim-refresh-a-{n}"
+
+
 @pytest.mark.parametrize("answer, kind, text", [
     ((400, {"error": "invalid_grant"}), "revoked", "accounts add"),
     ((401, {"error": "unauthorized_client"}), "revoked", "another OAuth client"),
