@@ -5383,6 +5383,12 @@ def browser_hint(environ: Mapping[str, str]) -> str:
     return ""
 
 
+CALLBACK_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>agproxy</title>
+<meta name="viewport" content="width=device-width"><style>body{font:1.1rem/1.5 system-ui,sans-serif;
+max-width:32rem;margin:20vh auto;padding:0 1rem;color-scheme:light dark}</style>
+<h1>agproxy</h1><p>%s</p></html>"""
+
+
 class Login:
     """One browser sign-in: PKCE, a single-use state, a loopback listener that is open only while
     the sign-in waits, and pasted answers; the first good one wins, a wrong one ends nothing."""
@@ -5475,7 +5481,7 @@ class Login:
                 text = ("This sign-in is not expected here." if wrong else
                         "The sign-in was refused." if "error=" in query else
                         "Signed in: you can close this page and go back to the terminal.")
-                data = (f"<!doctype html><title>agproxy</title><p>{text}</p>").encode("ascii")
+                data = (CALLBACK_PAGE % text).encode("ascii")
                 self.send_response(400 if wrong else 200)
                 self.send_header("Content-Type", "text/html; charset=utf-8")
                 self.send_header("Content-Length", str(len(data)))
