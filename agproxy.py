@@ -1186,7 +1186,7 @@ class State:
         self._thread.join(10)
 
     def _enqueue(self, sql: Any, values: tuple, urgent: bool) -> None:
-        if len(self._jobs) < 50_000:
+        if urgent or len(self._jobs) < 50_000:
             self._jobs.append((sql, values))
         else:
             self.dropped += 1
@@ -1211,9 +1211,9 @@ class State:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         try:
             return self._open(self.path)
-        except sqlite3.OperationalError:
-            raise                   # locked, full, read-only: not damage
         except sqlite3.DatabaseError as err:
+            if isinstance(err, sqlite3.OperationalError) and "unsupported" not in str(err):
+                raise               # locked, full, read-only: not damage
             self._set_aside(err)
             return self._open(self.path)
 
@@ -1285,6 +1285,14 @@ class State:
                     return
                 pending = [job for job in pending if isinstance(job[0], str)][-5000:]
 
+    def _execute(self, sql: str, values: list) -> None:
+        """One row; one that no column takes is left out, for the sake of the others."""
+        import sqlite3
+        try:
+            self._db.execute(sql, values)
+        except (sqlite3.InterfaceError, sqlite3.ProgrammingError, OverflowError, ValueError):
+            self.dropped += 1
+
     def _write(self, jobs: list) -> None:
         """Writes jobs in one transaction; flushes are answered also when that fails."""
         try:
@@ -1292,7 +1300,7 @@ class State:
                 self._db.execute("BEGIN IMMEDIATE")
                 for sql, values in jobs:
                     if isinstance(sql, str):
-                        self._db.execute(sql, [v() if callable(v) else v for v in values])
+                        self._execute(sql, [v() if callable(v) else v for v in values])
         finally:
             for sql, _ in jobs:
                 if isinstance(sql, threading.Event):
@@ -3855,6 +3863,9 @@ def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account
         headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()))
 
 
+LOOK_AGAIN = "to be looked at again"    # in place of an absence that a person cleared
+
+
 class Facts(NamedTuple):
     """What an upstream told about an account's pool."""
     project: str
@@ -3862,6 +3873,9 @@ class Facts(NamedTuple):
     absent: str             # why the pool cannot be used, "" where it can
     models: tuple           # its catalogue as Model rows; () is unknown: all are tried
     at: float               # epoch seconds
+
+    def is_absent(self, now: float) -> bool:
+        return self.absent not in ("", LOOK_AGAIN) and now - self.at < ABSENT_LASTS_S
 
 
 class Window(NamedTuple):
@@ -4095,7 +4109,7 @@ def _stopped(candidate: Candidate, view: View, now: float) -> str:
         if key in rests and rests[key].until > now:
             return rests[key].message
     facts = view.facts.get(candidate.pair)
-    return facts.absent if facts and now - facts.at < ABSENT_LASTS_S else ""
+    return facts.absent if facts and facts.is_absent(now) else ""
 
 
 def _resting(candidate: Candidate, rests: Mapping[tuple, Rest], now: float) -> list[Rest]:
@@ -4255,7 +4269,9 @@ class Rests:
         self.items: dict[tuple, Rest] = {}
 
     def set(self, key: tuple, rest: Rest) -> None:
-        rest.changed_at = self.clock.now()
+        # newer than what it replaces, even when the clock was set back
+        rest.changed_at = max(self.clock.now(), self.items[key].changed_at + 0.001
+                              if key in self.items else 0.0)
         self.items[key] = rest
         if self.state is not None:
             self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
@@ -4433,6 +4449,9 @@ class AccountPool:
                                                                 edited.credential):
             edited.used_at = self._used.get(edited.name, 0.0)
             return edited
+        if edited.provider != old.provider:     # perhaps with the OAuth client that was missing
+            old.failure = None
+            self.rests.end(old.stop_keys[1])
         if edited.secret != old.secret and edited.secret not in old.spent:
             with old.lock:          # rotated by another process, or a new sign-in
                 old.secret, old.access_token, old.failure = edited.secret, "", None
@@ -4476,13 +4495,14 @@ class AccountPool:
             chosen, reason = self._choose(sheet, ask, now)
             self._waiting.pop(ask, None)
             if chosen is not None:
-                if self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30):
-                    raise ProxyError("full", "too many upstream calls are in flight", 1)
-                lease = self._lend(chosen, sheet, ask, reason, now)
+                is_full = self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30)
+                lease = None if is_full else self._lend(chosen, sheet, ask, reason, now)
             else:
                 self._queue(ask, sheet)
             if kept is not None:
                 self._hand_over(kept)
+        if chosen is not None and lease is None:
+            raise ProxyError("full", "too many upstream calls are in flight", 1)
         if chosen is not None:
             return Choice(lease, None, sheet, reason)
         soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
@@ -4612,6 +4632,7 @@ class AccountPool:
         account = lease.candidate.account
         with self._lock:
             if lease.is_probe:
+                lease.is_probe = False
                 self._probing.discard(lease.candidate.key)
             self.rests.succeeded(lease.candidate, lease.began_at, self.clock.now())
             if account.ramp:
@@ -4673,8 +4694,9 @@ class AccountPool:
                 keys += [key for key, _ in self.rests.of(account.name, self.clock.now())]
                 for pair, facts in list(self.readings.facts.items()):
                     if pair[0] == account.name and facts.absent:
+                        keys.append(pair)
                         self.readings.note_facts(pair, facts._replace(
-                            absent="", at=self.clock.now() - FACTS_LAST_S))
+                            absent=LOOK_AGAIN, at=self.clock.now()))
             for key in keys:
                 self.rests.end(key)
             return len(keys)
@@ -4764,7 +4786,7 @@ class AccountPool:
         known = [q["fraction"] for q in quotas if q["fraction"] is not None and not q["is_stale"]]
         state = ("disabled" if not account.enabled else
                  STOPPED_STATES.get(stop.kind, "stopped") if stop else
-                 "absent" if all(p["absent"] for p in pools) else
+                 "absent" if all(p["absent"] not in ("", LOOK_AGAIN) for p in pools) else
                  "limited" if 0 in known or any(r["is_stated"] for r in limits) else
                  "resting" if limits else
                  "soft-limited" if soft and any(f <= soft for f in known) else "ready")
@@ -4837,7 +4859,8 @@ def no_client(provider: Provider) -> ProxyError:
     return ProxyError("revoked", f"no OAuth client is known for {provider.id}: install its own "
                       f"program and sign in with `accounts add`, or set {variable} and the same "
                       "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
-                      f"client_id and client_secret in providers.{provider.id}")
+                      f"client_id and client_secret in providers.{provider.id}; then "
+                      "`accounts verify`")
 
 
 _AGAIN = "; sign in again with `accounts add`"
@@ -5019,8 +5042,9 @@ class Tokens:
             failure = err
             raise
         finally:
-            with account.lock:
-                account.failure = (self.clock.monotonic(), failure) if failure else None
+            is_passing = failure is not None and failure.kind == "token_endpoint"
+            with account.lock:      # what does not pass stops the account: no need to repeat it
+                account.failure = (self.clock.monotonic(), failure) if is_passing else None
 
     def _shared_refresh(self, account: Account, refused: str, life_s: float,
                         is_shared: bool) -> tuple[str, float]:
@@ -5209,7 +5233,8 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
     Raises ProxyError for what stands in the way; what passes leaves the facts as they were."""
     facts = pool.facts((account.name, provider.id))
     lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
-    if facts and not again and tokens.clock.now() - facts.at < lasts_s:
+    if facts and not again and facts.absent != LOOK_AGAIN and (
+            tokens.clock.now() - facts.at < lasts_s):
         return facts
 
     def ask() -> Facts:
@@ -5220,8 +5245,8 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
             if again or err.rule.scope is not Scope.HOST and err.rule.status != 429:
                 raise
             # the call that matters may go through; asked again in five minutes
-            found = (facts or Facts("", "", "", (), 0))._replace(
-                at=tokens.clock.now() - lasts_s + 300)
+            known = facts if facts and facts.absent != LOOK_AGAIN else Facts("", "", "", (), 0)
+            found = known._replace(at=tokens.clock.now() - lasts_s + 300)
         pool.note_facts((account.name, provider.id), found)
         return found
     return tokens.flights.fly((account, provider.id), ask)
@@ -5886,7 +5911,7 @@ class Keeper:
         is_active = self.clock.now() - account.used_at < 3600
         base = self.pool.settings["quota_poll_s"] if is_active else QUOTA_IDLE_POLL_S
         facts = self.pool.facts(key)
-        if facts and facts.absent:
+        if facts and facts.is_absent(self.clock.now()):
             base = ABSENT_LASTS_S
         elif self.pool.has_stated_limit(key):
             base = min(base, RECHECK_S)
@@ -8848,7 +8873,9 @@ def chosen_accounts(found: Services, name: str | None) -> list[Account]:
     """The account of that name, or all; raises ConfigError with the names there are."""
     chosen = [a for a in found.pool.accounts if name in (None, a.name)] or [
         a for a in found.pool.accounts if name == a.label]
-    if name and not chosen:
+    if not found.pool.accounts:
+        raise ConfigError("there is no account yet; `accounts add` adds one")
+    if not chosen:
         names = ", ".join(a.label for a in found.pool.accounts) or "none"
         raise ConfigError(f"no account {name}; there are: {names}")
     return chosen
@@ -9023,7 +9050,11 @@ def account_import(args: argparse.Namespace) -> int:
     rows, left_out = import_accounts(args.source, os.environ)
     new, known = sort_imports(rows, config)
     for provider in dict.fromkeys(row["provider"] for row in new):
-        agree(config.providers[provider])
+        try:
+            agree(config.providers[provider])
+        except ConfigError:
+            say(f"without a yes, nothing of {provider} is taken over")
+            new = [row for row in new if row["provider"] != provider]
     for row in new:
         cells = row.pop("client", None) or known_client(config.providers[row["provider"]],
                                                         os.environ)
@@ -9068,6 +9099,9 @@ def command_accounts(args: argparse.Namespace) -> int:
 
 def command_quota(args: argparse.Namespace) -> int:
     """What is left, read now where nobody read it lately; 5 when nothing is."""
+    if needs_account(args):
+        say(needs_account(args))
+        return 4
     while True:
         code = show_readings(args, None, 60)
         if not args.watch:

@@ -1562,6 +1562,69 @@ def test_processes_see_each_others_limits_and_their_end(make_state):
     until(lambda: state(two) == "stated")
 
 
+def test_a_cleared_stop_or_absence_does_not_come_back(make_state):
+    clock = FakeClock(time.time())
+    one, two = pooled(1, clock, make_state()), pooled(1, clock, make_state())
+    one.stop(one.accounts[0], ag.ProxyError("disabled", "gone"))
+    one.note_facts(("a0", "antigravity"), ag.Facts("", "", "not eligible", (), clock.at))
+    until(lambda: two.is_stopped(two.accounts[0]) and two.facts(("a0", "antigravity")))
+    clock.at -= 3600                                    # the clock was set back in between
+    assert two.clear(two.accounts[0]) == 2
+    clock.at += 3601
+    until(lambda: not one.is_stopped(one.accounts[0]))
+    two.note_facts(("a0", "antigravity"), ag.Facts("", "", "not eligible", (), clock.at))
+    clock.at += 1
+    assert two.clear(two.accounts[0]) == 1
+    until(lambda: one.facts(("a0", "antigravity")).absent == ag.LOOK_AGAIN)
+    assert [v.state for v in one.verdicts(one.candidates(FLASH), ())][0] == "usable"
+
+
+def test_a_row_that_cannot_be_stored_costs_no_other(make_state):
+    state = make_state()
+    for value in (5.0, {"a": 1}, 1 << 70, "\ud800", 6.0):
+        state.put("used", f"n{str(type(value))}{value!r}"[:40].encode("ascii", "replace").decode(), value)
+    for _ in range(60_000):
+        state.put("requests", "id", 1.0, "{}")
+    state.flush()
+    assert [row[1] for row in state.rows("used")] == [5.0, 6.0] and state.dropped > 3
+    state.close()
+    assert not state._thread.is_alive()
+
+
+def test_places_and_probes_of_a_random_history_are_all_given_back():
+    for seed in range(40):
+        rng, clock = random.Random(seed), FakeClock()
+        pool = pooled(3, clock, strategy=rng.choice(ag.STRATEGY_NAMES), pools=())
+        pool.settings = {**pool.settings, "max_upstream_calls": 4}
+        for account in pool.accounts:
+            account.max_in_flight = rng.choice([1, 2])
+        candidates, out, asks = pool.candidates(FLASH), [], []
+        for _ in range(400):
+            clock.at += rng.random() * 5
+            if out and rng.random() < .5:
+                lease = out.pop(rng.randrange(len(out)))
+                if rng.random() < .5:
+                    pool.proved(lease)
+                lease.settle(rng.choice([None, ag.ProxyError("rate", "m"), ag.ProxyError("quota", "m", delay_s=30),
+                                         ag.ProxyError("capacity", "m")]))
+            if asks and rng.random() < .2:
+                pool.leave(asks.pop(rng.randrange(len(asks))))
+            ask = asks.pop() if asks and rng.random() < .5 else ag.Ask(f"s{rng.randrange(4)}", f"a{rng.randrange(3)}")
+            try:
+                choice = pool.lease(candidates, (), ask)
+                (asks if choice.lease is None else out).append(choice.lease or ask)
+            except ag.ProxyError as err:
+                assert err.kind == "full"
+            assert sum(a.reserved for a in pool.accounts) == sum(a.place is not None for a in asks), seed
+            for account in pool.accounts:
+                assert account.in_flight + account.reserved <= account.places, seed
+        for ask in asks:
+            pool.leave(ask)
+        for lease in out:
+            lease.settle()
+        assert not any(a.in_flight or a.reserved for a in pool.accounts) and not pool._probing and not pool._waiting, seed
+
+
 def test_a_damaged_state_is_set_aside_and_a_newer_one_left_alone(make_state, tmp_path):
     path = tmp_path / "state.db"
     path.write_bytes(b"this is no database at all" * 100)
