@@ -1712,14 +1712,16 @@ class Request:
     agent: str = ""                     # which of the session's agents asks
     is_streaming: bool = False
 
-    @property
+    @functools.cached_property
     def conversation(self) -> str:
-        """What tells this conversation from others: the client's session, else its beginning."""
-        if self.session:
-            return self.session
+        """32 hex digits that tell this conversation from others: of the client's session, else of
+        how the conversation begins."""
         first = next((b.text for t in self.turns if t.role == "user"
                       for b in t.blocks if isinstance(b, Text)), "")
-        return "\n".join(self.system) + "\0" + first
+        seed = hashlib.sha256(self.session.encode("utf-8", "replace"))
+        for text in () if self.session else (*self.system, first):
+            seed.update(text[:4000].encode("utf-8", "replace") + b"\0")
+        return seed.hexdigest()[:32]
 
 
 class Target(NamedTuple):
@@ -3308,8 +3310,7 @@ def _tool_fields(request: Request, target: Target) -> dict:
 
 def _session_id(request: Request) -> str:
     """Groups a conversation's turns for the upstream's prompt cache: a signed 63-bit number."""
-    digest = hashlib.sha256(request.conversation.encode("utf-8", "replace")).digest()
-    return "-" + str(int.from_bytes(digest[:8], "big") & (2 ** 63 - 1))
+    return "-" + str(int(request.conversation[:16], 16) & (2 ** 63 - 1))
 
 
 def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerShape:
@@ -6407,8 +6408,7 @@ class Conducting:
         """A stream from its first content on, with what is to be sent first; or the whole Reply."""
         services, request = self.services, self.request
         model = self.model(request.model)
-        ask = Ask(hashlib.sha256(request.conversation.encode("utf-8", "replace")).hexdigest()[:16],
-                  request.agent, self.client.wake)
+        ask = Ask(request.conversation, request.agent, self.client.wake)
         self._aim(model)
         try:
             while True:
