@@ -3968,22 +3968,18 @@ def _model_choices(wanted: str, aliases: Mapping[str, tuple], listed: Iterable[s
 
 
 def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
-                  listed: Iterable[Model] = ()) -> Model:
+                  serves: Callable[[Model], Any], listed: Iterable[Model] = ()) -> Model:
     """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
-    own or listed one.  Of several that fit, the first any account serves.  Raises ProxyError
-    not_found."""
+    own or listed one.  Of several that fit, the first that `serves` says somebody has.  Raises
+    ProxyError not_found."""
     accounts, listed = list(accounts), {m.id: m for m in listed}
     wanted = normal_model_name(name)
     choices = _model_choices(wanted, aliases, listed)
     known = [MODELS.get(c) or listed[c] for c in choices if c in MODELS or c in listed]
     known += [model_from_id(c) for account in accounts for c in choices or (wanted,)
               if c in account.models and c not in MODELS]
-    for model in known:
-        if model.id in listed or any(account_serves(a, model, p)
-                                     for a in accounts for p in a.providers):
-            return model
     if known:
-        return known[0]
+        return next(filter(serves, known), known[0])
     near = difflib.get_close_matches(wanted, list(MODELS), 3, 0.0)
     raise ProxyError("not_found", f"model: {name} is not known; nearest are {', '.join(near)}")
 
@@ -4472,6 +4468,10 @@ class AccountPool:
                     for served in (account_serves(account, model, provider, self.readings.facts.get(
                         (account.name, provider.id))),) if served), key=lambda c: c.rank)
             return self._prepared[model.id]
+
+    def resolve(self, name: str, aliases: Mapping[str, tuple]) -> Model:
+        """The model a client's name means here; raises ProxyError not_found."""
+        return resolve_model(name, self.accounts, aliases, self.candidates, self.listed_models())
 
     def listed_models(self) -> list[Model]:
         """Models that accounts' own catalogues name and this file does not."""
@@ -6407,9 +6407,8 @@ class Conducting:
     def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply:
         """A stream from its first content on, with what is to be sent first; or the whole Reply."""
         services, request = self.services, self.request
-        model = self.model(request.model)
         ask = Ask(request.conversation, request.agent, self.client.wake)
-        self._aim(model)
+        self._aim(services.pool.resolve(request.model, services.config.aliases))
         try:
             while True:
                 choice = services.pool.lease(self.candidates, self.tried, ask)
@@ -6426,11 +6425,6 @@ class Conducting:
                 self._after(lease.candidate, self.last)
         finally:
             services.pool.leave(ask)
-
-    def model(self, name: str) -> Model:
-        services = self.services
-        return resolve_model(name, services.pool.accounts, services.config.aliases,
-                             services.pool.listed_models())
 
     def _aim(self, model: Model) -> None:
         self.used = model
@@ -7553,15 +7547,10 @@ class Handler:
 
     def count_tokens(self, exchange: Exchange, match: Any) -> None:
         request = self._parse(exchange, True)
-        self._resolve(request.model)
+        self.services.pool.resolve(request.model, self.services.config.aliases)
         exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
         exchange.send_json(200, {"input_tokens": estimate_tokens(request)},
                            {"x-agproxy-token-count": "estimate"})
-
-    def _resolve(self, name: str) -> Model:
-        pool = self.services.pool
-        return resolve_model(name, pool.accounts, self.services.config.aliases,
-                             pool.listed_models())
 
     def models(self, exchange: Exchange, match: Any) -> None:
         rows = self.server.model_rows()
@@ -7569,7 +7558,8 @@ class Handler:
             name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
             row = next((r for r in rows if r["id"] == name), None)
             if row is None:
-                row = {**anthropic_render_model(self._resolve(name)), "id": name}
+                model = self.services.pool.resolve(name, self.services.config.aliases)
+                row = {**anthropic_render_model(model), "id": name}
             exchange.send_json(200, row)
             return
         query = dict(urllib.parse.parse_qsl(exchange.query))
@@ -9137,8 +9127,7 @@ def command_why(args: argparse.Namespace) -> int:
 def command_explain(args: argparse.Namespace) -> int:
     """What would happen to a request for this model now: a dry run, nothing is sent."""
     with offline(args) as found:
-        model = resolve_model(args.model, found.pool.accounts, found.config.aliases,
-                              found.pool.listed_models())
+        model = found.pool.resolve(args.model, found.config.aliases)
         chosen, reason, sheet = found.pool.explain(found.pool.candidates(model))
         now = found.clock.now()
     say(f"{args.model} -> {model.id} ({model.label})")
