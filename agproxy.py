@@ -981,6 +981,16 @@ def edit_accounts(path: str, change: Callable[[dict], Any], validates: bool = Tr
     return result
 
 
+def keep_last_good(path: str) -> None:
+    """Copies the file, which was found valid, beside itself: a person's edits are worth keeping
+    too.  Where that fails the older copy stays."""
+    with contextlib.suppress(OSError, ValueError), file_lock(path):
+        raw = _accounts_bytes(path)
+        _parse_accounts(raw)
+        if not os.path.exists(path + ".bak") or _accounts_bytes(path + ".bak") != raw:
+            write_atomic(path + ".bak", raw)
+
+
 def sweep_temporaries(path: str) -> None:
     """Removes what a killed writer left beside `path`, once it is a minute old."""
     folder, name = os.path.split(os.path.realpath(path))
@@ -5844,6 +5854,7 @@ class AccountsFile:
             self.log.line("accounts file not taken over, the old settings stay: %s", err)
             return
         self.apply(config)
+        keep_last_good(self.path)
         self.log.line("accounts file taken over: %s accounts", len(config.accounts))
 
     def _signature(self) -> tuple:
@@ -8602,6 +8613,8 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
     and calls upstream, with --demo to the simulator.  Closed on the way out."""
     path, clock = "" if args.demo else config_path(args.accounts, os.environ), Clock()
     config = load_config(path, flags, os.environ, {} if args.demo else None, recovers)
+    if recovers and path:
+        keep_last_good(path)
     sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
     config = sim_config(sim, config) if sim else config
     state = State(os.path.join(os.path.dirname(os.path.realpath(path)), "state.db") if path else "",

@@ -2699,6 +2699,25 @@ def test_the_log_tells_the_story_and_no_secret(make_proxy):
         assert planted not in text
 
 
+# ── 19. Terminal ──────────────────────────────────────────────────────────
+
+def test_the_terminal_shows_bars_resets_burn_rates_and_what_is_unknown():
+    clock = FakeClock()
+    pool = pooled(2, clock, soft_limit=0.2)
+    for minutes, left in ((0, 0.9), (30, 0.8), (60, 0.7)):
+        clock.at += 1800
+        pool.note_windows(("a0", "antigravity"), [ag.Window("gemini", "5h", left, clock.at + 7200, clock.at),
+                                                  ag.Window("3p", "weekly", None, 0, clock.at),
+                                                  ag.Window("gemini-3-flash", "model", left, 0, clock.at)])
+    pool.note_facts(("a1", "gemini-cli"), ag.Facts("", "pro", "not served here", (), clock.at))
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=600))
+    pool.stop(pool.accounts[1], ag.ProxyError("validation", "verify at https://x"))
+    text = "\n".join(ag.status_lines(pool.report(), clock.at, is_ascii=True))
+    assert "########....  70%  resets in 2h  20%/h, empty in 3h 30m" in text and "????????????    ?" in text
+    assert "needs verification" in text and "absent: not served here" in text and "free in 10m" in text
+    assert "model" not in text and " model " in "\n".join(ag.status_lines(pool.report(), clock.at, models=True))
+
+
 # ── 20. Commands ──────────────────────────────────────────────────────────
 
 def run_program(*arguments, env=None, **options):
@@ -2974,6 +2993,7 @@ def test_an_agents_work_goes_on_while_accounts_come_go_and_run_dry(vendor):
         with open(vendor.path, "w", encoding="utf-8") as handle:
             handle.write(good)
         until(lambda: any("taken over: 3 accounts" in line for line in lines))
+        assert bytes_of(vendor.path + ".bak").decode() == good
         stop.set()
         thread.join()
         assert failures == [] and vendor.accounts["bob"].calls_left < 0
