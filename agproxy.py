@@ -6073,6 +6073,15 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
 _TOKEN_COUNTS = re.compile(r"(\d{4,})\D{1,80}?(\d{4,})")
 
 
+HINTS = {       # what the owner is told beside the upstream's own words
+    "soft_429": " (a 429 without details: a burst limit, or the request's content is refused)",
+    "version": " (raise the version in the provider's `user_agent`)",
+    "validation": " (do so on that page, then run `accounts verify`)",
+    "disabled": " (nothing more is sent for it; after an appeal run `accounts verify`)",
+    "project": " (set `project` of the account, or run `accounts verify`)",
+}
+
+
 def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
                  counted: Callable[[], int], limit: int) -> ProxyError:
     """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
@@ -6094,10 +6103,7 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error:
         return ProxyError(kind,
                           f"prompt is too long: {max(used, most + 1)} tokens > {most} maximum")
     message = redact(facts.message) or f"the upstream answered {status}"
-    if facts.link:
-        message += f" {facts.link}"
-    if kind == "soft_429":
-        message += " (a 429 without details: a burst limit, or the request's content is refused)"
+    message += (f" {facts.link}" if facts.link else "") + HINTS.get(kind, "")
     delay = facts.delay_s
     # RetryInfo is short there; the day ends at 08:00 UTC
     if kind == "quota" and "PERDAY" in reasons:
