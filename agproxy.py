@@ -4844,6 +4844,20 @@ def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) ->
 # Sign-ins and the small calls around them: access tokens, the projects and
 # quotas behind an account, the browser flow, credentials of other programs,
 # and the keeper that does all this ahead of need.  Knows no dialect.
+#
+# The sign-in of an installed program (RFC 6749, 7636 and 8252):
+#   GET  auth_url      client_id redirect_uri scope state code_challenge ...  -> the vendor's page
+#   GET  redirect_uri  state code, or state error                             -> our listener
+#   POST token_url     code redirect_uri code_verifier -> access_token expires_in refresh_token
+#   POST token_url     refresh_token                   -> access_token expires_in [refresh_token]
+# [O1] The exchange must name the very redirect_uri of the first step, port included.
+# [O2] A refresh token works only with the client that issued it.
+# [O3] Without prompt=consent a second sign-in brings no refresh token.
+# [O4] A refresh may answer a new refresh token; the old one is spent from then on.
+# Cloud Code's small calls are proto3 JSON over POST /v1internal:<method>:
+# [O5] Zeros are omitted: a reset time without a fraction means that nothing is left.
+# [O6] Each host counts its own quota: the one that serves generation is asked.
+# [O7] An account that was never used reports a reset one window ahead: no limit.
 
 
 def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -4930,9 +4944,9 @@ def oauth_post(provider: Provider, fields: Mapping[str, str], connections: Conne
 
 
 def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
-    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  A token works
-    only with the client that issued it, so every configured one is tried.  Raises ProxyError
-    revoked when a person must act, token_endpoint for what passes."""
+    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  Every client
+    that is configured is tried [O2].  Raises ProxyError revoked when a person must act,
+    token_endpoint for what passes."""
     pairs = list(dict.fromkeys(pair for provider in account.providers
                                for pair in oauth_clients(provider, connections.environ)))
     if not pairs:
@@ -5124,7 +5138,7 @@ class Tokens:
         new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
         if isinstance(new, str) and re.fullmatch(r"[!-~]+", new) and new != secret:
             old, account.secret = account.secret, new
-            account.spent.add(old)                      # whatever happens to the new one
+            account.spent.add(old)                      # whatever happens to the new one [O4]
             self.on_rotate(account, old, new)           # on disk before it is used
         try:
             lifetime = min(86400.0, max(60.0, float(lifetime)))
@@ -5137,8 +5151,8 @@ class Tokens:
 
 def cloud_call(account: Account, provider: Provider, token: str, method: str, body: Any,
                tokens: Tokens, timeout_s: float = TOKEN_TIMEOUT_S) -> dict:
-    """The answer of a small Cloud Code call, of the first host that answers at all: the one that
-    serves generation counts its own quota.  Raises what the error answer means."""
+    """The answer of a small Cloud Code call, of the first host that answers at all [O6].  Raises
+    what the error answer means."""
     headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
                "User-Agent": user_agent(account, provider)}
     failure = ProxyError("network", f"{provider.id} has no base_url")
@@ -5264,7 +5278,7 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
 
 
 def _fraction(row: Mapping) -> float | None:
-    """What is left, 0 to 1.  Google omits zeros: a reset time alone means nothing is left."""
+    """What is left, 0 to 1 [O5]; None where that is not told."""
     value = row.get("remainingFraction")
     if row.get("isExhausted") is True or (value is None and row.get("resetTime")):
         return 0.0
@@ -5441,7 +5455,7 @@ class Login:
         challenge = hashlib.sha256(self._verifier.encode()).digest()
         self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
             "client_id": clients[0][0], "redirect_uri": self.redirect, "response_type": "code",
-            "scope": provider.scopes, "access_type": "offline", "prompt": "consent",
+            "scope": provider.scopes, "access_type": "offline", "prompt": "consent",     # [O3]
             "state": self.state, "code_challenge_method": "S256", "code_challenge":
             base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii"),
             **({"login_hint": hint} if hint else {})})
@@ -5487,7 +5501,7 @@ class Login:
         for client_id, secret in [c for c in self.clients if c[0] == self.clients[0][0]]:
             answer, error = oauth_post(self.provider, {
                 "client_id": client_id, "client_secret": secret, "code": code,
-                "grant_type": "authorization_code", "redirect_uri": self.redirect,
+                "grant_type": "authorization_code", "redirect_uri": self.redirect,     # [O1]
                 "code_verifier": self._verifier}, connections)
             if answer.get("refresh_token"):
                 self.clients.insert(0, (client_id, secret))
