@@ -157,6 +157,8 @@ GUESSED_REST_S = {              # rests nobody stated, by consecutive failures o
     "capacity": (5, 10, 20, 30, 60), "host": (20,), "token": (5, 20, 60, 300),
     "hour": (3600,), "day": (86400,), "version": (600,),
 }
+HOME_WAIT_S = 3                 # a conversation waits so long for its account while that is busy
+HOME_WARM_S = 300               # ... if it was served there so lately: prompt caches live minutes
 RAMP_START, RAMP_END = 8, 64    # requests at a time after a switch, doubled by each success
 HEALTH_START, HEALTH_LEAST = 70, 50     # of 100; below the least an account is the last choice
 HEALTH_STEPS = {"success": 1, "limit": -10, "failure": -20, "hour": 10}
@@ -398,6 +400,7 @@ ERRORS = {
     "stall": Rule(504, "timeout_error", Scope.HOST, "host", Step.HOST),
     "auth_expired": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.REFRESH),
     "revoked": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
+    "no_client": Rule(403, "permission_error", Scope.ACCOUNT, "token", Step.NEXT),
     "token_endpoint": Rule(502, _API, Scope.ACCOUNT, "token", Step.NEXT),
     "validation": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
     "disabled": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
@@ -420,6 +423,7 @@ ERRORS = {
     "stopping": Rule(529, "overloaded_error"),
 }
 # these mark their candidate for good, so they cost a request none of its tries
+LONG_RESTS = ("hour", "day")
 LOGIN_KINDS = frozenset(("auth_expired", "revoked", "validation", "disabled", "absent"))
 
 
@@ -1133,7 +1137,7 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
            models TEXT, at REAL, PRIMARY KEY(account, pool));
        CREATE TABLE quotas(account TEXT, pool TEXT, scope TEXT, window TEXT, fraction REAL,
            reset_at REAL, at REAL, PRIMARY KEY(account, pool, scope, window, at));
-       CREATE TABLE used(account TEXT PRIMARY KEY, at REAL);
+       CREATE TABLE used(account TEXT PRIMARY KEY, at REAL, health REAL, tokens REAL);
        CREATE TABLE requests(id TEXT PRIMARY KEY, at REAL, json TEXT);
        CREATE INDEX requests_at ON requests(at);""",
 )
@@ -1147,13 +1151,15 @@ class State:
     def __init__(self, path: str, tell: Callable[[str], None], max_bytes: int = 64 << 20):
         self.path, self.tell, self.max_bytes = path, tell, max_bytes
         self.on_foreign_change: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[], None] = lambda: None     # its file is another one now: put again
         self.dropped = 0
         self._jobs: collections.deque = collections.deque()     # (SQL, Event or None, values)
         self._wake = threading.Event()
         self._lock = threading.Lock()       # guards the connection
         self._told = ""
         self._db = self._prepare()
-        self._seen = self._version()        # from here on a foreign commit is noticed
+        # from here on a foreign commit is noticed, and another file in its place
+        self._seen, self._opened = self._version(), self._file_id()
         self._thread = threading.Thread(target=self._run, name="state", daemon=True)
         self._thread.start()
 
@@ -1266,7 +1272,7 @@ class State:
         pending: list = []
         look_at = tidy_at = retry_at = 0.0
         while True:
-            self._wake.wait(1.0)
+            self._wake.wait(0.25)
             self._wake.clear()
             while self._jobs:
                 pending.append(self._jobs.popleft())
@@ -1280,9 +1286,8 @@ class State:
                     self._db.close()
                     return
                 if now >= look_at:
-                    look_at, before, self._seen = now + 1, self._seen, self._version()
-                    if self._seen != before:
-                        self.on_foreign_change()
+                    look_at = now + 1
+                    self._look()
                 if now >= tidy_at:
                     tidy_at = now + 3600
                     with self._lock:
@@ -1294,6 +1299,24 @@ class State:
                 if is_end:
                     return
                 pending = [job for job in pending if isinstance(job[0], str)][-5000:]
+
+    def _look(self) -> None:
+        """Notices what other processes wrote, and a file that somebody took away."""
+        if self.path and self._file_id() != self._opened:
+            self.tell(f"{self.path} was taken away or replaced; it is written anew from memory")
+            self._db.close()
+            self._db = self._prepare()
+            self._seen, self._opened = self._version(), self._file_id()
+            self.on_lost()
+        before, self._seen = self._seen, self._version()
+        if self._seen != before:
+            self.on_foreign_change()
+
+    def _file_id(self) -> int:
+        try:
+            return os.stat(self.path).st_ino if self.path else 0
+        except OSError:
+            return -1
 
     def _execute(self, sql: str, values: list) -> None:
         """One row; one that no column takes is left out, for the sake of the others."""
@@ -4053,7 +4076,7 @@ class Ask:
     session: str = ""           # of its conversation
     agent: str = ""             # of a session's agents, served in turn
     wake: Callable[[], None] = lambda: None
-    arrived_at: float = 0.0     # monotonic
+    arrived_at: float = 0.0     # in the queue, monotonic
     place: Any = None           # the Account that keeps a place for it
 
 
@@ -4280,6 +4303,10 @@ class Rests:
         rest.changed_at = max(self.clock.now(), self.items[key].changed_at + 0.001
                               if key in self.items else 0.0)
         self.items[key] = rest
+        if rest.kind != "no_client":        # that is this process's own affair
+            self.keep(key, rest)
+
+    def keep(self, key: tuple, rest: Rest) -> None:
         if self.state is not None:
             self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
                            rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
@@ -4333,13 +4360,18 @@ class Rests:
         return [(key, rest) for key, rest in self.items.items()
                 if key[0] in _OWN_RESTS and key[1] == account and rest.holds(now)]
 
-    def take(self, rows: Iterable[tuple]) -> None:
-        """Takes over what is newer on disk."""
+    def take(self, rows: Iterable[tuple]) -> set[str]:
+        """Takes over what is newer on disk; accounts whose stop or stated limit was ended there."""
+        cleared = set()
         for text, *row, changed_at in rows:
             with contextlib.suppress(ValueError, TypeError):    # not of our making
                 key = tuple(json_decode(text.encode()))
-                if key not in self.items or self.items[key].changed_at < changed_at:
+                old = self.items.get(key)
+                if old is None or old.changed_at < changed_at:
                     self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
+                    if old and old.is_stated and not row[1]:
+                        cleared.add(key[1])
+        return cleared
 
 
 class Readings:
@@ -4432,10 +4464,11 @@ class AccountPool:
         self._turns: collections.Counter = collections.Counter()    # places kept, by agent
         self._virtual = 0.0
         self._prepared: dict[str, list] = {}                # candidates by model id
-        self._used = dict(state.rows("used")) if state else {}      # last uses, as loaded
+        # account -> (last use, health, burst tokens), as it was last stored
+        self._used = {row[0]: row[1:] for row in state.rows("used")} if state else {}
         if state is not None:
             self.take_over()
-            state.on_foreign_change = self.take_over
+            state.on_foreign_change, state.on_lost = self.take_over, self.put_again
         self.replace(accounts, settings)
 
     def replace(self, accounts: Iterable[Account], settings: Mapping[str, Any]) -> None:
@@ -4454,7 +4487,9 @@ class AccountPool:
         """The account with its state, as edited."""
         if old is None or (old.provider.id, old.credential) != (edited.provider.id,
                                                                 edited.credential):
-            edited.used_at = self._used.get(edited.name, 0.0)
+            if edited.name in self._used:
+                edited.used_at, edited.health, edited.tokens = self._used[edited.name]
+                edited.measured_at = edited.used_at
             return edited
         if edited.provider != old.provider:     # perhaps with the OAuth client that was missing
             old.failure = None
@@ -4505,6 +4540,10 @@ class AccountPool:
             sheet = tuple(judge(c, view, tried, now) for c in candidates)
             chosen, reason = self._choose(sheet, ask, now)
             self._waiting.pop(ask, None)
+            home = self._busy_home(sheet, ask, now) if chosen is not None else None
+            if home is not None:        # a warm cache is worth a moment
+                chosen, sheet = None, tuple(
+                    v for v in sheet if v is home or v.state not in ("usable", "soft", "busy"))
             if chosen is not None:
                 is_full = self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30)
                 lease = None if is_full else self._lend(chosen, sheet, ask, reason, now)
@@ -4516,6 +4555,9 @@ class AccountPool:
             raise ProxyError("full", "too many upstream calls are in flight", 1)
         if chosen is not None:
             return Choice(lease, None, sheet, reason)
+        if home is not None:
+            left_s = ask.arrived_at + HOME_WAIT_S - self.clock.monotonic()
+            return Choice(None, max(0.05, left_s), sheet, "waits for its conversation's account")
         soon = [max(0.05, v.until - now) for v in sheet if v.state in ("stated", "busy")]
         soon += [0.25] * any(v.state == "guessed" for v in sheet)
         return Choice(None, min(soon, default=None), sheet, "")
@@ -4561,6 +4603,17 @@ class AccountPool:
         return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
                       self._virtual)
 
+    def _busy_home(self, sheet: tuple, ask: Ask, now: float) -> Verdict | None:
+        """The line of the conversation's home, while it is only busy and worth waiting for."""
+        binding = self._bindings.get((ask.session, sheet[0].candidate.model.id))
+        if not binding or self.settings.get("strategy") == "round-robin":
+            return None
+        home = next((v for v in sheet if v.candidate.pair == binding.home), None)
+        if home is None or home.state != "busy" or now - binding.home_at >= HOME_WARM_S:
+            return None
+        waits = self.clock.monotonic() - (ask.arrived_at or self.clock.monotonic())
+        return home if waits < HOME_WAIT_S else None
+
     def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, reason: str, now: float) -> Lease:
         account, model = chosen.candidate.account, chosen.candidate.model.id
         lease = Lease(self.settle, chosen.candidate, reason, now)
@@ -4582,10 +4635,13 @@ class AccountPool:
             self._probing.add(chosen.candidate.key)
         if ask.session:
             self._bind((ask.session, model), chosen.candidate.pair, now)
-        if self.state is not None and now - self._used.get(account.name, 0.0) > 10:
-            self._used[account.name] = now
-            self.state.put("used", account.name, now)
+        self._keep_used(account, now, 10)
         return lease
+
+    def _keep_used(self, account: Account, now: float, every_s: float = 0) -> None:
+        if self.state is not None and now - self._used.get(account.name, (-1e9,))[0] >= every_s:
+            self._used[account.name] = account.used_at, account.health, account.tokens
+            self.state.put("used", account.name, *self._used[account.name])
 
     def _bind(self, key: tuple, pair: tuple, now: float) -> None:
         """The account that serves a conversation stays its home; another that serves while the home
@@ -4603,18 +4659,19 @@ class AccountPool:
     def _queue(self, ask: Ask, sheet: tuple) -> None:
         busy = tuple(v.candidate.account for v in sheet if v.state == "busy")
         if busy:
-            if ask not in self._waiting:
-                ask.arrived_at = self.clock.monotonic()
+            ask.arrived_at = ask.arrived_at or self.clock.monotonic()
             self._waiting[ask] = busy
 
     def _hand_over(self, account: Account) -> None:
-        """Keeps the account's free places for who waits, agents in turn, first come first."""
+        """Keeps the account's free places for who waits: who can go nowhere else first, then agents
+        in turn, first come first."""
         while self._waiting:
             waiting = [a for a, accounts in self._waiting.items() if account in accounts]
             if not waiting or (account.places and
                                account.in_flight + account.reserved >= account.places):
                 return
-            ask = min(waiting, key=lambda a: (self._turns[a.agent], a.arrived_at))
+            ask = min(waiting, key=lambda a: (len(self._waiting[a]) > 1, self._turns[a.agent],
+                                              a.arrived_at))
             ask.place = account
             account.reserved += 1
             del self._waiting[ask]
@@ -4654,6 +4711,8 @@ class AccountPool:
         account.health, account.tokens = measured(account, now)
         account.measured_at = now
         account.health = max(0.0, min(100.0, account.health + HEALTH_STEPS[step]))
+        if step != "success":
+            self._keep_used(account, now)
 
     def _punish(self, candidate: Candidate, error: ProxyError, now: float) -> None:
         rule = error.rule
@@ -4710,15 +4769,34 @@ class AccountPool:
                             absent=LOOK_AGAIN, at=self.clock.now()))
             for key in keys:
                 self.rests.end(key)
+            self._recover({account.name})
             return len(keys)
 
     def take_over(self) -> None:
         """What other processes learned.  Called by the state's thread; reads without the lock."""
         rests, facts = self.state.rows("rests"), self.state.rows("facts")
         with self._lock:
-            self.rests.take(rests)
+            self._recover(self.rests.take(rests))
             self.readings.take_facts(facts)
             self._prepared = {}
+
+    def _recover(self, names: Iterable[str]) -> None:
+        """Accounts that a person cleared are as good as new ones."""
+        for account in self.accounts:
+            if account.name in names and account.health < HEALTH_START:
+                account.health, account.measured_at = HEALTH_START, self.clock.now()
+                self._keep_used(account, account.measured_at)
+
+    def put_again(self) -> None:
+        """Everything that is remembered, for a state that lost it.  Called by its thread."""
+        with self._lock:
+            for key, rest in self.rests.items.items():
+                self.rests.keep(key, rest)
+            for pair, facts in self.readings.facts.items():
+                self.readings.note_facts(pair, facts)
+            for pair, scopes in self.readings.quotas.items():
+                for window in (w for row in scopes.values() for w in row.values()):
+                    self.state.put("quotas", *pair, *window)
 
     def facts(self, pair: tuple) -> Facts | None:
         with self._lock:
@@ -4799,12 +4877,13 @@ class AccountPool:
                  STOPPED_STATES.get(stop.kind, "stopped") if stop else
                  "absent" if all(p["absent"] not in ("", LOOK_AGAIN) for p in pools) else
                  "limited" if 0 in known or any(r["is_stated"] for r in limits) else
+                 "needs a client" if any(r["kind"] == "no_client" for r in limits) else
                  "resting" if limits else
                  "soft-limited" if soft and any(f <= soft for f in known) else "ready")
         return {"name": account.label, "provider": account.provider.id, "tier": tier,
                 "state": state, "reason": stop.message if stop else "",
                 "priority": account.priority, "in_flight": account.in_flight,
-                "last_used_at": account.used_at or self._used.get(account.name, 0.0),
+                "last_used_at": account.used_at,
                 "pools": pools, "quotas": quotas, "limits": limits}
 
 
@@ -4835,7 +4914,7 @@ def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) ->
         more = f" ({told})" if len(verdicts) > 1 else ""
         return ProxyError(last.kind, last.message + more, last.retry_after_s or wait_s)
     soonest = min((v.until for v in verdicts if v.until > now), default=now + 1)
-    at = time.strftime("%H:%M", time.localtime(soonest))
+    at = time.strftime("%H:%M" if soonest - now < 43200 else "%d %b %H:%M", time.localtime(soonest))
     return ProxyError("exhausted", f"all accounts for {asked} are exhausted until {at} "
                       f"({human_s(soonest - now)}): {told}; {tip}", soonest - now)
 
@@ -4881,11 +4960,10 @@ def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[
 
 def no_client(provider: Provider) -> ProxyError:
     variable = "AGPROXY_" + provider.id.upper().replace("-", "_") + "_CLIENT_ID"
-    return ProxyError("revoked", f"no OAuth client is known for {provider.id}: install its own "
+    return ProxyError("no_client", f"no OAuth client is known for {provider.id}: install its own "
                       f"program and sign in with `accounts add`, or set {variable} and the same "
                       "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
-                      f"client_id and client_secret in providers.{provider.id}; then "
-                      "`accounts verify`")
+                      f"client_id and client_secret in providers.{provider.id}")
 
 
 _AGAIN = "; sign in again with `accounts add`"
@@ -6089,6 +6167,7 @@ _TOKEN_COUNTS = re.compile(r"(\d{4,})\D{1,80}?(\d{4,})")
 
 HINTS = {       # what the owner is told beside the upstream's own words
     "soft_429": " (a 429 without details: a burst limit, or the request's content is refused)",
+    "auth_expired": " (a fresh token was refused too; run `accounts verify`, else `accounts add`)",
     "version": " (raise the version in the provider's `user_agent`)",
     "validation": " (do so on that page, then run `accounts verify`)",
     "disabled": " (nothing more is sent for it; after an appeal run `accounts verify`)",
@@ -6528,8 +6607,8 @@ class Conducting:
             except ProxyError as err:
                 error = err
             self.record.failures.append(f"{candidate.account.label}: {error.kind}")
-            if error.kind not in LOGIN_KINDS and not is_stated(error):
-                self.tries_left -= 1
+            if not (error.kind in LOGIN_KINDS or is_stated(error) or error.rule.rest in LONG_RESTS):
+                self.tries_left -= 1        # what marks its candidate lets the next one have a turn
             if error.rule.scope is Scope.HOST:
                 pool.rest_host(attempt.hosts[0], error)
             if not self._may_try_again(attempt, error, candidate.provider):
@@ -6931,14 +7010,18 @@ def account_limits(pool: AccountPool) -> dict:
             mine = [c for c in pool.candidates(model) if c.account is account]
             if not mine:
                 continue
-            windows = [w for c in mine[:1] for w in fresh_windows(c, pool.view(), now)]
-            least = min(windows, key=lambda w: w.fraction, default=None)
+            verdict = judge(mine[0], pool.view(), (), now)
+            least = min(fresh_windows(mine[0], pool.view(), now), key=lambda w: w.fraction,
+                        default=None)
+            if verdict.state == "stated":       # the upstream's word counts more than a reading
+                least = Window("", "", 0.0, verdict.until, now)
             limits[model.id] = {
                 "remaining": f"{least.fraction:.0%}" if least else None,
                 "remainingFraction": least.fraction if least else None,
                 "resetTime": iso_time(least.reset_at) if least else None}
         seen.update(limits)
-        blocked = [r["until"] for r in row["limits"] if r["until"] > now]
+        blocked = [r["until"] for r in row["limits"]] + [
+            q["reset_at"] for q in row["quotas"] if q["fraction"] == 0 and q["reset_at"] > now]
         accounts.append({
             "email": row["name"], "provider": row["provider"], "tier": row["tier"],
             "status": _HEALTH_WORDS.get(row["state"], "invalid"), "state": row["state"],
@@ -6975,12 +7058,11 @@ def limits_table(limits: dict) -> str:
     counts = collections.Counter(a["status"] for a in accounts)
     told = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
     lines = [limits["timestamp"], f"Accounts: {len(accounts)} total, {told or 'none'}", "",
-             f"{'Account':20}{'Status':16}{'Last Used':22}Quota Reset"]
+             f"{'Account':20}{'Status':19}{'Last Used':22}Quota Reset"]
     for a in accounts:
-        resets = sorted(r["resetTime"] for r in a["limits"].values()
-                        if r["resetTime"] and r["remainingFraction"] == 0)
-        lines.append(f"{a['email'][:19]:20}{a['state']:16}{a['lastUsed'] or 'never':22}"
-                     f"{resets[0] if resets else '-'}")
+        rest_s = a["rateLimitCooldownRemaining"]
+        lines.append(f"{a['email'][:19]:20}{a['state']:19}{a['lastUsed'] or 'never':22}"
+                     f"{'in ' + human_s(rest_s) if rest_s else '-'}")
     lines += ["", "Model".ljust(30) + "".join(a["email"][:13].ljust(14) for a in accounts)]
     for name in limits["models"]:
         cells = [(a["limits"].get(name) or {"remaining": "-"})["remaining"] or "?"
@@ -7512,7 +7594,8 @@ class Handler:
         names = ("127.0.0.1", "localhost", "[::1]", *config.hosts)
         is_own = name in names and (not port or int(port) == server.server_port
                                     or name in config.hosts)
-        if not (is_own or has_key or exchange.path == "/health" or not host):
+        is_probe = exchange.path == "/health" and not exchange.query
+        if not (is_own or has_key or is_probe or not host):
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
         exchange.keeps_alive = kept
 
@@ -8712,6 +8795,9 @@ def needs_account(args: argparse.Namespace) -> str:
     config = load_config(path, {}, os.environ, recovers=True)
     if any(row.get("enabled", True) for row in config.accounts):
         return ""
+    if config.accounts:
+        return (f"All {len(config.accounts)} accounts are disabled; "
+                "python3 agproxy.py accounts enable NAME")
     return (f"No account in {path}. Add one:\n"
             "    python3 agproxy.py accounts add --provider gemini      an API key\n"
             "    python3 agproxy.py accounts add                        a Google sign-in\n"
@@ -8750,7 +8836,8 @@ def command_serve(args: argparse.Namespace) -> int:
     with running_proxy(args, out) as server:
         config, url = server.services.config, server_url(server)
         mode = "  (demo: simulated accounts)" if args.demo else ""
-        say(f"agproxy {VERSION} listens on {url}{mode}")
+        others = " and the machine's other addresses" if config.host in ("0.0.0.0", "::") else ""
+        say(f"agproxy {VERSION} listens on {url}{others}{mode}")
         say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
         say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                      for a, state in server.services.pool.states()))
@@ -8917,7 +9004,9 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
             for provider in account.providers if account.provider.envelope else ():
                 read_at = max((q["read_at"] for q in found.pool.readings.report(
                     (account.name, provider.id), 0, 0)), default=0)
-                if found.clock.now() - read_at > max_age_s and not found.pool.is_stopped(account):
+                is_old = found.clock.now() - read_at > max_age_s or (
+                    max_age_s < 1e9 and found.pool.has_stated_limit((account.name, provider.id)))
+                if is_old and not found.pool.is_stopped(account):
                     found.keeper.read(account, provider)
         report, now = [r for r in found.pool.report()
                        if r["name"] in {a.label for a in chosen}], found.clock.now()
@@ -8972,7 +9061,7 @@ def account_list(args: argparse.Namespace) -> int:
                                          os.environ).accounts:
         say(needs_account(args))
         return 4
-    show_readings(args, None, 0 if args.demo else float("inf"))
+    show_readings(args, None, 0 if args.demo else 1e9)
     return 0
 
 
@@ -9001,6 +9090,8 @@ def account_verify(args: argparse.Namespace) -> int:
             try:
                 said = verify_account(account, found)
                 found.pool.clear(account, stops_only=True)
+                state = dict(found.pool.states())[account]
+                said += f"; {state}" if state != "ready" else ""
             except (ProxyError, ConfigError) as err:
                 failed += 1
                 said = redact(str(err))
@@ -9012,7 +9103,7 @@ def account_clear(args: argparse.Namespace) -> int:
     with offline(args) as found:
         for account in chosen_accounts(found, args.name):
             ended = found.pool.clear(account)
-            say(f"{account.label}: {ended} limit{'' if ended == 1 else 's'} cleared")
+            say(f"{account.label}: {ended} limits, stops and absences cleared")
     return 0
 
 
@@ -9122,8 +9213,9 @@ def command_accounts(args: argparse.Namespace) -> int:
 
 def command_quota(args: argparse.Namespace) -> int:
     """What is left, read now where nobody read it lately; 5 when nothing is."""
-    if needs_account(args):
-        say(needs_account(args))
+    missing = needs_account(args)
+    if missing:
+        say(missing)
         return 4
     while True:
         code = show_readings(args, None, 60)
@@ -9139,7 +9231,8 @@ def command_why(args: argparse.Namespace) -> int:
         wanted = ("1 ORDER BY at DESC LIMIT 1",) if args.id == "last" else ("id = ?", args.id)
         rows = found.state.rows("requests", *wanted)
     if not rows:
-        warn(f"no request {args.id}; its id is in the answer's request-id header and lasts 30 days")
+        warn("no request yet" if args.id == "last" else f"no request {args.id}; its id is in the "
+             "answer's request-id header, and it is remembered for 30 days")
         return 1
     row = json_decode(rows[0][2].encode())
     if args.json:
@@ -9284,6 +9377,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         return COMMANDS[args.command][0](args)
+    except BrokenPipeError:         # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, ProxyError, OSError) as err:
         if args.debug:
             traceback.print_exc()

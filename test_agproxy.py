@@ -1356,6 +1356,32 @@ def test_a_conversation_leaves_its_account_only_while_that_is_blocked_and_comes_
     assert pair_of(pool.lease(pool.candidates(FLASH), (), ag.Ask("s"))) == home
 
 
+def test_a_conversation_waits_a_moment_for_its_account_while_that_is_busy():
+    clock = FakeClock()
+    pool = pooled(2, clock, strategy="hybrid", pools=())
+    for account in pool.accounts:
+        account.max_in_flight = 1
+    candidates = pool.candidates(FLASH)
+    pool.lease(candidates, (), ag.Ask("s")).lease.settle()              # its home is a0
+    other = pool.lease(candidates, (), ag.Ask("t")).lease               # a fresh account first: a1
+    other.settle()
+    pool.accounts[0].used_at = pool.accounts[1].used_at = clock.at
+    busy = pool.lease(candidates, (), ag.Ask("s")).lease
+    woken = []
+    ask = ag.Ask("s", wake=lambda: woken.append(1))
+    choice = pool.lease(candidates, (), ask)
+    assert choice.lease is None and 0 < choice.wait_s <= ag.HOME_WAIT_S and "conversation" in choice.reason
+    assert pair_of(pool.lease(candidates, (), ag.Ask("new")))[0] == "a1"    # who has no home waits for none
+    busy.settle()
+    assert woken and pair_of(pool.lease(candidates, (), ask))[0] == "a0"
+    late = ag.Ask("s")
+    assert pool.lease(candidates, (), late).lease is None
+    clock.at += ag.HOME_WAIT_S + 0.1
+    assert pool.lease(candidates, (), late).lease is None               # a1 is busy as well
+    pool.accounts[1].in_flight = 0
+    assert pair_of(pool.lease(candidates, (), late))[0] == "a1"         # long enough
+
+
 def test_a_conversation_whose_home_went_cold_stays_with_its_guest():
     clock = FakeClock()
     pool = pooled(2, clock, strategy="sticky", pools=(), affinity_s=1000)
@@ -1586,10 +1612,53 @@ def test_a_cleared_stop_or_absence_does_not_come_back(make_state):
     assert [v.state for v in one.verdicts(one.candidates(FLASH), ())][0] == "usable"
 
 
+def test_a_state_that_was_taken_away_is_written_anew(make_state, tmp_path):
+    clock = FakeClock(time.time())
+    pool = pooled(2, clock, make_state())
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    pool.note_facts(("a1", "antigravity"), ag.Facts("proj", "pro", "", (), clock.at))
+    pool.note_windows(("a1", "antigravity"), [ag.Window("gemini", "5h", 0.4, clock.at + 99, clock.at)])
+    pool.state.flush()
+    for path in tmp_path.glob("state.db*"):
+        if not path.name.endswith(".lock"):
+            path.unlink()
+    until(lambda: any("taken away" in text for text in make_state.told))
+    pool.state.flush()
+    pool.state.close()
+    again = pooled(2, clock, make_state())
+    assert again.report()[0]["state"] == "limited" and again.report()[1]["tier"] == "pro"
+    assert again.report()[1]["quotas"][0]["fraction"] == 0.4
+
+
+def test_health_is_remembered_and_what_a_person_clears_is_healthy_everywhere(make_state):
+    clock = FakeClock(time.time())
+    one = pooled(1, clock, make_state())
+    for _ in range(4):
+        lent(one).lease.settle(ag.ProxyError("rate", "m", delay_s=1))
+        clock.at += 3
+    lent(one).lease.settle(ag.ProxyError("quota", "m", delay_s=900))
+    one.state.flush()
+    two = pooled(1, clock, make_state())
+    assert two.accounts[0].health == one.accounts[0].health < ag.HEALTH_LEAST
+    clock.at += 1
+    two.clear(two.accounts[0])
+    assert two.accounts[0].health >= ag.HEALTH_START
+    until(lambda: one.accounts[0].health >= ag.HEALTH_START)
+
+
+def test_a_missing_client_is_this_processs_own_affair(make_state):
+    clock = FakeClock(time.time())
+    one, two = pooled(1, clock, make_state()), pooled(1, clock, make_state())
+    lent(one).lease.settle(ag.no_client(ag.PROVIDERS["antigravity"]))
+    assert one.report()[0]["state"] == "needs a client"
+    one.state.flush()
+    assert two.state.rows("rests") == [] and two.report()[0]["state"] == "ready"
+
+
 def test_a_row_that_cannot_be_stored_costs_no_other(make_state):
     state = make_state()
     for value in (5.0, {"a": 1}, 1 << 70, "\ud800", 6.0):
-        state.put("used", f"n{str(type(value))}{value!r}"[:40].encode("ascii", "replace").decode(), value)
+        state.put("used", f"n{str(type(value))}{value!r}"[:40].encode("ascii", "replace").decode(), value, 1.0, 1.0)
     for _ in range(60_000):
         state.put("requests", "id", 1.0, "{}")
     state.flush()
@@ -1636,21 +1705,21 @@ def test_a_damaged_state_is_set_aside_and_a_newer_one_left_alone(make_state, tmp
     path = tmp_path / "state.db"
     path.write_bytes(b"this is no database at all" * 100)
     state = make_state()
-    state.put("used", "a", 5.0)
+    state.put("used", "a", 5.0, 1.0, 1.0)
     state.close()
     assert "damaged" in make_state.told[0] and list(tmp_path.glob("state.db.corrupt-*"))
     import sqlite3
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT * FROM used").fetchall() == [("a", 5.0)]
+        assert db.execute("SELECT * FROM used").fetchall() == [("a", 5.0, 1.0, 1.0)]
         db.execute(f"PRAGMA user_version={len(ag.MIGRATIONS) + 1}")
     state = make_state()
     assert "newer version" in make_state.told[1]
-    state.put("used", "b", 6.0)
+    state.put("used", "b", 6.0, 1.0, 1.0)
     state.flush()
-    assert state.rows("used") == [("b", 6.0)]           # in memory
+    assert state.rows("used") == [("b", 6.0, 1.0, 1.0)]           # in memory
     state.close()
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT * FROM used").fetchall() == [("a", 5.0)]
+        assert db.execute("SELECT * FROM used").fetchall() == [("a", 5.0, 1.0, 1.0)]
     if os.name != "nt":
         assert path.stat().st_mode & 0o777 == 0o600
 
@@ -1658,9 +1727,9 @@ def test_a_damaged_state_is_set_aside_and_a_newer_one_left_alone(make_state, tmp
 def test_without_a_writable_folder_the_state_lives_in_memory(make_state, tmp_path):
     (tmp_path / "file").write_text("")
     state = make_state(tmp_path / "file" / "state.db")
-    state.put("used", "a", 1.0)
+    state.put("used", "a", 1.0, 1.0, 1.0)
     state.flush()
-    assert state.rows("used") == [("a", 1.0)] and len(make_state.told) == 1
+    assert state.rows("used") == [("a", 1.0, 1.0, 1.0)] and len(make_state.told) == 1
     state.close()
 
 
@@ -1842,6 +1911,14 @@ def test_a_project_error_is_looked_up_once_more_and_a_dead_token_refreshed(make_
     proxy.sim.accounts["a"].access_token = "ya29.replaced"      # 401, also from the discovery
     proxy.pool.note_facts(("a", "antigravity"), ag.Facts("", "", "", (), 0))
     assert proxy.ask()[0] == 200
+
+
+def test_candidates_that_are_marked_for_long_leave_the_others_their_turn(make_proxy, no_pauses):
+    proxy = google_proxy(make_proxy, {"a": None, "b": None, "c": None, "d": None, "e": None})
+    for name, fault in (("a", "project"), ("b", "project"), ("c", "region"), ("d", "missing")):
+        proxy.sim.plan(name, *[fault] * 4)
+    status, headers, _ = proxy.ask()
+    assert status == 200 and headers["x-agproxy-account"] == "e"
 
 
 ODD = [5, None, [], [None], [5], "x", {}, {"a": [None]}]
@@ -2214,6 +2291,9 @@ def test_the_reports_that_scripts_read(make_proxy):
     assert deep["accounts"][1]["models"]["gemini-3-flash"]["isSoftLimited"] is True
     table = proxy.call("GET", "/account-limits?format=table", headers=key)[2].decode()
     assert "Accounts: 2 total" in table and re.search(r"gemini-3-flash +\? +10%", table)
+    foreign = {"host": "evil.example"}
+    assert proxy.call("GET", "/health", headers=foreign)[0] == 200
+    assert proxy.call("GET", "/health?deep=1", headers=foreign)[0] in (401, 403)
     told = json.loads(proxy.call("POST", "/refresh-token", headers=key)[2])
     assert told["status"] == "ok" and told["accounts"] == {"ann": "refreshed", "b": "refreshed"}
 
