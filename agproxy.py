@@ -4355,6 +4355,9 @@ class Rests:
                                                               and rest.failed_at <= began_at)):
                 self.end(key)
 
+    def stands(self, key: tuple, now: float) -> bool:
+        return key in self.items and self.items[key].until > now
+
     def of(self, account: str, now: float) -> list[tuple[tuple, Rest]]:
         """Those in force that are about this account alone, stops left out."""
         return [(key, rest) for key, rest in self.items.items()
@@ -4442,8 +4445,103 @@ class Readings:
         return True
 
 
+class Bindings:
+    """Where conversations' prompt caches are warm.  The account that serves one stays its home;
+    another that serves while the home rests is its guest, and becomes the home when the home's
+    cache has gone cold.  The pool's lock guards it."""
+
+    def __init__(self):
+        self._items: collections.OrderedDict = collections.OrderedDict()
+
+    def of(self, session: str, model: str, now: float, keep_s: float) -> list[tuple[tuple, float]]:
+        """((account, pool), when it served last) of home and guest while they are remembered."""
+        binding = self._items.get((session, model)) if session else None
+        return [(pair, at) for pair, at in ((binding.home, binding.home_at),
+                                            (binding.guest, binding.guest_at))
+                if pair and now - at < keep_s] if binding else []
+
+    def bind(self, session: str, model: str, pair: tuple, now: float, keep_s: float) -> None:
+        old = self._items.pop((session, model), None)
+        is_home = old is None or old.home == pair or now - old.home_at >= keep_s
+        self._items[session, model] = (Binding(pair, now, (), 0.0) if is_home
+                                       else old._replace(guest=pair, guest_at=now))
+        if len(self._items) > 5000:
+            self._items.popitem(last=False)
+
+
+class Queue:
+    """Requests that wait for a place at a busy account.  A place that comes free is kept for one of
+    them, which is woken, so that no newcomer takes it.  The pool's lock guards it."""
+
+    def __init__(self):
+        self.waiting: dict[Ask, tuple] = {}                         # -> accounts that may serve it
+        self._turns: collections.Counter = collections.Counter()    # places kept, by agent
+
+    def add(self, ask: Ask, accounts: tuple, now: float) -> None:
+        if accounts:
+            ask.arrived_at = ask.arrived_at or now
+            self.waiting[ask] = accounts
+
+    def drop(self, ask: Ask) -> Account | None:
+        """The account that kept a place for it, as free again as before."""
+        self.waiting.pop(ask, None)
+        account, ask.place = ask.place, None
+        if account is not None:
+            account.reserved -= 1
+        return account
+
+    def hand_over(self, account: Account) -> None:
+        """Keeps the account's free places for who waits: who can go nowhere else first, then agents
+        in turn, first come first."""
+        while self.waiting:
+            waiting = [a for a, accounts in self.waiting.items() if account in accounts]
+            if not waiting or (account.places and
+                               account.in_flight + account.reserved >= account.places):
+                return
+            ask = min(waiting, key=lambda a: (len(self.waiting[a]) > 1, self._turns[a.agent],
+                                              a.arrived_at))
+            ask.place = account
+            account.reserved += 1
+            del self.waiting[ask]
+            self._turns[ask.agent] += 1
+            ask.wake()
+        self._turns.clear()
+
+
 STOPPED_STATES = {"validation": "needs verification", "disabled": "banned",
                   "revoked": "needs login", "auth_expired": "needs login"}
+
+
+def account_report(account: Account, rests: Rests, readings: Readings,
+                   settings: Mapping[str, Any], now: float) -> dict:
+    """One account as JSON: its state in words, pools, quota windows and limits."""
+    limits = [{"scope": " ".join(key[2:]) or "account", "kind": rest.kind, "until": rest.until,
+               "is_stated": rest.is_stated, "message": rest.message}
+              for key, rest in rests.of(account.name, now)]
+    stop = next((rests.items[k] for k in account.stop_keys if rests.stands(k, now)), None)
+    pools, quotas, tier = [], [], ""
+    stale_s = max(QUOTA_STALE_S, 2 * settings.get("quota_poll_s", 0))
+    for provider in account.providers:
+        pair = account.name, provider.id
+        facts = readings.facts.get(pair) or Facts("", "", "", (), 0)
+        tier = tier or facts.tier
+        pools.append({"pool": provider.id, "absent": facts.absent, "read_at": facts.at,
+                      "project": account.project or facts.project})
+        quotas += readings.report(pair, stale_s, now)
+    soft = account.soft_limit_of(settings)
+    known = [q["fraction"] for q in quotas if q["fraction"] is not None and not q["is_stale"]]
+    state = ("disabled" if not account.enabled else
+             STOPPED_STATES.get(stop.kind, "stopped") if stop else
+             "absent" if all(p["absent"] not in ("", LOOK_AGAIN) for p in pools) else
+             "limited" if 0 in known or any(r["is_stated"] for r in limits) else
+             "needs a client" if any(r["kind"] == "no_client" for r in limits) else
+             "resting" if limits else
+             "soft-limited" if soft and any(f <= soft for f in known) else "ready")
+    return {"name": account.label, "provider": account.provider.id, "tier": tier,
+            "state": state, "reason": stop.message if stop else "",
+            "priority": account.priority, "in_flight": account.in_flight,
+            "last_used_at": account.used_at,
+            "pools": pools, "quotas": quotas, "limits": limits}
 
 
 class AccountPool:
@@ -4458,10 +4556,8 @@ class AccountPool:
         self.rests, self.readings = Rests(clock, state), Readings(clock, state)
         self._lock = threading.Lock()
         self._last: dict[str, str] = {}                     # model id -> account name
-        self._bindings: collections.OrderedDict = collections.OrderedDict()
+        self.bindings, self.queue = Bindings(), Queue()
         self._probing: set[tuple] = set()                   # keys of candidates under test
-        self._waiting: dict[Ask, tuple] = {}                # -> accounts that may serve it
-        self._turns: collections.Counter = collections.Counter()    # places kept, by agent
         self._virtual = 0.0
         self._prepared: dict[str, list] = {}                # candidates by model id
         # account -> (last use, health, burst tokens), as it was last stored
@@ -4533,13 +4629,10 @@ class AccountPool:
         waits for a busy account keeps its place in the queue until `leave`."""
         now, ask = self.clock.now(), ask or Ask()
         with self._lock:
-            kept, ask.place = ask.place, None       # a place kept for it is as free as any now
-            if kept is not None:
-                kept.reserved -= 1
+            kept = self.queue.drop(ask)         # a place kept for it is as free as any now
             view = self.view()
             sheet = tuple(judge(c, view, tried, now) for c in candidates)
             chosen, reason = self._choose(sheet, ask, now)
-            self._waiting.pop(ask, None)
             home = self._busy_home(sheet, ask, now) if chosen is not None else None
             if home is not None:        # a warm cache is worth a moment
                 chosen, sheet = None, tuple(
@@ -4548,9 +4641,10 @@ class AccountPool:
                 is_full = self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30)
                 lease = None if is_full else self._lend(chosen, sheet, ask, reason, now)
             else:
-                self._queue(ask, sheet)
+                self.queue.add(ask, tuple(v.candidate.account for v in sheet if v.state == "busy"),
+                               self.clock.monotonic())
             if kept is not None:
-                self._hand_over(kept)
+                self.queue.hand_over(kept)
         if chosen is not None and lease is None:
             raise ProxyError("full", "too many upstream calls are in flight", 1)
         if chosen is not None:
@@ -4571,13 +4665,9 @@ class AccountPool:
     def leave(self, ask: Ask) -> None:
         """The request is over: it waits no longer, and gives back a place kept for it."""
         with self._lock:
-            self._waiting.pop(ask, None)
-            account, ask.place = ask.place, None
-            if account is not None:
-                account.reserved -= 1
-                self._hand_over(account)
-            if not self._waiting:
-                self._turns.clear()
+            kept = self.queue.drop(ask)
+            if kept is not None:
+                self.queue.hand_over(kept)
 
     def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
         """A dry run: (what would be chosen, why, the score sheet)."""
@@ -4592,27 +4682,25 @@ class AccountPool:
             return tuple(judge(c, view, tried, now) for c in candidates)
 
     def _choose(self, sheet: tuple, ask: Ask, now: float) -> tuple[Verdict | None, str]:
-        strategy, bound = self.settings.get("strategy", "sticky"), ()
+        strategy = self.settings.get("strategy", "sticky")
         model = sheet[0].candidate.model.id if sheet else ""
-        binding = self._bindings.get((ask.session, model)) if ask.session else None
-        if binding and strategy != "round-robin":
-            keep_s = self.settings.get("affinity_s", 3600)
-            bound = tuple(pair for pair, at in ((binding.home, binding.home_at),
-                                                (binding.guest, binding.guest_at))
-                          if pair and now - at < keep_s)
+        bound = [pair for pair, _ in self._bound(ask, model, now)]
         return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
                       self._virtual)
 
+    def _bound(self, ask: Ask, model: str, now: float) -> list[tuple[tuple, float]]:
+        if self.settings.get("strategy") == "round-robin":
+            return []
+        return self.bindings.of(ask.session, model, now, self.settings.get("affinity_s", 3600))
+
     def _busy_home(self, sheet: tuple, ask: Ask, now: float) -> Verdict | None:
         """The line of the conversation's home, while it is only busy and worth waiting for."""
-        binding = self._bindings.get((ask.session, sheet[0].candidate.model.id))
-        if not binding or self.settings.get("strategy") == "round-robin":
-            return None
-        home = next((v for v in sheet if v.candidate.pair == binding.home), None)
-        if home is None or home.state != "busy" or now - binding.home_at >= HOME_WARM_S:
-            return None
-        waits = self.clock.monotonic() - (ask.arrived_at or self.clock.monotonic())
-        return home if waits < HOME_WAIT_S else None
+        for pair, at in self._bound(ask, sheet[0].candidate.model.id, now)[:1]:
+            home = next((v for v in sheet if v.candidate.pair == pair), None)
+            waits_s = self.clock.monotonic() - (ask.arrived_at or self.clock.monotonic())
+            if home and home.state == "busy" and now - at < HOME_WARM_S and waits_s < HOME_WAIT_S:
+                return home
+        return None
 
     def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, reason: str, now: float) -> Lease:
         account, model = chosen.candidate.account, chosen.candidate.model.id
@@ -4634,7 +4722,8 @@ class AccountPool:
             lease.is_probe = True
             self._probing.add(chosen.candidate.key)
         if ask.session:
-            self._bind((ask.session, model), chosen.candidate.pair, now)
+            self.bindings.bind(ask.session, model, chosen.candidate.pair, now,
+                               self.settings.get("affinity_s", 3600))
         self._keep_used(account, now, 10)
         return lease
 
@@ -4642,41 +4731,6 @@ class AccountPool:
         if self.state is not None and now - self._used.get(account.name, (-1e9,))[0] >= every_s:
             self._used[account.name] = account.used_at, account.health, account.tokens
             self.state.put("used", account.name, *self._used[account.name])
-
-    def _bind(self, key: tuple, pair: tuple, now: float) -> None:
-        """The account that serves a conversation stays its home; another that serves while the home
-        rests is its guest, and becomes the home when the home's cache has gone cold."""
-        old = self._bindings.pop(key, None)
-        is_home = (old is None or old.home == pair
-                   or now - old.home_at >= self.settings.get("affinity_s", 3600))
-        self._bindings[key] = (Binding(pair, now, (), 0.0) if is_home
-                               else old._replace(guest=pair, guest_at=now))
-        if len(self._bindings) > 5000:
-            self._bindings.popitem(last=False)
-
-    # The queue of those who wait for a place
-
-    def _queue(self, ask: Ask, sheet: tuple) -> None:
-        busy = tuple(v.candidate.account for v in sheet if v.state == "busy")
-        if busy:
-            ask.arrived_at = ask.arrived_at or self.clock.monotonic()
-            self._waiting[ask] = busy
-
-    def _hand_over(self, account: Account) -> None:
-        """Keeps the account's free places for who waits: who can go nowhere else first, then agents
-        in turn, first come first."""
-        while self._waiting:
-            waiting = [a for a, accounts in self._waiting.items() if account in accounts]
-            if not waiting or (account.places and
-                               account.in_flight + account.reserved >= account.places):
-                return
-            ask = min(waiting, key=lambda a: (len(self._waiting[a]) > 1, self._turns[a.agent],
-                                              a.arrived_at))
-            ask.place = account
-            account.reserved += 1
-            del self._waiting[ask]
-            self._turns[ask.agent] += 1
-            ask.wake()
 
     # Settling
 
@@ -4693,7 +4747,7 @@ class AccountPool:
                 self._feel(candidate.account, "success", now)
             elif error is not None:
                 self._punish(candidate, error, now)
-            self._hand_over(candidate.account)
+            self.queue.hand_over(candidate.account)
 
     def proved(self, lease: Lease) -> None:
         """The candidate answers with content: guesses about it are over, others may come."""
@@ -4705,7 +4759,7 @@ class AccountPool:
             self.rests.succeeded(lease.candidate, lease.began_at, self.clock.now())
             if account.ramp:
                 account.ramp = account.ramp * 2 if account.ramp < RAMP_END else 0
-                self._hand_over(account)
+                self.queue.hand_over(account)
 
     def _feel(self, account: Account, step: str, now: float) -> None:
         account.health, account.tokens = measured(account, now)
@@ -4759,7 +4813,8 @@ class AccountPool:
     def clear(self, account: Account, stops_only: bool = False) -> int:
         """Ends the account's stop, and every other rest and absence of it; how many."""
         with self._lock:
-            keys = [k for k in account.stop_keys if self._stands(k)]
+            now = self.clock.now()
+            keys = [k for k in account.stop_keys if self.rests.stands(k, now)]
             if not stops_only:
                 keys += [key for key, _ in self.rests.of(account.name, self.clock.now())]
                 for pair, facts in list(self.readings.facts.items()):
@@ -4830,10 +4885,8 @@ class AccountPool:
 
     def is_stopped(self, account: Account) -> bool:
         """Whether nothing may be sent for it until a person acts."""
-        return not account.enabled or any(map(self._stands, account.stop_keys))
-
-    def _stands(self, key: tuple) -> bool:
-        return key in self.rests.items and self.rests.items[key].until > self.clock.now()
+        now = self.clock.now()
+        return not account.enabled or any(self.rests.stands(k, now) for k in account.stop_keys)
 
     def has_stated_limit(self, pair: tuple) -> bool:
         with self._lock:
@@ -4855,36 +4908,9 @@ class AccountPool:
         """Each account as JSON: its state, pools, quota windows with burn rates, and limits."""
         now = self.clock.now()
         with self._lock:
-            return [self._report(account, now) for account in self.accounts]
+            return [account_report(account, self.rests, self.readings, self.settings, now)
+                    for account in self.accounts]
 
-    def _report(self, account: Account, now: float) -> dict:
-        limits = [{"scope": " ".join(key[2:]) or "account", "kind": rest.kind, "until": rest.until,
-                   "is_stated": rest.is_stated, "message": rest.message}
-                  for key, rest in self.rests.of(account.name, now)]
-        stop = next((self.rests.items[k] for k in account.stop_keys if self._stands(k)), None)
-        pools, quotas, tier = [], [], ""
-        stale_s = max(QUOTA_STALE_S, 2 * self.settings.get("quota_poll_s", 0))
-        for provider in account.providers:
-            pair = account.name, provider.id
-            facts = self.readings.facts.get(pair) or Facts("", "", "", (), 0)
-            tier = tier or facts.tier
-            pools.append({"pool": provider.id, "absent": facts.absent, "read_at": facts.at,
-                          "project": account.project or facts.project})
-            quotas += self.readings.report(pair, stale_s, now)
-        soft = account.soft_limit_of(self.settings)
-        known = [q["fraction"] for q in quotas if q["fraction"] is not None and not q["is_stale"]]
-        state = ("disabled" if not account.enabled else
-                 STOPPED_STATES.get(stop.kind, "stopped") if stop else
-                 "absent" if all(p["absent"] not in ("", LOOK_AGAIN) for p in pools) else
-                 "limited" if 0 in known or any(r["is_stated"] for r in limits) else
-                 "needs a client" if any(r["kind"] == "no_client" for r in limits) else
-                 "resting" if limits else
-                 "soft-limited" if soft and any(f <= soft for f in known) else "ready")
-        return {"name": account.label, "provider": account.provider.id, "tier": tier,
-                "state": state, "reason": stop.message if stop else "",
-                "priority": account.priority, "in_flight": account.in_flight,
-                "last_used_at": account.used_at,
-                "pools": pools, "quotas": quotas, "limits": limits}
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:

@@ -1490,7 +1490,7 @@ def test_a_switch_is_followed_by_a_ramp_and_waiting_agents_take_turns():
     assert woken == [0, 6, 2, 3, 4, 5]
     for ask in waiting:
         pool.leave(ask)
-    assert pool.accounts[1].reserved == 0 and not pool._waiting
+    assert pool.accounts[1].reserved == 0 and not pool.queue.waiting
 
 
 def test_processes_may_begin_with_different_accounts(monkeypatch):
@@ -1698,7 +1698,7 @@ def test_places_and_probes_of_a_random_history_are_all_given_back():
             pool.leave(ask)
         for lease in out:
             lease.settle()
-        assert not any(a.in_flight or a.reserved for a in pool.accounts) and not pool._probing and not pool._waiting, seed
+        assert not any(a.in_flight or a.reserved for a in pool.accounts) and not pool._probing and not pool.queue.waiting, seed
 
 
 def test_a_damaged_state_is_set_aside_and_a_newer_one_left_alone(make_state, tmp_path):
@@ -2255,7 +2255,7 @@ def test_a_busy_account_is_waited_for_in_a_fair_queue(make_proxy):
         thread.join()
     assert done == [200] * 40 and max(most) <= 2
     until(lambda: account.in_flight == 0)
-    assert account.reserved == 0 and not proxy.pool._waiting
+    assert account.reserved == 0 and not proxy.pool.queue.waiting
 
 
 @pytest.mark.parametrize("fallback", [True, False])
