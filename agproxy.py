@@ -7628,7 +7628,7 @@ class Handler:
     # Routes
 
     def messages(self, exchange: Exchange, match: Any) -> bool:
-        request = self._parse(exchange, False)
+        request = self.parse(exchange, False)
         if request.max_tokens == 0:
             usage = Usage(input_tokens=estimate_tokens(request))
             return self._reply_whole(exchange, Reply((), Finish(Stop.LENGTH, usage)))
@@ -7639,7 +7639,7 @@ class Handler:
         stream, out = conducting.run(fold=False)
         return self._stream(exchange, stream, out)
 
-    def _parse(self, exchange: Exchange, is_count: bool) -> Request:
+    def parse(self, exchange: Exchange, is_count: bool) -> Request:
         try:
             body = json_decode(exchange.body)
         except ValueError as err:
@@ -7685,118 +7685,129 @@ class Handler:
         self.server.relay.adopt(exchange, stream)
         return True
 
-    def count_tokens(self, exchange: Exchange, match: Any) -> None:
-        request = self._parse(exchange, True)
-        self.services.pool.resolve(request.model, self.services.config.aliases)
-        exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
-        exchange.send_json(200, {"input_tokens": estimate_tokens(request)},
-                           {"x-agproxy-token-count": "estimate"})
 
-    def models(self, exchange: Exchange, match: Any) -> None:
-        rows = self.server.model_rows()
-        if match["id"]:
-            name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
-            row = next((r for r in rows if r["id"] == name), None)
-            if row is None:
-                model = self.services.pool.resolve(name, self.services.config.aliases)
-                row = {**anthropic_render_model(model), "id": name}
-            exchange.send_json(200, row)
-            return
-        query = dict(urllib.parse.parse_qsl(exchange.query))
-        limit, after, before = query.get("limit",
-                                         "20"), query.get("after_id"), query.get("before_id")
-        if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
-            raise invalid("limit", "a whole number from 1 to 1000 is required")
-        if after and before:
-            raise invalid("after_id", "cannot be combined with before_id")
-        ids, size = [r["id"] for r in rows], int(limit)
-        for name, value in (("after_id", after), ("before_id", before)):
-            if value and value not in ids:
-                raise invalid(name, f"{value!r} is not in the list")
-        start = ids.index(after) + 1 if after else 0
-        end = ids.index(before) if before else len(ids)
-        page = rows[max(start, end - size):end] if before else rows[start:min(end, start + size)]
-        has_more = end - size > 0 if before else start + size < end
-        exchange.send_json(200, {"data": page, "has_more": has_more,
-                                 "first_id": page[0]["id"] if page else None,
-                                 "last_id": page[-1]["id"] if page else None})
+# Answers to single routes: (handler, exchange, match of the path)
 
-    def root(self, exchange: Exchange, match: Any) -> None:
-        exchange.send_json(200, {"name": "agproxy", "version": VERSION})
+def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any) -> None:
+    request = handler.parse(exchange, True)
+    handler.services.pool.resolve(request.model, handler.services.config.aliases)
+    exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
+    exchange.send_json(200, {"input_tokens": estimate_tokens(request)},
+                       {"x-agproxy-token-count": "estimate"})
 
-    def health(self, exchange: Exchange, match: Any) -> None:
-        server, services = self.server, self.services
-        report = {"status": "ok", "version": VERSION, "uptime_s": int(
-            time.monotonic() - server.started_at), "streams": len(server.relay.streams),
-            "threads": server.workers.threads, **services.meters.snapshot()}
-        if "deep=1" in exchange.query.split("&"):
-            if server.guard is not None:
-                server.guard.check(exchange.headers, time.monotonic())
-            began = time.monotonic()
-            limits = account_limits(services.pool)
-            took_ms = int((time.monotonic() - began) * 1000)
-            report.update(deep_health(limits, services.config.settings, took_ms))
-        exchange.send_json(200, report)
 
-    def account_limits(self, exchange: Exchange, match: Any) -> None:
-        limits = account_limits(self.services.pool)
-        if "includeHistory=true" in exchange.query.split("&"):
-            limits["history"] = self.services.pool.history()
-        if "format=table" in exchange.query.split("&"):
-            exchange.send_bytes(200, "text/plain; charset=utf-8", limits_table(limits).encode())
-        else:
-            exchange.send_json(200, limits)
+def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
+    rows = handler.server.model_rows()
+    if match["id"]:
+        name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
+        row = next((r for r in rows if r["id"] == name), None)
+        if row is None:
+            model = handler.services.pool.resolve(name, handler.services.config.aliases)
+            row = {**anthropic_render_model(model), "id": name}
+        exchange.send_json(200, row)
+        return
+    query = dict(urllib.parse.parse_qsl(exchange.query))
+    limit = query.get("limit", "20")
+    after, before = query.get("after_id"), query.get("before_id")
+    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
+        raise invalid("limit", "a whole number from 1 to 1000 is required")
+    if after and before:
+        raise invalid("after_id", "cannot be combined with before_id")
+    ids, size = [r["id"] for r in rows], int(limit)
+    for name, value in (("after_id", after), ("before_id", before)):
+        if value and value not in ids:
+            raise invalid(name, f"{value!r} is not in the list")
+    start = ids.index(after) + 1 if after else 0
+    end = ids.index(before) if before else len(ids)
+    page = rows[max(start, end - size):end] if before else rows[start:min(end, start + size)]
+    has_more = end - size > 0 if before else start + size < end
+    exchange.send_json(200, {"data": page, "has_more": has_more,
+                             "first_id": page[0]["id"] if page else None,
+                             "last_id": page[-1]["id"] if page else None})
 
-    def refresh_token(self, exchange: Exchange, match: Any) -> None:
-        """A new access token for every account that has a refresh token."""
-        services, results = self.services, {}
-        for account in services.pool.accounts:
-            if account.credential != "refresh_token":
-                continue
-            try:
-                if services.pool.is_stopped(account):
-                    raise ProxyError("revoked", "stopped until a person acts")
-                services.tokens.access(account, account.access_token, is_shared=False)
-                results[account.label] = "refreshed"
-            except ProxyError as err:
-                results[account.label] = redact(err.message)
-        failed = sum(1 for text in results.values() if text != "refreshed")
-        exchange.send_json(502 if failed and failed == len(results) else 200, {
-            "status": "error" if failed else "ok", "accounts": results,
-            "message": f"{len(results) - failed} of {len(results)} tokens refreshed"})
 
-    def discard(self, exchange: Exchange, match: Any) -> None:
-        """Telemetry that clients aim at their base URL; it goes nowhere."""
-        exchange.send_json(200, {})
+def answer_root(handler: Handler, exchange: Exchange, match: Any) -> None:
+    exchange.send_json(200, {"name": "agproxy", "version": VERSION})
 
-    def not_offered(self, exchange: Exchange, match: Any) -> None:
-        raise ProxyError("not_found", f"{exchange.path[:60]} is not offered by this proxy")
 
-    def preflight(self, exchange: Exchange, match: Any) -> None:
-        headers = {"content-length": "0"}
-        if exchange.cors_origin:
-            headers.update({"access-control-allow-methods": "GET, POST, OPTIONS",
-                            "access-control-allow-headers": exchange.headers.get(
-                                "access-control-request-headers", "*"),
-                            "access-control-max-age": "600"})
-        exchange.downstream.send(exchange.head_bytes(204, headers))
+def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
+    server, services = handler.server, handler.services
+    report = {"status": "ok", "version": VERSION, "uptime_s": int(
+        time.monotonic() - server.started_at), "streams": len(server.relay.streams),
+        "threads": server.workers.threads, **services.meters.snapshot()}
+    if "deep=1" in exchange.query.split("&"):
+        if server.guard is not None:
+            server.guard.check(exchange.headers, time.monotonic())
+        began = time.monotonic()
+        limits = account_limits(services.pool)
+        took_ms = int((time.monotonic() - began) * 1000)
+        report.update(deep_health(limits, services.config.settings, took_ms))
+    exchange.send_json(200, report)
+
+
+def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> None:
+    limits = account_limits(handler.services.pool)
+    if "includeHistory=true" in exchange.query.split("&"):
+        limits["history"] = handler.services.pool.history()
+    if "format=table" in exchange.query.split("&"):
+        exchange.send_bytes(200, "text/plain; charset=utf-8", limits_table(limits).encode())
+    else:
+        exchange.send_json(200, limits)
+
+
+def answer_refresh_token(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """A new access token for every account that has a refresh token."""
+    services, results = handler.services, {}
+    for account in services.pool.accounts:
+        if account.credential != "refresh_token":
+            continue
+        try:
+            if services.pool.is_stopped(account):
+                raise ProxyError("revoked", "stopped until a person acts")
+            services.tokens.access(account, account.access_token, is_shared=False)
+            results[account.label] = "refreshed"
+        except ProxyError as err:
+            results[account.label] = redact(err.message)
+    failed = sum(1 for text in results.values() if text != "refreshed")
+    exchange.send_json(502 if failed and failed == len(results) else 200, {
+        "status": "error" if failed else "ok", "accounts": results,
+        "message": f"{len(results) - failed} of {len(results)} tokens refreshed"})
+
+
+def answer_discard(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """Telemetry that clients aim at their base URL; it goes nowhere."""
+    exchange.send_json(200, {})
+
+
+def answer_not_offered(handler: Handler, exchange: Exchange, match: Any) -> None:
+    raise ProxyError("not_found", f"{exchange.path[:60]} is not offered by this proxy")
+
+
+def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
+    headers = {"content-length": "0"}
+    if exchange.cors_origin:
+        headers.update({"access-control-allow-methods": "GET, POST, OPTIONS",
+                        "access-control-allow-headers": exchange.headers.get(
+                            "access-control-request-headers", "*"),
+                        "access-control-max-age": "600"})
+    exchange.downstream.send(exchange.head_bytes(204, headers))
 
 
 ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
     # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
     Route("POST", r"(/v1|/anthropic)?/v1/messages", "api", Handler.messages),
-    Route("POST", r"(/v1|/anthropic)?/v1/messages/count_tokens", "api", Handler.count_tokens),
-    Route("GET HEAD", r"/v1/models(?:/(?P<id>[^/]+))?", "api", Handler.models),
-    Route("GET HEAD", r"/", "public", Handler.root),
-    Route("GET HEAD", r"/api/hello", "public", Handler.root),
-    Route("GET HEAD", r"/health", "public", Handler.health),
-    Route("GET HEAD", r"/account-limits", "api", Handler.account_limits),
-    Route("POST", r"/refresh-token", "api", Handler.refresh_token),
+    Route("POST", r"(/v1|/anthropic)?/v1/messages/count_tokens", "api", answer_count_tokens),
+    Route("GET HEAD", r"/v1/models(?:/(?P<id>[^/]+))?", "api", answer_models),
+    Route("GET HEAD", r"/", "public", answer_root),
+    Route("GET HEAD", r"/api/hello", "public", answer_root),
+    Route("GET HEAD", r"/health", "public", answer_health),
+    Route("GET HEAD", r"/account-limits", "api", answer_account_limits),
+    Route("POST", r"/refresh-token", "api", answer_refresh_token),
     Route("GET POST", r"/api/(?:event_logging|claude_code|claude_cli|oauth)/.*", "public",
-          Handler.discard),
+          answer_discard),
     Route("GET POST DELETE", r"/v1/(?:messages/batches|files|complete|skills)(?:/.*)?", "api",
-          Handler.not_offered),
-    Route("OPTIONS", r"/.*", "public", Handler.preflight),
+          answer_not_offered),
+    Route("OPTIONS", r"/.*", "public", answer_preflight),
 ))
 
 
