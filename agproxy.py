@@ -1202,7 +1202,7 @@ class State:
         self._thread.join(10)
 
     def _enqueue(self, sql: Any, values: tuple, urgent: bool) -> None:
-        if urgent or len(self._jobs) < 50_000:
+        if urgent or len(self._jobs) < 20_000:
             self._jobs.append((sql, values))
         else:
             self.dropped += 1
