@@ -4540,7 +4540,7 @@ def account_report(account: Account, rests: Rests, readings: Readings,
     return {"name": account.label, "provider": account.provider.id, "tier": tier,
             "state": state, "reason": stop.message if stop else "",
             "priority": account.priority, "in_flight": account.in_flight,
-            "last_used_at": account.used_at,
+            "last_used_at": account.used_at, "health": round(measured(account, now)[0]),
             "pools": pools, "quotas": quotas, "limits": limits}
 
 
@@ -8651,7 +8651,8 @@ def status_lines(report: Iterable[Mapping], now: float, is_ascii: bool = False,
         used = f"used {human_s(now - row['last_used_at'])} ago" if row["last_used_at"] else ""
         lines.append("  ".join(filter(None, (
             f"{row['name'][:19]:20}{row['provider'][:13]:14}{row['tier'] or '-':7}{row['state']}",
-            used, row["reason"]))))
+            f"last choice: health {row['health']}" if row["health"] < HEALTH_LEAST else "", used,
+            row["reason"]))))
         groups = [q for q in row["quotas"] if q["window"] != "model"]
         pools = {q["pool"] for q in groups}
         lines += [_window_line(q, now, is_ascii) for q in row["quotas"]

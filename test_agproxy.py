@@ -2794,6 +2794,9 @@ def test_the_terminal_shows_bars_resets_burn_rates_and_what_is_unknown():
     pool.stop(pool.accounts[1], ag.ProxyError("validation", "verify at https://x"))
     text = "\n".join(ag.status_lines(pool.report(), clock.at, is_ascii=True))
     assert "########....  70%  resets in 2h  20%/h, empty in 3h 30m" in text and "????????????    ?" in text
+    assert "last choice" not in text
+    pool.accounts[0].health, pool.accounts[0].measured_at = 40.0, clock.at
+    assert "last choice: health 40" in "\n".join(ag.status_lines(pool.report(), clock.at))
     assert "needs verification" in text and "absent: not served here" in text and "free in 10m" in text
     assert "model" not in text and " model " in "\n".join(ag.status_lines(pool.report(), clock.at, models=True))
 
