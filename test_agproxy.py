@@ -2915,47 +2915,50 @@ def clicks_through(url, account):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not program:
         pytest.skip("no Chromium here")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if sys.version_info >= (3, 10) else (
-            tempfile.TemporaryDirectory()) as profile:
-        browser = subprocess.Popen([program, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-                                    "--no-first-run", "--user-data-dir=" + profile, url],
-                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        try:
-            port = next(int(m[1]) for line in browser.stderr for m in [re.search(r"ws://127.0.0.1:(\d+)/", line)] if m)
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    profile = tempfile.mkdtemp()
+    browser = subprocess.Popen([program, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+                                "--disable-dev-shm-usage",
+                                "--no-first-run", "--user-data-dir=" + profile, url],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        port = next((int(m[1]) for line in browser.stderr for m in [re.search(r"ws://127.0.0.1:(\d+)/", line)] if m), 0)
+        if not port:
+            pytest.skip("Chromium does not start here")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-            def page():
-                with opener.open(f"http://127.0.0.1:{port}/json") as listed:
-                    return next((t for t in json.load(listed) if t["type"] == "page" and "/auth" in t["url"]), None)
-            until(page)
-            target = page()["webSocketDebuggerUrl"].partition(str(port))[2]
-            sock = socket.create_connection(("127.0.0.1", port))
-            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode())
-            stream = sock.makefile("rb")
-            while stream.readline().strip():
-                pass
+        def page():
+            with opener.open(f"http://127.0.0.1:{port}/json") as listed:
+                return next((t for t in json.load(listed) if t["type"] == "page" and "/auth" in t["url"]), None)
+        until(page)
+        target = page()["webSocketDebuggerUrl"].partition(str(port))[2]
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode())
+        stream = sock.makefile("rb")
+        while stream.readline().strip():
+            pass
 
-            def evaluate(expression):
-                data = json.dumps({"id": 1, "method": "Runtime.evaluate", "params": {"expression": expression}}).encode()
-                sock.sendall(b"\x81\xfe" + struct.pack(">H", len(data)) + bytes(4) + data)     # masked with zeros
-                while True:
-                    size = stream.read(2)[1] & 127
-                    size = struct.unpack(">H", stream.read(2))[0] if size == 126 else size
-                    answer = json.loads(stream.read(size))
-                    if answer.get("id") == 1:
-                        return answer["result"]["result"].get("value")
-            until(lambda: evaluate(f"!!document.getElementById('{account}')"))
-            evaluate(f"document.getElementById('{account}').click()")
-            until(lambda: "callback" in evaluate("document.location.pathname") and evaluate("document.readyState") == "complete")
-            text = evaluate("document.body.innerText")
-            stream.close()
-            sock.close()
-            return text
-        finally:
-            browser.terminate()
-            browser.wait()
-            browser.stderr.close()
+        def evaluate(expression):
+            data = json.dumps({"id": 1, "method": "Runtime.evaluate", "params": {"expression": expression}}).encode()
+            sock.sendall(b"\x81\xfe" + struct.pack(">H", len(data)) + bytes(4) + data)     # masked with zeros
+            while True:
+                size = stream.read(2)[1] & 127
+                size = struct.unpack(">H", stream.read(2))[0] if size == 126 else size
+                answer = json.loads(stream.read(size))
+                if answer.get("id") == 1:
+                    return answer["result"]["result"].get("value")
+        until(lambda: evaluate(f"!!document.getElementById('{account}')"))
+        evaluate(f"document.getElementById('{account}').click()")
+        until(lambda: "callback" in evaluate("document.location.pathname") and evaluate("document.readyState") == "complete")
+        text = evaluate("document.body.innerText")
+        stream.close()
+        sock.close()
+        return text
+    finally:
+        browser.terminate()
+        browser.wait()
+        browser.stderr.close()
+        shutil.rmtree(profile, ignore_errors=True)
 
 
 @pytest.mark.parametrize("way", ["browser", "paste"])
