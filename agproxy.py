@@ -6696,7 +6696,13 @@ class Conducting:
                    "Accept-Encoding": "identity", **auth, **rendered.headers,
                    **dict(provider.headers), **dict(account.headers)}
 
+        def note_limits(head: Mapping[str, str]) -> None:
+            windows = read_limit_headers(head, services.clock.now())
+            if windows:
+                services.pool.note_windows(candidate.pair, windows)
+
         def understand(status: int, head: Mapping[str, str], raw: Any) -> ProxyError:
+            note_limits(head)
             return read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
                                 rendered.shape.estimate_input, candidate.model.context_tokens)
 
@@ -6708,9 +6714,7 @@ class Conducting:
                     json_encode(rendered.body).encode("ascii"),
                     account.proxy, pipe, understand)
         answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
-        windows = read_limit_headers(answer.headers, services.clock.now())
-        if windows:
-            services.pool.note_windows((account.name, provider.id), windows)
+        note_limits(answer.headers)
         stream = OpenStream(answer, lease, services.connections, self.record)
         self.client.route = f"{account.label}; {lease.reason}"
         if fold:

@@ -1960,6 +1960,23 @@ HEADERS = [
     ({"x-ratelimit-remaining-tokens": "\xb2", "x-ratelimit-limit-tokens": "9" * 400}, [])]
 
 
+@pytest.mark.parametrize("fault", ["", "quota"])
+def test_limit_headers_of_answers_and_refusals_are_read(make_proxy, monkeypatch, fault):
+    proxy = make_proxy({"a": None})
+    real = ag.SimHandler.end_headers
+
+    def with_limits(self):
+        self.send_header("anthropic-ratelimit-unified-7d-utilization", "0.9")
+        self.send_header("anthropic-ratelimit-unified-7d-reset", str(int(time.time()) + 86400))
+        real(self)
+    monkeypatch.setattr(ag.SimHandler, "end_headers", with_limits)
+    if fault:
+        proxy.sim.plan("a", *[fault] * 3)
+    assert proxy.ask()[0] == (429 if fault else 200)
+    quota = proxy.pool.report()[0]["quotas"][0]
+    assert (quota["window"], quota["scope"], round(quota["fraction"], 3)) == ("weekly", "account", 0.1)
+
+
 @pytest.mark.parametrize("headers, expected", HEADERS)
 def test_limit_headers_of_each_family(headers, expected):
     now = 1_800_000_000.0
