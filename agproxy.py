@@ -164,7 +164,7 @@ HEALTH_START, HEALTH_LEAST = 70, 50     # of 100; below the least an account is 
 HEALTH_STEPS = {"success": 1, "limit": -10, "failure": -20, "hour": 10}
 BURST_TOKENS, BURST_PER_MINUTE = 50, 6  # allowance of requests that the hybrid score watches
 QUOTA_CRITICAL = 0.05           # the hybrid strategy takes such an account last
-WINDOW_S = {"5h": 5 * 3600, "weekly": 7 * 86400}
+FIVE_HOURS_S = 5 * 3600         # the shorter of Cloud Code's quota windows
 QUOTA_TIMEOUT_S = 10
 QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
 QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
@@ -287,7 +287,7 @@ class Provider(NamedTuple):
     id: str
     dialect: str                    # key of DIALECTS (room 15)
     base_urls: tuple[str, ...]      # in order of preference
-    auth: str                       # oauth, x-goog-api-key
+    auth: str                       # oauth, x-goog-api-key, bearer
     envelope: str                   # which Cloud Code wrapping: antigravity, gemini-cli, none
     catalogue: str                  # how it names models: on_cloud_code, key_id or cli_id
     user_agent: str                 # {os} and {arch} in Go's naming
@@ -400,7 +400,7 @@ ERRORS = {
     "stall": Rule(504, "timeout_error", Scope.HOST, "host", Step.HOST),
     "auth_expired": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.REFRESH),
     "revoked": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
-    "no_client": Rule(403, "permission_error", Scope.ACCOUNT, "token", Step.NEXT),
+    "no_secret": Rule(403, "permission_error", Scope.ACCOUNT, "token", Step.NEXT),
     "token_endpoint": Rule(502, _API, Scope.ACCOUNT, "token", Step.NEXT),
     "validation": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
     "disabled": Rule(403, "permission_error", Scope.ACCOUNT, "stop", Step.NEXT),
@@ -422,7 +422,7 @@ ERRORS = {
     "no_account": Rule(403, "permission_error"),
     "stopping": Rule(529, "overloaded_error"),
 }
-# these mark their candidate for good, so they cost a request none of its tries
+# failures of these rests and kinds mark their candidate for long: they cost none of the tries
 LONG_RESTS = ("hour", "day")
 LOGIN_KINDS = frozenset(("auth_expired", "revoked", "validation", "disabled", "absent"))
 
@@ -1145,7 +1145,7 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
 
 class State:
     """What the program learns, in one SQLite file shared by all processes of this owner.  `put` and
-    `delete` only enqueue; one thread writes, urgent rows at once, others in batches of a second.
+    `delete` only enqueue; one thread writes, urgent rows at once, others four times a second.
     Without write access, or with a newer version's file, it lives in memory, which is said once."""
 
     def __init__(self, path: str, tell: Callable[[str], None], max_bytes: int = 64 << 20):
@@ -3821,7 +3821,6 @@ class Account:
     secret: str                             # unresolved: may be env:, file: or cmd:
     pools: tuple = ()                       # further Providers that the same sign-in may use
     project: str = ""                       # configured; what is found stands in its Facts
-    email: str = ""
     enabled: bool = True
     priority: int = 0                       # lower first
     weight: float = 1.0
@@ -3878,7 +3877,7 @@ class Account:
 
 
 # what a person may edit while the account goes on
-ACCOUNT_CELLS = ("provider", "pools", "project", "email", "enabled", "priority", "weight",
+ACCOUNT_CELLS = ("provider", "pools", "project", "enabled", "priority", "weight",
                  "models", "proxy", "max_in_flight", "soft_limit", "headers", "user_agent")
 
 
@@ -3889,7 +3888,7 @@ def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account
     return Account(
         name=row["name"], provider=provider, credential=credential, secret=row[credential],
         pools=tuple(providers[p] for p in provider.pools), project=row.get("project", ""),
-        email=row.get("email", ""), enabled=row.get("enabled", True),
+        enabled=row.get("enabled", True),
         priority=row.get("priority", 0), weight=float(row.get("weight", 1)),
         models=tuple(row.get("models", ())), max_in_flight=row.get("max_in_flight", 0),
         soft_limit=row.get("soft_limit"), proxy=row.get("proxy", ""),
@@ -4120,7 +4119,7 @@ def score(candidate: Candidate, view: View, windows: list[Window], now: float) -
     health, tokens = measured(account, now)
     least = min((w.fraction for w in windows), default=None)
     idle_s = min(3600.0, max(0.0, now - account.used_at)) if account.used_at else 3600.0
-    is_fresh = now - account.used_at > WINDOW_S["5h"]
+    is_fresh = now - account.used_at > FIVE_HOURS_S
     is_last = health < HEALTH_LEAST or tokens < 1 or (least is not None
                                                       and least <= QUOTA_CRITICAL)
     return (("fresh", settings["hybrid_fresh"] * is_fresh),
@@ -4303,11 +4302,11 @@ class Rests:
         rest.changed_at = max(self.clock.now(), self.items[key].changed_at + 0.001
                               if key in self.items else 0.0)
         self.items[key] = rest
-        if rest.kind != "no_client":        # that is this process's own affair
-            self.keep(key, rest)
+        self.keep(key, rest)
 
     def keep(self, key: tuple, rest: Rest) -> None:
-        if self.state is not None:
+        # what is missing in this process's environment is its own affair
+        if self.state is not None and rest.kind != "no_secret":
             self.state.put("rests", json_encode(key), rest.kind, rest.until, rest.is_stated,
                            rest.failures, rest.failed_at, redact(rest.message), rest.changed_at,
                            urgent=True)
@@ -4371,9 +4370,9 @@ class Rests:
                 key = tuple(json_decode(text.encode()))
                 old = self.items.get(key)
                 if old is None or old.changed_at < changed_at:
-                    self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
-                    if old and old.is_stated and not row[1]:
+                    if old and old.is_stated and old.holds(self.clock.now()) and not row[1]:
                         cleared.add(key[1])
+                    self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
         return cleared
 
 
@@ -4534,7 +4533,7 @@ def account_report(account: Account, rests: Rests, readings: Readings,
              STOPPED_STATES.get(stop.kind, "stopped") if stop else
              "absent" if all(p["absent"] not in ("", LOOK_AGAIN) for p in pools) else
              "limited" if 0 in known or any(r["is_stated"] for r in limits) else
-             "needs a client" if any(r["kind"] == "no_client" for r in limits) else
+             "needs a secret" if any(r["kind"] == "no_secret" for r in limits) else
              "resting" if limits else
              "soft-limited" if soft and any(f <= soft for f in known) else "ready")
     return {"name": account.label, "provider": account.provider.id, "tier": tier,
@@ -4674,6 +4673,14 @@ class AccountPool:
         sheet = self.verdicts(candidates, ())
         with self._lock:
             return (*self._choose(sheet, Ask(), self.clock.now()), sheet)
+
+    def outlook(self, candidate: Candidate) -> tuple[Verdict, Window | None]:
+        """One line of the sheet, and the reading that binds it."""
+        now = self.clock.now()
+        with self._lock:
+            windows = fresh_windows(candidate, self.view(), now)
+            return (judge(candidate, self.view(), (), now),
+                    min(windows, key=lambda w: w.fraction, default=None))
 
     def verdicts(self, candidates: Iterable[Candidate], tried: Iterable) -> tuple:
         now = self.clock.now()
@@ -4912,7 +4919,6 @@ class AccountPool:
                     for account in self.accounts]
 
 
-
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
     """Each candidate, why it was passed over, and when it is free."""
     lines = []
@@ -4986,7 +4992,7 @@ def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[
 
 def no_client(provider: Provider) -> ProxyError:
     variable = "AGPROXY_" + provider.id.upper().replace("-", "_") + "_CLIENT_ID"
-    return ProxyError("no_client", f"no OAuth client is known for {provider.id}: install its own "
+    return ProxyError("no_secret", f"no OAuth client is known for {provider.id}: install its own "
                       f"program and sign in with `accounts add`, or set {variable} and the same "
                       "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
                       f"client_id and client_secret in providers.{provider.id}")
@@ -5081,6 +5087,13 @@ def user_agent(account: Account, provider: Provider, model: str = "") -> str:
         "{model}", model or "gemini-2.5-pro")
 
 
+def auth_header(provider: Provider, token: str) -> dict[str, str]:
+    """How the upstream wants to see a key or an access token."""
+    if provider.auth == "x-goog-api-key":
+        return {"x-goog-api-key": token}
+    return {"Authorization": "Bearer " + token}
+
+
 class Flights:
     """At most one call per key at a time; who asks meanwhile waits for its result."""
 
@@ -5162,10 +5175,7 @@ class Tokens:
                 account.access_token, account.token_expires_at = token, expires_at
             return token
         except ConfigError as err:
-            # a command may work again in a moment
-            is_command = account.secret.startswith("cmd:")
-            failure = ProxyError("token_endpoint" if is_command else "revoked",
-                                 f"its secret cannot be had: {err}")
+            failure = ProxyError("no_secret", f"its secret cannot be had: {err}")
             raise failure from err
         except ProxyError as err:
             failure = err
@@ -5257,7 +5267,7 @@ def cloud_call(account: Account, provider: Provider, token: str, method: str, bo
                tokens: Tokens, timeout_s: float = TOKEN_TIMEOUT_S) -> dict:
     """The answer of a small Cloud Code call, of the first host that answers at all [O6].  Raises
     what the error answer means."""
-    headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json",
+    headers = {**auth_header(provider, token), "Content-Type": "application/json",
                "User-Agent": user_agent(account, provider)}
     failure = ProxyError("network", f"{provider.id} has no base_url")
     for base_url in provider.base_urls:
@@ -5489,7 +5499,7 @@ def check_key(account: Account, connections: ConnectionCache) -> None:
     """One free call with an API key; raises ProxyError revoked when it is not accepted."""
     status, _, raw = simple_call(
         connections, "GET", account.provider.base_urls[0] + "/v1beta/models?pageSize=1",
-        {"x-goog-api-key": resolve_secret(account.secret),
+        {**auth_header(account.provider, resolve_secret(account.secret)),
          "User-Agent": user_agent(account, account.provider)}, None, account.proxy)
     try:
         answer = object_of(json_decode(raw))
@@ -6091,7 +6101,7 @@ class Keeper:
             key = (account.name, provider.id, window.scope)
             model = {"gemini": "gemini-3-flash", "3p": "claude-sonnet-4-6"}.get(window.scope)
             if (model and window.window == "5h" and window.fraction == 1.0
-                    and now - self._touched.get(key, 0) > WINDOW_S["5h"]):
+                    and now - self._touched.get(key, 0) > FIVE_HOURS_S):
                 self._touched[key] = now
                 self.touch(Candidate(account, provider, MODELS[model], model))
 
@@ -6548,7 +6558,10 @@ class Conducting:
         try:
             while True:
                 choice = services.pool.lease(self.candidates, self.tried, ask)
-                self.record.choices.append((services.clock.now(), choice.reason, choice.verdicts))
+                if choice.lease is not None or not self.record.choices or (
+                        self.record.choices[-1][1] != choice.reason):   # one line for a whole wait
+                    self.record.choices.append((services.clock.now(), choice.reason,
+                                                choice.verdicts))
                 if choice.lease is None:
                     self._wait(choice)
                     continue
@@ -6689,12 +6702,10 @@ class Conducting:
         target = Target(candidate.model, provider, candidate.upstream_id, project)
         rendered = dialect.render_request(self.request, target, services.signatures,
                                           attempt.repair)
-        auth = {"x-goog-api-key": attempt.token} if provider.auth == "x-goog-api-key" else {
-            "Authorization": "Bearer " + attempt.token}
         headers = {"Content-Type": "application/json",
                    "User-Agent": user_agent(account, provider, candidate.upstream_id),
-                   "Accept-Encoding": "identity", **auth, **rendered.headers,
-                   **dict(provider.headers), **dict(account.headers)}
+                   "Accept-Encoding": "identity", **auth_header(provider, attempt.token),
+                   **rendered.headers, **dict(provider.headers), **dict(account.headers)}
 
         def note_limits(head: Mapping[str, str]) -> None:
             windows = read_limit_headers(head, services.clock.now())
@@ -7040,9 +7051,7 @@ def account_limits(pool: AccountPool) -> dict:
             mine = [c for c in pool.candidates(model) if c.account is account]
             if not mine:
                 continue
-            verdict = judge(mine[0], pool.view(), (), now)
-            least = min(fresh_windows(mine[0], pool.view(), now), key=lambda w: w.fraction,
-                        default=None)
+            verdict, least = pool.outlook(mine[0])
             if verdict.state == "stated":       # the upstream's word counts more than a reading
                 least = Window("", "", 0.0, verdict.until, now)
             limits[model.id] = {
@@ -8265,7 +8274,7 @@ class SimAccount:
         self.access_token = f"ya29.sim-{name}-0"
         self.generation = 0         # of the access token
         self.faults: collections.deque = collections.deque()
-        self.calls = self.cli_calls = 0
+        self.calls = 0
         self.cli_project = ""       # "" is no licence: the Gemini CLI pool is absent
         self.onboarding = 0         # polls until a project is made for it
         self.tier = "free-tier"
@@ -8444,7 +8453,6 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((account.name, body))
             account.calls += 1
-            account.cli_calls += is_cli
             fault = account.faults.popleft() if account.faults else ""
             if is_cli and not account.cli_project:
                 fault = "unsupported_client"
@@ -9042,16 +9050,16 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
     The exit code says whether any can serve."""
     with offline(args) as found:
         chosen = chosen_accounts(found, name)
+        labels, now = {a.label for a in chosen}, found.clock.now()
+        read_at = {(row["name"], q["pool"]): q["read_at"] for row in found.pool.report()
+                   for q in row["quotas"]}
         for account in chosen:
             for provider in account.providers if account.provider.envelope else ():
-                read_at = max((q["read_at"] for q in found.pool.readings.report(
-                    (account.name, provider.id), 0, 0)), default=0)
-                is_old = found.clock.now() - read_at > max_age_s or (
+                is_old = now - read_at.get((account.label, provider.id), 0) > max_age_s or (
                     max_age_s < 1e9 and found.pool.has_stated_limit((account.name, provider.id)))
                 if is_old and not found.pool.is_stopped(account):
                     found.keeper.read(account, provider)
-        report, now = [r for r in found.pool.report()
-                       if r["name"] in {a.label for a in chosen}], found.clock.now()
+        report, now = [r for r in found.pool.report() if r["name"] in labels], found.clock.now()
     if args.json:
         say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
     else:
@@ -9164,9 +9172,10 @@ def edit_account(args: argparse.Namespace, change: Callable[[list, dict], Any]) 
 
 
 def account_remove(args: argparse.Namespace) -> int:
-    name = edit_account(args, lambda rows, row: rows.remove(row))
     with offline(args) as found:
-        found.pool.clear(Account(name, PROVIDERS["sim"], "", ""))
+        name = edit_account(args, lambda rows, row: rows.remove(row))
+        for account in chosen_accounts(found, name):    # as it was when this began
+            found.pool.clear(account)
         for ending in ("", ".lock"):
             with contextlib.suppress(OSError):      # it had none
                 os.unlink(found.tokens.kept_path(name) + ending)

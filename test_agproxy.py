@@ -1650,7 +1650,14 @@ def test_a_missing_client_is_this_processs_own_affair(make_state):
     clock = FakeClock(time.time())
     one, two = pooled(1, clock, make_state()), pooled(1, clock, make_state())
     lent(one).lease.settle(ag.no_client(ag.PROVIDERS["antigravity"]))
-    assert one.report()[0]["state"] == "needs a client"
+    assert one.report()[0]["state"] == "needs a secret"
+    row = ag.PROVIDERS["antigravity"]._replace(client_id="env:AG_NOT_SET", client_secret="env:AG_NOT_SET")
+    account = ag.Account("a0", row, "refresh_token", "1//x")
+    with pytest.raises(ag.ProxyError) as caught:
+        ag.Tokens(ag.ConnectionCache(clock, {}), clock, ag.small_call_error).access(account)
+    assert "AG_NOT_SET" in caught.value.message
+    lent(one).lease.settle(caught.value)
+    one.put_again()
     one.state.flush()
     assert two.state.rows("rests") == [] and two.report()[0]["state"] == "ready"
 
@@ -2112,9 +2119,7 @@ def test_the_client_is_found_in_an_installed_program(tmp_path):
     assert ag.discover_clients(ag.PROVIDERS["gemini-cli"], environ) == [(client, secret)]
     assert ag.oauth_clients(ag.PROVIDERS["antigravity"], {"GOOGLE_CLIENT_ID": "i", "GOOGLE_CLIENT_SECRET": "s"}) == [("i", "s")]
     assert ag.oauth_clients(ag.PROVIDERS["antigravity"], {"ANTIGRAVITY_OAUTH_CLIENTS": "k|i|s|label;bad"}) == [("i", "s")]
-    with pytest.raises(ag.ProxyError) as caught:
-        raise ag.no_client(ag.PROVIDERS["gemini-cli"])
-    assert "AGPROXY_GEMINI_CLI_CLIENT_ID" in caught.value.message
+    assert "AGPROXY_GEMINI_CLI_CLIENT_ID" in ag.no_client(ag.PROVIDERS["gemini-cli"]).message
 
 
 # Imports
@@ -2310,7 +2315,7 @@ def test_the_reports_that_scripts_read(make_proxy):
     assert "Accounts: 2 total" in table and re.search(r"gemini-3-flash +\? +10%", table)
     foreign = {"host": "evil.example"}
     assert proxy.call("GET", "/health", headers=foreign)[0] == 200
-    assert proxy.call("GET", "/health?deep=1", headers=foreign)[0] in (401, 403)
+    assert proxy.call("GET", "/health?deep=1", headers=foreign)[0] == 403
     told = json.loads(proxy.call("POST", "/refresh-token", headers=key)[2])
     assert told["status"] == "ok" and told["accounts"] == {"ann": "refreshed", "b": "refreshed"}
 
@@ -2351,7 +2356,7 @@ def test_an_account_whose_secret_is_missing_stops_and_the_others_serve(make_prox
     assert status == 200 and headers["x-agproxy-account"] == "b"
     proxy.pool.accounts[1].secret, proxy.pool.accounts[1].access_token = "cmd:echo hunter2; false", ""
     _, _, body = proxy.ask()
-    assert body["error"]["type"] == "api_error" and "hunter2" not in json.dumps(body)
+    assert body["error"]["type"] == "permission_error" and "hunter2" not in json.dumps(body)
 
 
 def test_the_gemini_api_is_spoken_without_an_envelope(make_proxy):
@@ -3124,6 +3129,7 @@ for number in range(rounds):
             ag.store_account(path, {"name": name, "provider": "gemini", "api_key": "k-" + name})
             if n % 3 == 2:
                 gone = f"r{number}-{n - 1}"
+                os.write(writing, f"?{gone}\n".encode())
                 ag.edit_accounts(path, lambda s: s.update(accounts=[a for a in s["accounts"] if a["name"] != gone]))
                 os.write(writing, f"-{gone}\n".encode())
             os.write(writing, f"+{name}\n".encode())
@@ -3132,13 +3138,14 @@ for number in range(rounds):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(writing)
+    going = set()
     with os.fdopen(reading) as lines:
         for line in lines.read().split():
-            (acknowledged.add if line[0] == "+" else acknowledged.discard)(line[1:])
+            {"+": acknowledged.add, "-": acknowledged.discard, "?": going.add}[line[0]](line[1:])
     stored = {a["name"] for a in ag.read_accounts_file(path)["accounts"]}
     lost, back = acknowledged - stored, {n for n in stored - acknowledged if not n.startswith(f"r{number}-")}
-    # the last change may be done and not acknowledged, or under way
-    assert len(lost) <= 1 and all(n.startswith(f"r{number}-") for n in lost) and not back, (number, lost, back)
+    # only what was about to be removed may be gone before that was acknowledged
+    assert lost <= going and len(lost) <= 1 and not back, (number, lost, back)
     if number % 20 == 19:
         ag.edit_accounts(path, lambda s: s.update(accounts=s["accounts"][:1]))
         acknowledged = {"first"}
