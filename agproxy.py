@@ -5367,9 +5367,10 @@ def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
 
 
 def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
-               again: bool = False) -> Facts:
+               again: bool = False, pause: Callable[[float], None] = time.sleep) -> Facts:
     """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
-    Raises ProxyError for what stands in the way; what passes leaves the facts as they were."""
+    `pause` is how the one who asks waits while Google signs the account up.  Raises ProxyError for
+    what stands in the way; what passes leaves the facts as they were."""
     facts = pool.facts((account.name, provider.id))
     lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
     if facts and not again and facts.absent != LOOK_AGAIN and (
@@ -5378,7 +5379,7 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
 
     def ask() -> Facts:
         try:
-            found = discover(account, provider, token, tokens)
+            found = discover(account, provider, token, tokens, pause)
             found = found._replace(models=facts.models) if facts else found
         except ProxyError as err:
             if again or err.rule.scope is not Scope.HOST and err.rule.status != 429:
@@ -6689,7 +6690,7 @@ class Conducting:
         if not provider.envelope:
             return ""
         facts = pool_facts(services.pool, services.tokens, account, provider, attempt.token,
-                           attempt.looks_up)
+                           attempt.looks_up, self.client.pause)
         if facts.absent:
             raise ProxyError("absent", facts.absent)
         return account.project or facts.project

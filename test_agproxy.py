@@ -1902,11 +1902,15 @@ def test_each_pool_is_probed_and_the_second_serves_when_the_first_is_spent(make_
     assert status == 429 and "gemini-cli" not in body["error"]["message"]
 
 
-def test_an_account_that_never_used_the_service_is_signed_up(make_proxy, monkeypatch):
-    monkeypatch.setattr(ag, "ONBOARD_PAUSE_S", 0)
+def test_an_account_that_never_used_the_service_is_signed_up_while_its_client_is_kept_alive(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "ONBOARD_PAUSE_S", 0.1)
+    monkeypatch.setattr(ag, "HOLD_S", 0.05)
+    monkeypatch.setattr(ag, "PING_EVERY_S", 0.05)
     proxy = google_proxy(make_proxy, {"a": None})
-    proxy.sim.accounts["a"].onboarding = 3
-    assert proxy.ask()[0] == 200 and proxy.sim.requests[-1][1]["project"] == "sim-project-a"
+    proxy.sim.accounts["a"].onboarding = 4
+    status, _, events = proxy.ask(stream=True)
+    assert status == 200 and proxy.sim.requests[-1][1]["project"] == "sim-project-a"
+    assert [name for name, _ in events].count("ping") >= 2
 
 
 def test_a_project_error_is_looked_up_once_more_and_a_dead_token_refreshed(make_proxy, no_pauses):
