@@ -173,6 +173,8 @@ RECHECK_S = 900                 # a long stated limit is looked at again by a fr
 FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
 ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
+SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
+MOST_SIGNATURES, MOST_SIGNATURE_LETTERS = 5000, 8 << 20
 LOGIN_WAIT_S = 300              # a browser sign-in in all
 ONBOARD_TRIES, ONBOARD_PAUSE_S = 12, 5
 
@@ -287,9 +289,9 @@ class Provider(NamedTuple):
     id: str
     dialect: str                    # key of DIALECTS (room 15)
     base_urls: tuple[str, ...]      # in order of preference
-    auth: str                       # oauth, x-goog-api-key, bearer
+    auth: str                       # oauth, x-goog-api-key, x-api-key, bearer
     envelope: str                   # which Cloud Code wrapping: antigravity, gemini-cli, none
-    catalogue: str                  # how it names models: on_cloud_code, key_id or cli_id
+    catalogue: str                  # how it names models: on_cloud_code, key_id, cli_id, as asked
     user_agent: str                 # {os} and {arch} in Go's naming
     token_url: str = ""
     client_id: str = ""             # an OAuth client comes from the owner, never from here
@@ -303,7 +305,16 @@ class Provider(NamedTuple):
     redirect: str = ""              # {port} is the listener's
     ports: tuple[int, ...] = ()     # tried in order, then any free one
     pools: tuple[str, ...] = ()     # further providers that the same sign-in may use, in order
+    names: tuple[str, ...] = ()     # patterns of model names that it takes as they are asked for
+    quirks: tuple[str, ...] = ()    # of QUIRKS
 
+
+QUIRKS = {      # where a compatible service differs from its model, one word a difference
+    "unsigned_thinking": "wants its own thinking back although no signature is on it",
+    "no_count": "has no /v1/messages/count_tokens",
+}
+DIALECT_IDS = ("gemini", "anthropic")       # that an upstream can speak
+AUTH_KINDS = ("oauth", "x-goog-api-key", "x-api-key", "bearer")
 
 _GOOGLE = {"auth_url": "https://accounts.google.com/o/oauth2/v2/auth",
            "token_url": "https://oauth2.googleapis.com/token",
@@ -328,6 +339,12 @@ PROVIDERS = {row.id: row for row in (
                     "and Enterprise licences only; third-party use may cost the account."),
     Provider("gemini", "gemini", ("https://generativelanguage.googleapis.com",),
              "x-goog-api-key", "", "key_id", "agproxy/" + VERSION, signature_tag="k"),
+    Provider("anthropic", "anthropic", ("https://api.anthropic.com",), "x-api-key", "", "as asked",
+             "agproxy/" + VERSION, names=("claude-*",)),
+    Provider("zai", "anthropic", ("https://api.z.ai/api/anthropic",), "x-api-key", "", "as asked",
+             "agproxy/" + VERSION, names=("glm-*", "claude-*"),
+             quirks=("unsigned_thinking", "no_count"),
+             policy="A Z.AI Coding Plan is sold for the coding tools its documents list."),
     Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
              signature_tag="s"),
 )}
@@ -361,7 +378,7 @@ class Step(enum.Enum):
     HOST = "next host, then next candidate"
     REFRESH = "refresh the token once, then next"
     DISCOVER = "look its project up again once, then next"
-    REPAIR = "repair the conversation once"
+    REPAIR = "repair what was refused, then once more"
 
 
 class Rule(NamedTuple):
@@ -412,6 +429,8 @@ ERRORS = {
     "version": Rule(503, _API, Scope.POOL, "version", Step.NEXT),
     "signature": Rule(400, _BAD, step=Step.REPAIR),
     "pairing": Rule(400, _BAD, step=Step.REPAIR),
+    "form": Rule(400, _BAD, step=Step.REPAIR),
+    "denied": Rule(403, "permission_error", Scope.CANDIDATE, "hour", Step.NEXT),
     "too_long": Rule(400, _BAD),
     "bad_request": Rule(400, _BAD),
     "empty": Rule(529, "overloaded_error", step=Step.AGAIN, pause_s=0.5),
@@ -437,6 +456,9 @@ class ProxyError(Exception):
         self.kind, self.message, self.rule = kind, message, ERRORS[kind]
         self.retry_after_s, self.delay_s = retry_after_s, delay_s
         self.details: dict = {}     # what else the client is to read, in its own words
+        # (status, body, headers) of an upstream of the client's own language, to go as they are
+        self.verbatim: tuple | None = None
+        self.headers: dict = {}     # limits that the upstream told with it
 
 
 class ConfigError(Exception):
@@ -491,6 +513,12 @@ def new_id(prefix: str) -> str:
     return prefix + os.urandom(24).translate(_TO_BASE62).decode("ascii")
 
 
+def content_key(word: str, text: str) -> str:
+    """Under what a memory keeps something about a text, when the text itself is all that is known
+    of it later."""
+    return word + " " + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+
 # ASCII output costs less than UTF-8: no wide string is built, and encode() cannot fail.
 json_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -535,6 +563,55 @@ def json_depth_exceeds(value: Any, limit: int = MAX_JSON_DEPTH) -> bool:
     return True
 
 
+_GAP = re.compile(r"[ \t\r\n]*")
+
+
+def json_spans(text: str, at: int = 0) -> Iterator[tuple[Any, int, int, int]]:
+    """(key or index, where the member begins, where its value begins, where that ends) of each
+    member of the object or list at `at`.  The text is known to be JSON."""
+    gap, read = _GAP.match, json.JSONDecoder().raw_decode
+    at = gap(text, at).end()
+    is_object, index = text[at] == "{", 0
+    at = gap(text, at + 1).end()
+    while text[at] not in "}]":
+        begin, key = at, index
+        if is_object:
+            key, at = read(text, at)
+            at = gap(text, gap(text, at).end() + 1).end()       # past the colon
+        _, end = read(text, at)
+        yield key, begin, at, end
+        index, at = index + 1, gap(text, end).end()
+        if text[at] == ",":
+            at = gap(text, at + 1).end()
+
+
+def json_splice(text: str, changes: Mapping[str, str | None]) -> str:
+    """`text`, a JSON object, with the named members' values replaced by other JSON, added, or taken
+    out (None); everything else stays byte for byte."""
+    left, out, done = dict(changes), [], 0
+    for key, begin, at, end in json_spans(text) if left else ():
+        if key not in left:
+            continue
+        value = left.pop(key)
+        head = text[done:at if value is not None else begin]
+        done = end
+        if value is not None:
+            head += value
+        elif head.rstrip().endswith(","):
+            head = head.rstrip()[:-1]
+        else:               # the first member goes with the comma behind it
+            done = re.compile(r"\s*,?\s*").match(text, end).end()
+        out.append(head)
+        if not left:
+            break
+    text = "".join(out) + text[done:]
+    added = [f"{quote(key)}:{value}" for key, value in left.items() if value is not None]
+    if added:
+        body = text.rstrip()[:-1].rstrip()
+        text = body + ("" if body.endswith("{") else ",") + ",".join(added) + "}"
+    return text
+
+
 # Redaction
 
 _SECRETS: set[str] = set()      # every secret this process has seen; only ever grows
@@ -548,6 +625,10 @@ def remember_secret(secret: str | None) -> None:
     """From now on `redact` removes this text wherever it turns up."""
     if secret and len(secret) >= 6:
         _SECRETS.add(secret)
+
+
+def holds_secret(text: str) -> bool:
+    return any(secret in text for secret in list(_SECRETS))
 
 
 def redact(text: str, limit: int = 600) -> str:
@@ -812,6 +893,8 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
         raise ConfigError(f"providers.{name}: an object is required")
     row = known or Provider(name, "", (), "x-goog-api-key", "", "key_id", "agproxy/" + VERSION,
                             signature_tag=hashlib.sha256(name.encode()).hexdigest()[:4])
+    if known is None and cells.get("dialect") == "anthropic":
+        row = row._replace(auth="x-api-key", catalogue="as asked", names=("*",))
     for cell, value in cells.items():
         where = f"providers.{name}.{cell}"
         if cell == "base_url":
@@ -824,6 +907,10 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
         elif cell == "headers" and isinstance(value, dict):
             row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
+        elif cell in ("names", "quirks") and isinstance(value, list) and all(
+                isinstance(v, str) for v in value):
+            warn_unknown(value, QUIRKS if cell == "quirks" else value, where + ": ")
+            row = row._replace(**{cell: tuple(value)})
         elif cell in ("dialect", "auth", "user_agent", "token_url", "client_id", "client_secret",
                       "auth_url", "userinfo_url"):
             if not isinstance(value, str):
@@ -831,10 +918,11 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(**{cell: value})
         else:
             raise ConfigError(f"{where} is not a cell that can be set")
-    if row.auth not in ("oauth", "x-goog-api-key", "bearer"):
-        raise ConfigError(f"providers.{name}.auth: oauth, x-goog-api-key or bearer is required")
-    if row.dialect != "gemini":
-        raise ConfigError(f"providers.{name}.dialect: gemini is required, not {row.dialect!r}")
+    if row.auth not in AUTH_KINDS:
+        raise ConfigError(f"providers.{name}.auth: one of {', '.join(AUTH_KINDS)} is required")
+    if row.dialect not in DIALECT_IDS:
+        raise ConfigError(f"providers.{name}.dialect: one of {', '.join(DIALECT_IDS)} is required, "
+                          f"not {row.dialect!r}")
     return row
 
 
@@ -860,6 +948,9 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
     if not providers[row["provider"]].base_urls:
         raise ConfigError(f"{where}.provider: {row['provider']} has no base_url")
     given = [name for name in CREDENTIALS if row.get(name)]
+    if not given and row["provider"] not in PROVIDERS and (
+            providers[row["provider"]].auth != "oauth"):
+        return dict(row)            # a server of one's own may want no key
     if len(given) != 1:
         raise ConfigError(f"{where}: exactly one of {', '.join(CREDENTIALS)} is required")
     is_key = given == ["api_key"]
@@ -1072,6 +1163,7 @@ class Record:
     failures: list[str] = field(default_factory=list)   # "account: kind" of each failed try
     attempts: int = 0
     note: str = ""
+    mended: Mapping[str, int] = field(default_factory=dict)     # repairs of the conversation
     choices: list = field(default_factory=list)         # (at, reason, verdicts) of each selection
 
 
@@ -1140,6 +1232,9 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
        CREATE TABLE used(account TEXT PRIMARY KEY, at REAL, health REAL, tokens REAL);
        CREATE TABLE requests(id TEXT PRIMARY KEY, at REAL, json TEXT);
        CREATE INDEX requests_at ON requests(at);""",
+    """CREATE TABLE signatures(key TEXT PRIMARY KEY, family TEXT, tag TEXT, raw TEXT, at REAL);
+       CREATE INDEX signatures_at ON signatures(at);
+       CREATE TABLE learned(key TEXT PRIMARY KEY, json TEXT, at REAL);""",
 )
 
 
@@ -1344,6 +1439,8 @@ class State:
         now, db = time.time(), self._db
         db.execute("DELETE FROM requests WHERE at < ?", (now - KEEP_REQUESTS_S,))
         db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
+        db.execute("DELETE FROM signatures WHERE at < ? OR key NOT IN (SELECT key FROM signatures "
+                   "ORDER BY at DESC LIMIT ?)", (now - SIGNATURES_LAST_S, MOST_SIGNATURES))
         # one that ended must stay until every process has seen it
         db.execute("DELETE FROM rests WHERE until < ? AND changed_at < ?", (now, now - 86400))
         while True:
@@ -1375,24 +1472,44 @@ class Meters:
 
 
 class Memory:
-    """A bounded mapping that forgets what was used longest ago; holds thinking signatures."""
+    """Thinking signatures by client tool id and by content: (family, tag, raw) each.  Bounded by
+    count and letters; what was used longest ago goes first, and after a day unused.  `state` keeps
+    them over a restart.  The lock guards items and size."""
 
-    def __init__(self, size: int = 5000):
-        self._lock, self._size = threading.Lock(), size     # guards _items
-        self._items: collections.OrderedDict = collections.OrderedDict()
+    def __init__(self, clock: Clock, state: State | None = None):
+        self.clock, self.state = clock, state
+        self._lock = threading.Lock()
+        self._items: collections.OrderedDict = collections.OrderedDict()    # -> (value, at)
+        self._letters = 0
+        rows = state.rows("signatures", "at > ? ORDER BY at DESC LIMIT ?",
+                          clock.now() - SIGNATURES_LAST_S, MOST_SIGNATURES) if state else ()
+        for key, family, tag, raw, at in reversed(rows):
+            self._keep(key, (family, tag, raw), at)
 
     def get(self, key: str) -> Any:
+        now = self.clock.now()
         with self._lock:
-            if key in self._items:
-                self._items.move_to_end(key)
-            return self._items.get(key)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        with self._lock:
-            self._items[key] = value
+            value, at = self._items.get(key) or (None, 0.0)
+            if value is None or now - at > SIGNATURES_LAST_S:
+                return None
             self._items.move_to_end(key)
-            if len(self._items) > self._size:
-                self._items.popitem(last=False)
+        if now - at > 3600:         # in use: its day begins again
+            self[key] = value
+        return value
+
+    def __setitem__(self, key: str, value: tuple) -> None:
+        now = self.clock.now()
+        with self._lock:
+            self._keep(key, value, now)
+        if self.state is not None:
+            self.state.put("signatures", key, *value, now)
+
+    def _keep(self, key: str, value: tuple, at: float) -> None:
+        old = self._items.pop(key, None)
+        self._letters += len(value[2]) - (len(old[0][2]) if old else 0)
+        self._items[key] = value, at
+        while len(self._items) > MOST_SIGNATURES or self._letters > MOST_SIGNATURE_LETTERS:
+            self._letters -= len(self._items.popitem(last=False)[1][0][2])
 
 
 # ── 6. Wire framing ───────────────────────────────────────────────────────
@@ -1590,13 +1707,18 @@ def _events_of(text: str) -> list[str]:
     return events
 
 
+def whole_events(text: str) -> list[str]:
+    """The events of a text as they stand, for those who relay them."""
+    return [event for event in text.split("\n\n") if event.strip("\n")]
+
+
 class SseSplitter:
     """Bytes of a `text/event-stream` in, the data texts of its complete events out.  Event names
     are not needed: every dialect repeats them inside the data.  Takes LF, CRLF and CR, comments,
     several data lines, and bare JSON lines, cut anywhere.  Bad UTF-8 or size: ValueError."""
 
-    def __init__(self):
-        self._held = b""
+    def __init__(self, events: Callable[[str], list[str]] = _events_of):
+        self._held, self._events = b"", events
 
     def feed(self, data: bytes) -> list[str]:
         if self._held:
@@ -1613,12 +1735,12 @@ class SseSplitter:
             return []
         self._held = data[cut:]
         # whole events only, so a character is never cut; decoded once per read
-        return _events_of(data[:cut].decode("utf-8"))
+        return self._events(data[:cut].decode("utf-8"))
 
     def end(self) -> list[str]:
         """What an upstream left without its last empty line."""
         held, self._held = self._held.replace(b"\r", b"\n"), b""
-        return _events_of(held.decode("utf-8")) if held.strip() else []
+        return self._events(held.decode("utf-8")) if held.strip() else []
 
 
 # ── 7. Neutral form ───────────────────────────────────────────────────────
@@ -1636,8 +1758,12 @@ class Kind(enum.Enum):
     TEXT = "text"
     THINKING = "thinking"
     SIGNATURE = "signature"     # loose: (raw, whether it stood on a thought)
-    CALL = "call"
+    CALL = "call"               # loose: a ToolCall; without arguments they follow in pieces
     ARGUMENTS = "arguments"
+    SERVER_CALL = "server call"     # of a tool that the upstream runs itself; loose: a ToolCall
+    OPAQUE = "opaque"           # a whole block that only its own dialect understands: a dict
+    CITATION = "citation"       # loose: a dict, of the open text
+    BLOCK_END = "block end"     # loose: where the upstream itself tells blocks apart
     IMAGE = "image"             # loose: (media type, base64)
     METER = "meter"             # loose: counters so far, {"input" with cached, "cached", "visible",
                                 # "thinking", "output" in all}; missing ones stay as they were
@@ -1662,11 +1788,14 @@ STOP_WORDS = {          # neutral -> Anthropic
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens so far; `input_tokens` excludes the cached ones, `output_tokens` includes thinking."""
+    """Tokens so far; `input_tokens` excludes those read from and written to a prompt cache,
+    `output_tokens` includes thinking."""
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     thinking_tokens: int = 0
+    written_tokens: int = 0
+    searches: int = 0                   # of the web, by the upstream
 
 
 # Blocks of a request
@@ -1674,6 +1803,7 @@ class Usage:
 @dataclass(frozen=True)
 class Text:
     text: str
+    citations: tuple = ()       # dicts, of an answer
 
 
 @dataclass(frozen=True)
@@ -1693,8 +1823,22 @@ class Thinking:
 class ToolCall:
     id: str
     name: str
-    arguments: dict
+    arguments: dict | None
     signature: str = ""
+
+
+@dataclass(frozen=True)
+class ServerCall:
+    """A call of a tool that the upstream ran itself."""
+    id: str
+    name: str
+    arguments: dict
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A block of an answer that only its own dialect understands."""
+    block: dict
 
 
 @dataclass(frozen=True)
@@ -1726,10 +1870,44 @@ class ThinkingWish:
     shows_text: bool = True
 
 
+_VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|max))\Z", re.I)
+
+
+def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
+    """(name, wish) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
+    of the catalogue with such an ending is just that."""
+    match = _VARIANT.match(name)
+    plain = name.lower().rpartition("/")[2]
+    if not match or plain in MODELS or plain in ALIASES:
+        return name, None
+    base, word = match[1], (match[2] or match[3]).lower()
+    known = base.lower().rpartition("/")[2]
+    if match[3] and not (known in MODELS or known in TIERS or known.startswith("claude")
+                         or any(fnmatch.fnmatchcase(known, p) for p in ALIASES)):
+        return name, None
+    if word in ("0", "off", "none"):
+        return base, ThinkingWish(False)
+    if word in ("-1", "auto"):
+        return base, ThinkingWish(True)
+    if word.isdigit():
+        return base, ThinkingWish(True, int(word[:7]))
+    return (base, ThinkingWish(True, None, word)) if word in EFFORT_BUDGETS else (name, None)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A request as it came, for an upstream that speaks the client's own language."""
+    dialect: str
+    raw: bytes                          # a JSON object
+    headers: tuple = ()                 # (name, value) of those the upstream is to see
+    query: str = ""
+
+
 @dataclass(frozen=True)
 class Request:
     model: str                          # as the client named it
     turns: tuple
+    wanted: str = ""                    # the model without an ending about thinking
     system: tuple = ()                  # texts, one per block
     tools: tuple = ()
     tool_choice: tuple = ("auto", "")   # auto, any, none, or tool with its name
@@ -1744,6 +1922,8 @@ class Request:
     session: str = ""                   # same for all requests of one conversation
     agent: str = ""                     # which of the session's agents asks
     is_streaming: bool = False
+    native: Native | None = None
+    refusal: ProxyError | None = None   # why only an upstream of its own dialect can take it
 
     @functools.cached_property
     def conversation(self) -> str:
@@ -1775,15 +1955,16 @@ class Begin:
 @dataclass(frozen=True)
 class BlockStart:
     index: int
-    kind: Kind          # TEXT, THINKING or CALL
+    kind: Kind          # TEXT, THINKING, CALL, SERVER_CALL or OPAQUE
     id: str = ""
     name: str = ""
+    block: dict | None = None       # of an opaque one
 
 
 @dataclass(frozen=True)
 class Piece:
     index: int
-    kind: Kind          # TEXT, THINKING, ARGUMENTS or SIGNATURE
+    kind: Kind          # TEXT, THINKING, ARGUMENTS, SIGNATURE or CITATION (as JSON)
     text: str
 
 
@@ -1849,9 +2030,19 @@ class AnswerShape(NamedTuple):
     one_call: bool = False
     wrap_signature: Callable[[str, str], str] = lambda raw, kind: raw
     remember: Callable[[str, str], None] = lambda call_id, raw: None
+    remember_text: Callable[[str, str], None] = lambda text, raw: None
     client_call: Callable[[str, dict], tuple] = lambda name, arguments: (name, arguments)
     estimate_input: Callable[[], int] = lambda: 0       # asked where the upstream reports nothing
     used_ids: frozenset = frozenset()
+
+
+class Rendered(NamedTuple):
+    """A request in an upstream's language."""
+    body: Any                   # a dict, or JSON as bytes that go as they are
+    headers: dict[str, str]     # beside those of the provider
+    shape: AnswerShape
+    mended: Mapping[str, int] = {}      # what was repaired on the way, how many times
+    sent: tuple = ()            # thinking signatures that went along
 
 
 class Assembler:
@@ -1866,15 +2057,19 @@ class Assembler:
         self.begun = False
         self.stop: tuple | None = None      # loose FINISH value
         self.calls = 0
-        self.has_text = self.has_thinking = False
+        self.has_text = self.has_thinking = self.has_opaque = False
         self._signature = ""                # of the open thinking block, sent when it closes
+        self._said: list[str] = []          # texts of the open block
         self._late: list[str] = []          # thoughts after text: [A4] holds them until more comes
         self._letters = 0                   # sent so far, for upstreams that report no usage
+        self._is_muted = False              # a call that is left out: so are its arguments
         self._ids = set(shape.used_ids)
         self._actions = {
             Kind.TEXT: self._text, Kind.THINKING: self._thinking, Kind.CALL: self._call,
             Kind.SIGNATURE: self._signature_piece, Kind.IMAGE: self._image,
-            Kind.METER: self._meter, Kind.FINISH: self._finish}
+            Kind.METER: self._meter, Kind.FINISH: self._finish, Kind.ARGUMENTS: self._arguments,
+            Kind.SERVER_CALL: self._server_call, Kind.OPAQUE: self._opaque,
+            Kind.CITATION: self._citation, Kind.BLOCK_END: self._block_end}
 
     def feed(self, pieces: Iterable[tuple[Kind, Any]]) -> list:
         out: list = []
@@ -1888,7 +2083,8 @@ class Assembler:
         if self.stop is None and not self.calls:
             raise ProxyError("cut", "the upstream ended its answer without a finish")
         stop, word = self.stop or (Stop.TOOL, "")
-        has_content = self.has_text or self.calls or self.has_thinking
+        is_sequence = stop is Stop.SEQUENCE and bool(word)
+        has_content = self.has_text or self.calls or self.has_thinking or self.has_opaque
         if stop is None and not self.begun:
             raise ProxyError("empty", f"the upstream gave no usable answer ({word})")
         if not has_content and stop in (Stop.END, Stop.TOOL, None):
@@ -1900,8 +2096,8 @@ class Assembler:
         self._close(out)
         if self.calls:
             stop = Stop.TOOL
-        out.append(Finish(stop or Stop.END, self.known_usage(),
-                          explanation=word if stop is Stop.REFUSAL else ""))
+        out.append(Finish(stop or Stop.END, self.known_usage(), word if is_sequence else None,
+                          word if stop is Stop.REFUSAL else ""))
         return out
 
     def known_usage(self) -> Usage:
@@ -1913,19 +2109,23 @@ class Assembler:
         output = max(get("visible", 0) + thinking, get("output", 0))
         if not output and self._letters:
             output = self._letters // 4 + 1
-        return Usage(max(0, given - cached), cached, output, thinking)
+        written = get("written", 0)
+        return Usage(max(0, given - cached - written), cached, output, thinking, written,
+                     get("searches", 0))
 
     def _begin(self, out: list) -> None:
         if not self.begun:
             self.begun = True
             out.append(Begin(self.known_usage()))
 
-    def _switch(self, kind: Kind, out: list, call_id: str = "", name: str = "") -> None:
+    def _switch(self, kind: Kind, out: list, call_id: str = "", name: str = "",
+                block: dict | None = None) -> None:
         self._begin(out)
         self._close(out)
         self.index += 1
         self.open = kind
-        out.append(BlockStart(self.index, kind, call_id, name))
+        self._said = []
+        out.append(BlockStart(self.index, kind, call_id, name, block))
 
     def _close(self, out: list) -> None:
         if self.open is None:
@@ -1945,6 +2145,7 @@ class Assembler:
             self._switch(Kind.TEXT, out)
             self.has_text = True
         self._letters += len(text)
+        self._said.append(text)
         out.append(Piece(self.index, Kind.TEXT, text))
 
     def _thinking(self, text: str, out: list) -> None:
@@ -1959,6 +2160,7 @@ class Assembler:
             self._close(out)    # signed text is complete; this is the next thought
         if self.open is not Kind.THINKING:
             self._switch(Kind.THINKING, out)
+        self._said.append(text)
         if self.shape.thinking_text:
             out.append(Piece(self.index, Kind.THINKING, text))
 
@@ -1978,9 +2180,13 @@ class Assembler:
                 self._switch(Kind.THINKING, out)
         if self.open is Kind.THINKING:
             self._signature = self.shape.wrap_signature(raw, "t")
+            self.shape.remember_text("".join(self._said), raw)
+        elif self.open is Kind.TEXT and not is_thought:
+            self.shape.remember_text("".join(self._said), raw)
 
     def _call(self, call: ToolCall, out: list) -> None:
-        if self.shape.one_call and self.calls:
+        self._is_muted = self.shape.one_call and self.calls > 0
+        if self._is_muted:
             return
         if self._late:
             self._flush_late(out)
@@ -1995,15 +2201,38 @@ class Assembler:
         self._ids.add(call_id)
         if call.signature:
             self.shape.remember(call_id, call.signature)
-        name, arguments = self.shape.client_call(call.name, call.arguments)
+        name, arguments = self.shape.client_call(call.name, call.arguments or {})
         self._switch(Kind.CALL, out, call_id, name)
         out.append(Piece(self.index, Kind.ARGUMENTS, ""))
-        text = json_encode(arguments)
-        self._letters += len(text)
-        for start in range(0, len(text), 8192):
-            out.append(Piece(self.index, Kind.ARGUMENTS, text[start:start + 8192]))
-        self._close(out)
         self.calls += 1
+        if call.arguments is not None:
+            self._arguments(json_encode(arguments), out)
+            self._close(out)
+
+    def _arguments(self, text: str, out: list) -> None:
+        if not self._is_muted and self.open in (Kind.CALL, Kind.SERVER_CALL):
+            self._letters += len(text)
+            for start in range(0, len(text), 8192):
+                out.append(Piece(self.index, Kind.ARGUMENTS, text[start:start + 8192]))
+
+    def _server_call(self, call: ToolCall, out: list) -> None:
+        self._switch(Kind.SERVER_CALL, out, call.id, call.name)
+        if call.arguments is not None:
+            self._arguments(json_encode(call.arguments), out)
+            self._close(out)
+
+    def _opaque(self, block: dict, out: list) -> None:
+        self._switch(Kind.OPAQUE, out, block=block)
+        self.has_opaque = True
+
+    def _citation(self, citation: dict, out: list) -> None:
+        if self.open is Kind.TEXT:
+            out.append(Piece(self.index, Kind.CITATION, json_encode(citation)))
+
+    def _block_end(self, value: Any, out: list) -> None:
+        self._is_muted = False
+        if not self._late:
+            self._close(out)
 
     def _image(self, image: tuple[str, str], out: list) -> None:
         media_type, data = image
@@ -2100,17 +2329,22 @@ class TextGate:
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer: the fold of its stream.  Blocks are Text, Thinking and ToolCall."""
+    """A whole answer: the fold of its stream.  Blocks are Text, Thinking, ToolCall, ServerCall and
+    Opaque."""
     blocks: tuple
     finish: Finish
 
 
-def _whole_block(start: BlockStart, texts: Mapping[Kind, str]) -> Any:
+def _whole_block(start: BlockStart, parts: Mapping[Kind, list]) -> Any:
+    texts = {kind: "".join(texts) for kind, texts in parts.items()}
     if start.kind is Kind.TEXT:
-        return Text(texts.get(Kind.TEXT, ""))
+        return Text(texts.get(Kind.TEXT, ""), tuple(map(json.loads, parts.get(Kind.CITATION, ()))))
     if start.kind is Kind.THINKING:
         return Thinking(texts.get(Kind.THINKING, ""), texts.get(Kind.SIGNATURE, ""))
-    return ToolCall(start.id, start.name, json.loads(texts.get(Kind.ARGUMENTS) or "{}"))
+    if start.kind is Kind.OPAQUE:
+        return Opaque(start.block)
+    made = ToolCall if start.kind is Kind.CALL else ServerCall
+    return made(start.id, start.name, json.loads(texts.get(Kind.ARGUMENTS) or "{}"))
 
 
 def collect(deltas: Iterable) -> Reply:
@@ -2122,7 +2356,7 @@ def collect(deltas: Iterable) -> Reply:
         elif isinstance(delta, Piece):
             parts[delta.kind].append(delta.text)
         elif isinstance(delta, BlockEnd):
-            blocks.append(_whole_block(start, {kind: "".join(p) for kind, p in parts.items()}))
+            blocks.append(_whole_block(start, parts))
         elif isinstance(delta, Finish):
             finish = delta
         elif isinstance(delta, Fault):
@@ -2135,8 +2369,9 @@ def collect(deltas: Iterable) -> Reply:
 def check_grammar(deltas: Iterable) -> None:
     """Raises AssertionError where a stream breaks the grammar of this room."""
     state, index, open_kind = "new", -1, None
-    allowed = {Kind.TEXT: {Kind.TEXT}, Kind.THINKING: {Kind.THINKING, Kind.SIGNATURE},
-               Kind.CALL: {Kind.ARGUMENTS}}
+    allowed = {Kind.TEXT: {Kind.TEXT, Kind.CITATION}, Kind.CALL: {Kind.ARGUMENTS},
+               Kind.THINKING: {Kind.THINKING, Kind.SIGNATURE}, Kind.OPAQUE: set(),
+               Kind.SERVER_CALL: {Kind.ARGUMENTS}}
     for delta in deltas:
         if isinstance(delta, Begin):
             assert state == "new", "a second Begin"
@@ -2401,6 +2636,20 @@ def clean_schema(schema: Any, is_claude: bool) -> dict:
         raise invalid("tools", "a schema is nested too deeply") from err
 
 
+def core_schema(schema: Mapping) -> dict:
+    """A cleaned schema reduced to types, names and texts: for a service that refused it."""
+    out: dict = {"type": schema.get("type", "string")}
+    if schema.get("description"):
+        out["description"] = schema["description"]
+    if "properties" in schema:
+        out["properties"] = {name: core_schema(row) for name, row in schema["properties"].items()}
+        if schema.get("required"):
+            out["required"] = schema["required"]
+    if "items" in schema:
+        out["items"] = core_schema(schema["items"])
+    return out
+
+
 def restore_arguments(value: Any, schema: Any) -> Any:
     """A call's arguments turned back to the client's own schema: enum texts to their numbers or
     booleans, our placeholder removed."""
@@ -2465,10 +2714,14 @@ def unwrap_signature(text: str) -> Signature | None:
     return Signature(*match.groups()) if match else None
 
 
-# Conversation repair.  Each function mends one thing that upstreams refuse; all look at most one
-# turn ahead, so the same prefix of a conversation always gives the same bytes (prompt caches).
+# Conversation repair.  Each function mends one thing that upstreams refuse and counts it in
+# `mended`; all look at most one turn ahead, so the same prefix of a conversation always gives the
+# same bytes (prompt caches).
 
-def fold_system_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
+Mended = collections.Counter        # what was mended -> how many times, as `why` shows it
+
+
+def fold_system_turns(turns: Iterable[Turn], mended: Mended) -> tuple[list[str], list[Turn]]:
     """Mid-conversation system turns become reminders in the user turn they follow, or else in the
     next one; those before any user turn go to the system texts.  No Gemini upstream has a system
     role in `contents`, and an earlier turn is never changed (prompt caches)."""
@@ -2487,6 +2740,7 @@ def fold_system_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
         text = "\n".join(b.text for b in turn.blocks if isinstance(b, Text))
         if not text.strip():
             continue
+        mended["system turns folded into user turns"] += 1
         reminder = Text(f"<system-reminder>\n{text}\n</system-reminder>")
         if not has_user:
             system.append(text)
@@ -2503,22 +2757,26 @@ def is_blank(block: Any) -> bool:
     return isinstance(block, Text) and block.text.strip() in ("", "(no content)")
 
 
-def merge_turns(turns: Iterable[Turn]) -> list[Turn]:
+def merge_turns(turns: Iterable[Turn], mended: Mended) -> list[Turn]:
     """Blank texts and empty assistant turns dropped, neighbours of one role joined: Claude refuses
     both.  An emptied user turn keeps a dot, so that the order of roles stays."""
     joined: list[tuple[str, list]] = []
     for turn in turns:
         blocks = [b for b in turn.blocks if not is_blank(b)]
+        if len(blocks) < len(turn.blocks):
+            mended["blank texts left out"] += len(turn.blocks) - len(blocks)
         if turn.role == "assistant" and all(isinstance(b, Thinking) for b in blocks):
+            mended["empty turns left out"] += 1
             continue            # a thought without words or deeds leaves nothing to answer
         if joined and joined[-1][0] == turn.role:
+            mended["turns of one role joined"] += 1
             joined[-1][1].extend(blocks)
         else:
             joined.append((turn.role, blocks))
     return [Turn(role, tuple(blocks) or (Text("."),)) for role, blocks in joined]
 
 
-def number_repeated_ids(turns: list[Turn]) -> list[Turn]:
+def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
     """Calls that reuse an earlier id get a number, and so do the results that follow them: some
     clients count ids anew in every turn, and a result must not answer two calls."""
     uses: collections.Counter = collections.Counter()
@@ -2530,26 +2788,45 @@ def number_repeated_ids(turns: list[Turn]) -> list[Turn]:
             if isinstance(block, ToolCall):
                 uses[block.id] += 1
                 count = uses[block.id]
-                newest[block.id] = block.id if count == 1 else f"{block.id}_{count}"
-                block = replace(block, id=newest[block.id])
-            elif isinstance(block, ToolResult):
-                block = replace(block, call_id=newest.get(block.call_id, block.call_id))
+                newest[block.id] = block.id
+                if count > 1:
+                    newest[block.id] = f"{block.id}_{count}"
+                    block = replace(block, id=newest[block.id])
+                    mended["repeated call ids numbered"] += 1
+            elif isinstance(block, ToolResult) and newest.get(block.call_id) not in (
+                    None, block.call_id):
+                block = replace(block, call_id=newest[block.call_id])
             blocks.append(block)
         out.append(Turn(turn.role, tuple(blocks)))
     return out
 
 
-def pair_tool_results(turns: list[Turn]) -> list[Turn]:
-    """Every call answered in the turn right after it, in the order of the calls: late results move
-    up, the last of two wins, a missing one says so, one without its call becomes text."""
-    called, results = {}, {}
+def find_results(turns: list[Turn], mended: Mended) -> dict[str, ToolResult]:
+    """The result of each call id; the last of two wins, and one before its call is none."""
+    called: dict[str, int] = {}
+    results: dict[str, ToolResult] = {}
     for at, turn in enumerate(turns):
         for block in turn.blocks:
             if isinstance(block, ToolCall):
                 called.setdefault(block.id, at)
             elif isinstance(block, ToolResult) and called.get(block.call_id, at) < at:
+                mended["second results of a call left out"] += block.call_id in results
+                mended["late results moved up"] += called[block.call_id] + 1 < at
                 results[block.call_id] = block
-    missing = (Text("no result was recorded for this call"),)
+    return results
+
+
+NO_RESULT = (Text("no result was recorded for this call"),)
+
+
+def pair_tool_results(turns: list[Turn], mended: Mended) -> list[Turn]:
+    """Every call answered in the turn right after it, in the order of the calls; a missing result
+    says so, one without its call becomes text."""
+    results = find_results(turns, mended)
+
+    def answers_of(calls: list[str]) -> tuple:
+        mended["missing results filled in"] += sum(i not in results for i in calls)
+        return tuple(results.get(i) or ToolResult(i, NO_RESULT, True) for i in calls)
     out: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -2557,39 +2834,60 @@ def pair_tool_results(turns: list[Turn]) -> list[Turn]:
             out.append(turn)
             waiting = list(dict.fromkeys(b.id for b in turn.blocks if isinstance(b, ToolCall)))
             continue
-        answers = tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)
+        answers = answers_of(waiting)
+        given = [b.call_id for b in turn.blocks if isinstance(b, ToolResult)]
+        mended["results put in the order of their calls"] += (
+            given != waiting and sorted(given) == sorted(waiting))
         waiting, others = [], []
         for block in turn.blocks:
             if not isinstance(block, ToolResult):
                 others.append(block)
             elif block.call_id not in results:
+                mended["results without a call told as text"] += 1
                 others.append(Text("[result of an earlier tool call]"))
                 others.extend(block.blocks)
         if answers or others:
             out.append(Turn("user", answers + tuple(others)))
     if waiting:
-        last = tuple(results.get(i) or ToolResult(i, missing, True) for i in waiting)
-        out.append(Turn("user", last))
+        out.append(Turn("user", answers_of(waiting)))
     return out
 
 
-def close_ends(turns: list[Turn]) -> list[Turn]:
+def close_ends(turns: list[Turn], mended: Mended) -> list[Turn]:
     """A conversation that begins and ends with the user: Claude allows no prefill."""
     if turns and turns[0].role == "assistant":
         turns = [Turn("user", (Text("."),))] + turns
+        mended["beginning by the model preceded by a dot"] += 1
     if turns and turns[-1].role == "assistant":
         tail = turns[-1].blocks[-1] if turns[-1].blocks else None
         prefill = tail.text.rstrip() if isinstance(tail, Text) else ""
         order = f"Continue exactly after: {prefill}" if 0 < len(prefill) <= 64 else "Continue."
         turns = turns + [Turn("user", (Text(order),))]
+        mended["end by the model followed by an order to go on"] += 1
     return turns
 
 
-def repair_turns(turns: Iterable[Turn]) -> tuple[list[str], list[Turn]]:
+def repair_turns(turns: Iterable[Turn],
+                 mended: Mended | None = None) -> tuple[list[str], list[Turn]]:
     """All repairs in their order: (texts for the system instruction, alternating turns)."""
-    system, folded = fold_system_turns(turns)
-    return system, close_ends(merge_turns(pair_tool_results(merge_turns(
-        number_repeated_ids(folded)))))
+    mended = Mended() if mended is None else mended
+    system, folded = fold_system_turns(turns, mended)
+    numbered = number_repeated_ids(folded, mended)
+    paired = pair_tool_results(merge_turns(numbered, mended), mended)
+    return system, close_ends(merge_turns(paired, Mended()), mended)
+
+
+def drop_old_media(turns: list[Turn]) -> list[Turn]:
+    """Images and documents before the last two user turns replaced by a word about them."""
+    users = [at for at, turn in enumerate(turns) if turn.role == "user"]
+    since = users[-2] if len(users) > 1 else 0
+
+    def without(blocks: tuple) -> tuple:
+        return tuple(Text(f"[{b.media_type} left out]") if isinstance(b, Media) else
+                     replace(b, blocks=without(b.blocks)) if isinstance(b, ToolResult) else b
+                     for b in blocks)
+    return [turn if at >= since else Turn(turn.role, without(turn.blocks))
+            for at, turn in enumerate(turns)]
 
 
 def short_prefill(turns: tuple) -> str:
@@ -2928,14 +3226,8 @@ def _session(body: Mapping, headers: Mapping[str, str]) -> str:
                  if v and isinstance(v, str)), "")
 
 
-def anthropic_parse_request(body: Any, headers: Mapping[str, str],
-                            is_count: bool = False) -> Request:
-    """The neutral Request of a Messages body; raises ProxyError invalid_request with the path of
-    the offending field.  Unknown fields are ignored: newer clients send them."""
-    body = _dict_at(body, "body")
-    model = _text_at(body.get("model"), "model")
-    if len(model) > MAX_MODEL_NAME:
-        raise invalid("model", f"at most {MAX_MODEL_NAME} characters are allowed")
+def _parse_for_others(body: Mapping, request: Request, is_count: bool) -> Request:
+    """`request` with everything that other dialects need; ProxyError where they cannot take it."""
     if body.get("thread") is not None:      # the SDK's tool runner goes on without when told so
         error = invalid("thread", "threads are not supported")
         error.details = {"error_code": "thread_unsupported_request"}
@@ -2947,9 +3239,6 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
         if not is_count:
             raise invalid("max_tokens", "a whole number is required")
         max_tokens = 1
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise invalid("stream", "true or false is required")
     reading = _Reading(ANTHROPIC_BLOCKS)
     turns, effort = _turns(body.get("messages"), reading)
     choice = body.get("tool_choice")
@@ -2960,15 +3249,173 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str],
     tool_choice, one_call = _tool_choice(choice, tools, offered)
     stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
     top_k = _number_at(body, "top_k", 0, 1 << 31)
-    return Request(
-        model=model, turns=turns, system=_system(body.get("system")), tools=tools,
+    _, wish = model_variant(request.model)
+    asked = _thinking(body, effort)
+    return replace(
+        request, turns=turns, system=_system(body.get("system")), tools=tools,
         tool_choice=tool_choice, one_call=one_call, max_tokens=max_tokens,
         temperature=_number_at(body, "temperature", 0, 2), top_p=_number_at(body, "top_p", 0, 1),
         top_k=None if top_k is None else int(top_k),
         stop_sequences=tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
-        thinking=_thinking(body, effort), json_schema=_json_schema(body),
-        session=_session(body, headers), agent=headers.get("x-claude-code-agent-id", ""),
-        is_streaming=stream is True)
+        thinking=replace(wish, shows_text=asked.shows_text) if wish else asked,
+        json_schema=_json_schema(body))
+
+
+def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
+                            raw: bytes = b"", query: str = "") -> Request:
+    """The neutral Request of a Messages body.  Raises ProxyError invalid_request with the path of
+    the offending field; what only an upstream of this dialect can judge (newer clients' blocks and
+    fields) stands in `refusal` instead.  Unknown fields are ignored."""
+    body = _dict_at(body, "body")
+    model = _text_at(body.get("model"), "model")
+    if len(model) > MAX_MODEL_NAME:
+        raise invalid("model", f"at most {MAX_MODEL_NAME} characters are allowed")
+    stream = body.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise invalid("stream", "true or false is required")
+    seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
+    request = Request(
+        model=model, turns=(), wanted=model_variant(model)[0], session=_session(body, headers),
+        agent=headers.get("x-claude-code-agent-id", ""), is_streaming=stream is True,
+        native=Native("anthropic", raw, seen, query) if raw else None)
+    try:
+        return _parse_for_others(body, request, is_count)
+    except ProxyError as err:
+        if not raw:
+            raise
+        return replace(request, refusal=err)
+
+
+# Relaying: a request of this dialect to an upstream of this dialect.  Only the model's name, our
+# own marks and what a repair names are changed; the rest goes byte for byte, fields and blocks
+# nobody here has heard of included.
+
+_MARKS = re.compile(r'agp1\.|srvtoolu_agp|"signature"\s*:\s*""')
+BETA_FIELDS = (     # a beta and what it brings into the body come and go together
+    ("context-management-", "context_management"), ("effort-", "output_config.effort"),
+    ("structured-outputs-", "output_config.format"), ("structured-outputs-", "output_format"),
+    ("structured-outputs-", "tools.*.strict"), ("task-budgets-", "output_config.task_budget"),
+    ("dangerous-tool-use-", "safeguards"), ("mcp-client-", "mcp_servers"),
+    ("advanced-tool-use-", "tools.*.defer_loading"), ("code-execution-", "container"),
+    ("advanced-tool-use-", "tools.*.input_examples"), ("fallback-credit-", "fallback_credit_token"),
+    ("server-side-fallback-", "fallbacks"), ("thinking-binding-", "thinking.block_binding"),
+    ("fine-grained-tool-streaming-", "tools.*.eager_input_streaming"),
+    ("prompt-caching-scope-", "system.*.cache_control.scope"),
+)
+
+
+def _without(value: Any, path: list[str]) -> Any:
+    """`value` without the member a path names; `*` goes through every item of a list."""
+    if path[0] == "*" and isinstance(value, list):
+        return [_without(item, path[1:]) for item in value]
+    if not isinstance(value, dict) or path[0] not in value:
+        return value
+    rest = {k: v for k, v in value.items() if k != path[0]}
+    if len(path) == 1:
+        return rest
+    inner = _without(value[path[0]], path[1:])
+    return rest if inner == {} else {**value, path[0]: inner}
+
+
+def _is_ours(block: Any, keeps_unsigned: bool) -> bool:
+    """Whether a block of the history was made here, and means nothing to Anthropic's servers."""
+    if not isinstance(block, dict):
+        return False
+    signature = block.get("signature")
+    if block.get("type") == "thinking":
+        return str(signature).startswith("agp1.") or not (signature or keeps_unsigned)
+    return str(block.get("id") or block.get("tool_use_id") or "").startswith("srvtoolu_agp")
+
+
+def _relay_message(text: str, leaves_out: Callable[[Any], bool]) -> str:
+    """A message's JSON without the blocks that are to be left out, "" where nothing is left."""
+    content = next((span for span in json_spans(text) if span[0] == "content"), None)
+    if content is None or text[content[2]] != "[":
+        return text
+    blocks = [text[at:end] for _, _, at, end in json_spans(text, content[2])]
+    kept = [block for block in blocks if not leaves_out(json.loads(block))]
+    if len(kept) == len(blocks):
+        return text
+    return json_splice(text, {"content": "[" + ",".join(kept) + "]"}) if kept else ""
+
+
+def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> str:
+    """`messages` for the upstream.  Only messages with something to leave out are touched."""
+    def leaves_out(block: Any) -> bool:
+        return _is_ours(block, keeps_unsigned) or "thinking" in repairs and (
+            isinstance(block, dict) and block.get("type") in ("thinking", "redacted_thinking"))
+    out, is_whole = [], True
+    for _, _, at, end in json_spans(text):
+        message = text[at:end]
+        edited = message
+        if _MARKS.search(message) or "thinking" in repairs:
+            edited = _relay_message(message, leaves_out)
+        if "system_role" in repairs and json.loads(message).get("role") == "system":
+            told = "\n".join(b.text for b in _Reading(ANTHROPIC_BLOCKS).blocks(
+                json.loads(message).get("content") or "", "content") if isinstance(b, Text))
+            told = f"<system-reminder>\n{told}\n</system-reminder>" if told else ""
+            edited = json_encode({"role": "user", "content": told}) if told else ""
+        is_whole = is_whole and edited is message
+        out += [edited] if edited else []
+    if "last_turn" in repairs and out and json.loads(out[-1]).get("role") == "assistant":
+        out.append(json_encode({"role": "user", "content": "Continue."}))
+        is_whole = False
+    return text if is_whole else "[" + ",".join(out) + "]"
+
+
+def anthropic_relay_request(request: Request, target: Target,
+                            repairs: frozenset = frozenset()) -> Rendered:
+    """The client's own body and headers for an Anthropic upstream.  `repairs` of its refusals:
+    `thinking`, `no_thinking`, `system_role`, `last_turn`, `drop <beta or path of the body>`."""
+    native, changes = request.native, {}
+    text = native.raw.decode("utf-8")
+    headers = {"anthropic-version": "2023-06-01", **dict(native.headers)}
+    if request.model != target.upstream_id:
+        changes["model"] = quote(target.upstream_id)
+    if request.wanted != request.model:         # a variant: its wish is the owner's
+        wish = request.thinking
+        if wish.effort:
+            changes["thinking"] = '{"type":"adaptive"}'
+            changes["output_config"] = json_encode({"effort": wish.effort})
+        else:
+            changes["thinking"] = json_encode(
+                {"type": "disabled"} if not wish.is_on else {"type": "adaptive"}
+                if wish.budget_tokens is None else
+                {"type": "enabled", "budget_tokens": max(1024, wish.budget_tokens)})
+    if "no_thinking" in repairs:
+        changes["thinking"] = None
+    dropped = {r[5:] for r in repairs if r.startswith("drop ")}
+    pairs = [(beta, path) for beta, path in BETA_FIELDS
+             if any(d == path or d.startswith(beta) for d in dropped)]
+    paths = [path for _, path in pairs] + [d for d in dropped if not re.search(r"-\d{4}-", d)]
+    if _MARKS.search(text) or repairs:
+        for name, _, at, end in json_spans(text):
+            mine = [path.split(".") for path in paths if path.split(".")[0] == name]
+            if name == "messages":
+                part = text[at:end]
+                edited = _relay_messages(part, repairs,
+                                         "unsigned_thinking" in target.provider.quirks)
+                if edited is not part:
+                    changes[name] = edited
+            elif mine:
+                value = {name: json.loads(text[at:end])}
+                for path in mine:
+                    value = _without(value, path)
+                changes[name] = json_encode(value[name]) if name in value else None
+    if request.model.lower().endswith("[1m]") and "context-1m-" not in headers.get(
+            "anthropic-beta", ""):
+        headers["anthropic-beta"] = ",".join(filter(None, (headers.get("anthropic-beta"),
+                                                           "context-1m-2025-08-07")))
+    if "anthropic-beta" in headers:
+        betas = [b.strip() for b in headers["anthropic-beta"].split(",")]
+        kept = [b for b in betas if b not in dropped and not any(
+            b.startswith(beta) for beta, _ in pairs)]
+        if kept != betas:
+            headers["anthropic-beta"] = ",".join(kept)
+        if not kept:
+            del headers["anthropic-beta"]
+    raw = json_splice(text, changes).encode("utf-8") if changes else native.raw
+    return Rendered(raw, headers, AnswerShape(estimate_input=lambda: estimate_tokens(request)))
 
 
 # Answers
@@ -2986,8 +3433,13 @@ class AnthropicAnswer:
 
 
 def anthropic_usage(usage: Usage) -> dict:
-    return {"input_tokens": usage.input_tokens, "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.output_tokens}
+    tokens: dict = {"input_tokens": usage.input_tokens,
+                    "cache_creation_input_tokens": usage.written_tokens,
+                    "cache_read_input_tokens": usage.cached_tokens,
+                    "output_tokens": usage.output_tokens}
+    if usage.searches:
+        tokens["server_tool_use"] = {"web_search_requests": usage.searches}
+    return tokens
 
 
 def _message(state: AnthropicAnswer, content: list, stop_reason: str | None, usage: Usage) -> dict:
@@ -3015,8 +3467,11 @@ def _start_event(state: AnthropicAnswer, delta: BlockStart) -> str:
         block: dict = {"type": "text", "text": ""}
     elif delta.kind is Kind.THINKING:
         block = {"type": "thinking", "thinking": "", "signature": ""}
+    elif delta.kind is Kind.OPAQUE:
+        block = delta.block
     else:
-        block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}      # [A2]
+        kind = "tool_use" if delta.kind is Kind.CALL else "server_tool_use"
+        block = {"type": kind, "id": delta.id, "name": delta.name, "input": {}}     # [A2]
     return _event("content_block_start", {"index": delta.index, "content_block": block})
 
 
@@ -3030,6 +3485,9 @@ _DELTA_FORMS = {kind: _DELTA % words for kind, words in {
 
 
 def _piece_event(state: AnthropicAnswer, delta: Piece) -> str:
+    if delta.kind is Kind.CITATION:
+        return _event("content_block_delta", {"index": delta.index, "delta": {
+            "type": "citations_delta", "citation": json.loads(delta.text)}})
     return _DELTA_FORMS[delta.kind] % (delta.index, quote(delta.text))
 
 
@@ -3084,13 +3542,164 @@ def anthropic_render_reply(state: AnthropicAnswer, reply: Reply) -> dict:
     for block in reply.blocks:
         if isinstance(block, Text):
             content.append({"type": "text", "text": block.text})
+            if block.citations:
+                content[-1]["citations"] = list(block.citations)
         elif isinstance(block, Thinking):
             content.append({"type": "thinking", "thinking": block.text,
                             "signature": block.signature})
+        elif isinstance(block, Opaque):
+            content.append(block.block)
         else:
-            content.append({"type": "tool_use", "id": block.id, "name": block.name,
+            kind = "tool_use" if isinstance(block, ToolCall) else "server_tool_use"
+            content.append({"type": kind, "id": block.id, "name": block.name,
                             "input": block.arguments})
     return {**_message(state, content, None, reply.finish.usage), **_stop_fields(reply.finish)}
+
+
+# Answers of Anthropic upstreams
+
+def anthropic_path(target: Target, request: Request) -> str:
+    return "/v1/messages" + ("?" + request.native.query if request.native.query else "")
+
+
+_STOPS = {word: stop for stop, word in STOP_WORDS.items()}
+
+
+def anthropic_parse_usage(usage: Any) -> dict[str, int]:
+    """The counters a usage object has, as a METER; `input` includes what went through the cache."""
+    usage = object_of(usage)
+    read, written = (usage.get(f"cache_{n}_input_tokens") for n in ("read", "creation"))
+    given = usage.get("input_tokens")
+    found = {"input": given and given + (read or 0) + (written or 0), "cached": read,
+             "written": written, "output": usage.get("output_tokens"),
+             "thinking": object_of(usage.get("output_tokens_details")).get("thinking_tokens"),
+             "searches": object_of(usage.get("server_tool_use")).get("web_search_requests")}
+    return {name: count for name, count in found.items() if isinstance(count, int) and count}
+
+
+def _parse_block(block: dict) -> list[tuple[Kind, Any]]:
+    """Pieces of a content_block_start, or of a whole block."""
+    kind = block.get("type")
+    if kind == "text":
+        return [(Kind.TEXT, str(block.get("text") or "")),
+                *((Kind.CITATION, c) for c in objects_of(block.get("citations")))]
+    if kind == "thinking":
+        signature = block.get("signature")
+        return [(Kind.THINKING, str(block.get("thinking") or "")),
+                *([(Kind.SIGNATURE, (str(signature), True))] if signature else ())]
+    if kind in ("tool_use", "server_tool_use"):
+        call = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""),
+                        block.get("input") or None)     # {} stands before the pieces that follow
+        return [(Kind.CALL if kind == "tool_use" else Kind.SERVER_CALL, call)]
+    return [(Kind.OPAQUE, block)]
+
+
+def anthropic_parse_event(text: str) -> list[tuple[Kind, Any]]:
+    """Loose pieces of one event.  Raises UpstreamFault for an error, ValueError for no event."""
+    event = json.loads(text)
+    if not isinstance(event, dict):
+        raise ValueError("not an object")
+    kind, delta = event.get("type"), object_of(event.get("delta"))
+    if kind == "error":
+        raise UpstreamFault(event)
+    if kind == "content_block_delta":
+        return [{"text_delta": lambda: (Kind.TEXT, str(delta.get("text") or "")),
+                 "thinking_delta": lambda: (Kind.THINKING, str(delta.get("thinking") or "")),
+                 "signature_delta": lambda: (Kind.SIGNATURE, (str(delta.get("signature")), True)),
+                 "input_json_delta": lambda: (Kind.ARGUMENTS, str(delta.get("partial_json") or "")),
+                 "citations_delta": lambda: (Kind.CITATION, object_of(delta.get("citation"))),
+                 }.get(delta.get("type"), lambda: (Kind.TEXT, ""))()]
+    if kind == "content_block_start":
+        return _parse_block(object_of(event.get("content_block")))
+    if kind == "content_block_stop":
+        return [(Kind.BLOCK_END, None)]
+    usage = object_of(event.get("message")).get("usage") if kind == "message_start" else (
+        event.get("usage") if kind == "message_delta" else None)
+    pieces: list[tuple[Kind, Any]] = [(Kind.METER, anthropic_parse_usage(usage))] if usage else []
+    if delta.get("stop_reason"):
+        stop = _STOPS.get(delta["stop_reason"], Stop.END)
+        told = object_of(delta.get("stop_details")).get("explanation")
+        pieces.append((Kind.FINISH, (stop, str(delta.get("stop_sequence") or told or ""))))
+    return pieces
+
+
+class AnthropicRelay:
+    """Events of an Anthropic upstream on their way to a client of the same language, as they came:
+    only the model is put back to the client's name.  Usage, open block and finish are read on the
+    way.  A beginning waits for the first content, and is left out when one was sent before."""
+
+    def __init__(self, state: AnthropicAnswer):
+        self.state, self.counts = state, {}
+        self._held = ""
+        self.has_content = self.has_finish = self.is_over = False
+
+    def feed(self, event: str) -> str:
+        """What goes to the client for one event (its text without the empty line)."""
+        if event.startswith("event: content_block_delta\n") and self.state.begun:
+            return event + "\n\n"
+        data = "\n".join(line[5:].lstrip() for line in event.split("\n") if line[:5] == "data:")
+        value = json.loads(data) if data.startswith("{") else {}
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str):
+            return ""                   # a comment, or `[DONE]`
+        if kind == "error":
+            raise UpstreamFault(value)
+        text = f"event: {kind}\ndata: {data}\n\n"
+        if kind == "message_start":
+            message = object_of(value.get("message"))
+            self.counts.update(anthropic_parse_usage(message.get("usage")))
+            if "model" in message:
+                span = next(s for s in json_spans(data) if s[0] == "message")
+                inner = json_splice(data[span[2]:span[3]], {"model": quote(self.state.model)})
+                text = f"event: {kind}\ndata: {data[:span[2]]}{inner}{data[span[3]:]}\n\n"
+            self._held = text
+            return ""
+        return self._read(kind, value, text)
+
+    def _read(self, kind: str, value: dict, text: str) -> str:
+        state = self.state
+        if kind == "content_block_start":
+            words = {"text": Kind.TEXT, "thinking": Kind.THINKING}
+            state.open_kind = words.get(object_of(value.get("content_block")).get("type"))
+            state.open_index = value.get("index", 0)
+        elif kind == "content_block_stop":
+            state.open_kind = None
+        elif kind == "message_delta":
+            self.counts.update(anthropic_parse_usage(value.get("usage")))
+            self.has_finish = bool(object_of(value.get("delta")).get("stop_reason"))
+        self.is_over = self.is_over or kind == "message_stop"
+        self.has_content = self.has_content or kind.startswith("content_block") or self.has_finish
+        if not self.has_content:
+            return ""                   # a ping before anything else is ours to send
+        state.usage = self.usage()
+        if not state.begun:
+            state.begun = True
+            return self._held + text
+        return text
+
+    def usage(self) -> Usage:
+        get = self.counts.get
+        cached, written = get("cached", 0), get("written", 0)
+        return Usage(max(0, get("input", 0) - cached - written), cached, get("output", 0),
+                     get("thinking", 0), written, get("searches", 0))
+
+    def whole(self, raw: bytes) -> bytes:
+        """A whole Message, the model put back; raises ValueError or UpstreamFault."""
+        text = raw.decode("utf-8")
+        value = json_decode(raw)
+        if not isinstance(value, dict) or value.get("type") == "error":
+            raise UpstreamFault(value)
+        self.counts.update(anthropic_parse_usage(value.get("usage")))
+        if "model" in value:
+            text = json_splice(text, {"model": quote(self.state.model)})
+        return text.encode("utf-8")
+
+    def end(self) -> str:
+        """What is missing at the upstream's end, or ProxyError where the answer is cut."""
+        if not self.has_finish:
+            raise ProxyError("cut" if self.has_content else "empty",
+                             "the upstream ended its answer without a finish")
+        return "" if self.is_over else _event("message_stop", {})
 
 
 def anthropic_render_error(error: ProxyError, request_id: str) -> dict:
@@ -3127,12 +3736,6 @@ def anthropic_render_model(model: Model) -> dict:
 # [G8] Metering and signatures belong to the deployment: they do not travel between providers.
 
 SKIP_SIGNATURE = "skip_thought_signature_validator"
-
-
-class Rendered(NamedTuple):
-    body: dict
-    headers: dict[str, str]     # beside those of the provider
-    shape: AnswerShape
 
 
 def _family(model: Model) -> str:
@@ -3203,15 +3806,50 @@ def _generation_config(request: Request, target: Target, may_think: bool) -> tup
     return config, is_thinking
 
 
-class _Contents:
-    """Turns -> `contents` for one target.  `names` maps call ids to the tools' upstream names."""
+def is_at_home(family: str, tag: str, target: Target) -> bool:
+    """Whether a signature goes back to the family and provider that made it."""
+    return family == _family(target.model) and tag == target.provider.signature_tag
 
-    def __init__(self, target: Target, signatures: Any, is_thinking: bool, repair: str):
-        self.target, self.signatures = target, signatures
+
+def thought_signature(block: Thinking, signatures: Any, target: Target) -> Signature | None:
+    """The signature of a thought that `target` made: the one it carries, else, where its client
+    stripped it, the one that is remembered for its text."""
+    signature = unwrap_signature(block.signature)
+    if signature is None and not block.signature and block.text:
+        known = signatures.get(content_key("text", block.text))
+        signature = Signature(known[0], "t", known[1], known[2]) if known else None
+    return signature if signature and is_at_home(signature.family, signature.tag, target) else None
+
+
+def _has_unsigned_open_loop(turns: list[Turn], target: Target, signatures: Any) -> bool:
+    """[G6]: whether a model turn of the open tool loop lacks a thought signed for `target`."""
+    if not turns or not any(isinstance(b, ToolResult) for b in turns[-1].blocks):
+        return False
+    for turn in reversed(turns[:-1]):
+        if turn.role != "assistant":
+            if not any(isinstance(b, ToolResult) for b in turn.blocks):
+                return False
+            continue
+        made = (thought_signature(b, signatures, target) for b in turn.blocks
+                if isinstance(b, Thinking))
+        if not any(s and s.kind == "t" and signatures.get(content_key("bad", s.raw)) is None
+                   for s in made):
+            return True
+    return False
+
+
+class _Contents:
+    """Turns -> `contents` for one target.  `names` maps call ids to the tools' upstream names,
+    `sent` are the signatures that went along, `mended` counts what was changed."""
+
+    def __init__(self, target: Target, signatures: Any, is_thinking: bool, repairs: frozenset,
+                 mended: Mended):
+        self.target, self.signatures, self.mended = target, signatures, mended
         self.is_claude = target.model.family == "claude"
-        self.is_thinking, self.repair = is_thinking, repair
+        self.is_thinking, self.repairs = is_thinking, repairs
         self.sends_ids = target.model.family in ("claude", "gemini3", "gpt-oss")
         self.names: dict[str, str] = {}
+        self.sent: list[str] = []
 
     def render(self, turns: list[Turn]) -> list[dict]:
         sides = {"assistant": ("model", self._model_parts), "user": ("user", self._user_parts)}
@@ -3224,50 +3862,58 @@ class _Contents:
         return {"id": tool_id(call_id) if self.is_claude else call_id}
 
     def _model_parts(self, turn: Turn) -> list[dict]:
-        thoughts, texts, calls, in_order = [], [], [], []
+        thoughts, in_order, has_call = [], [], False
         pending = ""            # a carried signature waits for the next call
         for block in turn.blocks:
             if isinstance(block, Thinking):
-                signature = unwrap_signature(block.signature)
-                if signature and self._is_ours(signature.family, signature.tag):
-                    if signature.kind == "f":
-                        pending = signature.raw
-                    elif self.is_claude and self.is_thinking and not self.repair:
-                        thoughts.append({"text": block.text, "thought": True,
-                                         "thoughtSignature": signature.raw})
+                signature = thought_signature(block, self.signatures, self.target)
+                if signature and signature.kind == "f":
+                    pending = signature.raw
+                elif signature and self.is_claude and self._may_sign(signature.raw):
+                    thoughts.append(self._signed({"text": block.text, "thought": True},
+                                                 signature.raw))
+                else:
+                    self.mended["thoughts of other models left out"] += bool(block.text)
             elif isinstance(block, ToolCall):
-                part = self._call_part(block, pending, not calls)
-                pending = ""
-                calls.append(part)
-                in_order.append(part)
+                in_order.append(self._call_part(block, pending, not has_call))
+                pending, has_call = "", True
             elif isinstance(block, Text):
-                texts.append({"text": block.text})
-                in_order.append(texts[-1])
+                in_order.append(self._text_part(block.text))
             elif isinstance(block, Media):
-                texts.append({"text": f"[{block.media_type}]"})
-                in_order.append(texts[-1])
-        parts = thoughts + texts + calls if self.is_claude else in_order
-        return parts or [{"text": "."}]
+                in_order.append({"text": f"[{block.media_type}]"})
+        if self.is_claude:      # thoughts first, then texts, then calls
+            in_order.sort(key=lambda part: "functionCall" in part)
+        return thoughts + in_order or [{"text": "."}]
 
-    def _is_ours(self, family: str, tag: str) -> bool:
-        return family == _family(self.target.model) and tag == self.target.provider.signature_tag
+    def _may_sign(self, raw: str) -> bool:
+        return (self.is_thinking or not self.is_claude) and "signatures" not in self.repairs and (
+            self.signatures.get(content_key("bad", raw)) is None)
+
+    def _signed(self, part: dict, raw: str) -> dict:
+        self.sent.append(raw)
+        return {**part, "thoughtSignature": raw}
+
+    def _text_part(self, text: str) -> dict:
+        known = None if self.is_claude else self.signatures.get(content_key("text", text))
+        if known and is_at_home(known[0], known[1], self.target) and self._may_sign(known[2]):
+            return self._signed({"text": text}, known[2])
+        return {"text": text}
 
     def _call_part(self, call: ToolCall, pending: str, is_first: bool) -> dict:
         name = self.names[call.id] = tool_name(call.name)
-        if self.repair == "pairing":
+        if "calls_as_text" in self.repairs:
             return {"text": f"[called {name} with {json_encode(call.arguments)}]"}
         part: dict = {"functionCall": {"name": name, "args": call.arguments,
                                        **self._call_id(call.id)}}
         if self.is_claude:
             return part
         known = self.signatures.get(call.id)
-        raw = pending or (known[2] if known and self._is_ours(known[0], known[1]) else "")
-        if self.repair:
-            raw = ""
-        if not raw and is_first and self.target.model.family == "gemini3":
-            raw = SKIP_SIGNATURE        # [G5]
-        if raw:
-            part["thoughtSignature"] = raw
+        raw = pending or (known[2] if known and is_at_home(known[0], known[1], self.target) else "")
+        if raw and self._may_sign(raw):
+            return self._signed(part, raw)
+        if is_first and self.target.model.family == "gemini3":
+            self.mended["lost signatures stood in for"] += 1
+            part["thoughtSignature"] = SKIP_SIGNATURE       # [G5]
         return part
 
     def _user_parts(self, turn: Turn) -> list[dict]:
@@ -3299,7 +3945,7 @@ class _Contents:
             response = {"error": text.strip() or "failed without output"}
         else:
             response = {"result": text.strip("\n") or ("(image)" if images else "(no output)")}
-        if self.repair == "pairing":
+        if "calls_as_text" in self.repairs:
             return {"text": f"[{name} answered: {json_encode(response)}]"}
         answer = {"name": name, "response": response, **self._call_id(result.call_id)}
         if images and inline:
@@ -3307,32 +3953,21 @@ class _Contents:
         return {"functionResponse": answer}
 
 
-def _has_unsigned_open_loop(turns: list[Turn], target: Target) -> bool:
-    """[G6]: whether a model turn of the open tool loop lacks a thought signed for `target`."""
-    if not turns or not any(isinstance(b, ToolResult) for b in turns[-1].blocks):
-        return False
-    for turn in reversed(turns[:-1]):
-        if turn.role != "assistant":
-            if not any(isinstance(b, ToolResult) for b in turn.blocks):
-                return False
-            continue
-        signatures = [unwrap_signature(b.signature) for b in turn.blocks
-                      if isinstance(b, Thinking)]
-        if not any(s and s.family == "c" and s.kind == "t"
-                   and s.tag == target.provider.signature_tag
-                   for s in signatures):
-            return True
-    return False
-
-
-def _tool_fields(request: Request, target: Target) -> dict:
+def _tool_fields(request: Request, target: Target, repairs: frozenset) -> dict:
     """`tools` and `toolConfig`; neither where no tool may be called: mode NONE is ignored."""
     mode, name = request.tool_choice
     if not request.tools or mode == "none" or target.model.family == "image":
         return {}
     is_claude = target.model.family == "claude"
-    declarations = [{"name": tool_name(tool.name), "description": tool.description,
-                     "parameters": clean_schema(tool.schema, is_claude)} for tool in request.tools]
+    declarations = []
+    for position, tool in enumerate(request.tools):
+        schema = clean_schema(tool.schema, is_claude)
+        if repairs & {"bare_schemas", f"bare_schema {position}"}:
+            schema = {"type": "object"}
+        elif "core_schemas" in repairs:
+            schema = core_schema(schema)
+        declarations.append({"name": tool_name(tool.name), "description": tool.description,
+                             "parameters": schema})
     calling: dict = {"mode": "ANY" if mode in ("any", "tool") else "VALIDATED" if is_claude
                      else "AUTO"}
     if mode == "tool":
@@ -3358,12 +3993,13 @@ def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerSh
             return name, arguments
         return tool.name, restore_arguments(arguments, tool.schema)
 
-    def remember(call_id: str, raw: str) -> None:
-        signatures[call_id] = (family, tag, raw)
+    def remember(key: str, raw: str) -> None:
+        signatures[key] = (family, tag, raw)
 
     return AnswerShape(
         shows_thinking=request.thinking.is_on is True, thinking_text=request.thinking.shows_text,
         one_call=request.one_call, remember=remember, client_call=client_call,
+        remember_text=lambda text, raw: remember(content_key("text", text), raw) if text else None,
         wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
         estimate_input=lambda: estimate_tokens(request),
         used_ids=frozenset(b.id for t in request.turns for b in t.blocks
@@ -3371,16 +4007,21 @@ def _answer_shape(request: Request, target: Target, signatures: Any) -> AnswerSh
 
 
 def gemini_render_request(request: Request, target: Target, signatures: Any,
-                          repair: str = "") -> Rendered:
-    """The upstream body of a request.  `signatures` maps client tool ids to (family, tag, raw);
-    `repair` is the kind of the 400 that is being mended: `signature` or `pairing`."""
-    model = target.model
-    more_system, turns = repair_turns(request.turns)
+                          repairs: frozenset = frozenset()) -> Rendered:
+    """The upstream body of a request.  `signatures` maps client tool ids and `content_key`s to
+    (family, tag, raw); `repairs` name what a refusal asks to be done otherwise: `signatures`,
+    `calls_as_text`, `no_budget`, `core_schemas`, `bare_schemas`, `bare_schema N`, `old_media`."""
+    model, mended = target.model, Mended()
+    more_system, turns = repair_turns(request.turns, mended)
+    turns = drop_old_media(turns) if "old_media" in repairs else turns
     forced = request.tool_choice[0] in ("any", "tool")      # Anthropic forbids both at once
     may_think = not (model.family == "claude" and (
-        forced or repair or _has_unsigned_open_loop(turns, target)))
+        forced or "signatures" in repairs or _has_unsigned_open_loop(turns, target, signatures)))
     config, is_thinking = _generation_config(request, target, may_think)
-    inner: dict = {"contents": _Contents(target, signatures, is_thinking, repair).render(turns)}
+    if "no_budget" in repairs:
+        config.pop("thinkingConfig", None)
+    contents = _Contents(target, signatures, is_thinking, repairs, mended)
+    inner: dict = {"contents": contents.render(turns)}
     texts = [{"text": text} for text in request.system + tuple(more_system)]
     if texts and model.family == "image":       # takes no system instruction
         inner["contents"][0]["parts"][:0] = texts
@@ -3388,8 +4029,8 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
         inner["systemInstruction"] = {"parts": texts}
         if target.provider.envelope:
             inner["systemInstruction"]["role"] = "user"
-    if repair != "pairing":
-        inner.update(_tool_fields(request, target))
+    if "calls_as_text" not in repairs:
+        inner.update(_tool_fields(request, target, repairs))
     if request.json_schema is not None:
         if model.family == "gemini3" or (model.family == "gemini25" and "tools" not in inner):
             config["responseMimeType"] = "application/json"
@@ -3402,16 +4043,16 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
                 "Answer with one JSON value of this schema and nothing else: "
                 + json_encode(request.json_schema))})
     inner["generationConfig"] = config
-    shape = _answer_shape(request, target, signatures)
+    shape, told = _answer_shape(request, target, signatures), (+mended, tuple(contents.sent))
     if not target.provider.envelope:
-        return Rendered(inner, {}, shape)
+        return Rendered(inner, {}, shape, *told)
     if target.provider.envelope == "gemini-cli":
         inner["session_id"] = _session_id(request)
         body = {"model": target.upstream_id, "project": target.project,
                 "user_prompt_id": f"{inner['session_id']}########{os.urandom(4).hex()}",
                 "request": inner}
         return Rendered(body if target.project else {
-            k: v for k, v in body.items() if k != "project"}, {}, shape)
+            k: v for k, v in body.items() if k != "project"}, {}, shape, *told)
     inner["sessionId"] = _session_id(request)
     body = {"project": target.project, "requestId": "agent-" + os.urandom(16).hex(),
             "model": target.upstream_id, "userAgent": "antigravity",
@@ -3419,10 +4060,10 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     if not target.project:
         del body["project"]
     beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
-    return Rendered(body, beta if model.family == "claude" and is_thinking else {}, shape)
+    return Rendered(body, beta if model.family == "claude" and is_thinking else {}, shape, *told)
 
 
-def gemini_path(target: Target) -> str:
+def gemini_path(target: Target, request: Request) -> str:
     if target.provider.envelope:
         return "/v1internal:streamGenerateContent?alt=sse"
     return f"/v1beta/models/{urllib.parse.quote(target.upstream_id)}:streamGenerateContent?alt=sse"
@@ -3883,10 +4524,10 @@ ACCOUNT_CELLS = ("provider", "pools", "project", "enabled", "priority", "weight"
 
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
     """An Account of a validated row of accounts.json."""
-    credential = next(name for name in CREDENTIALS if row.get(name))
+    credential = next((name for name in CREDENTIALS if row.get(name)), "")
     provider = providers[row["provider"]]
     return Account(
-        name=row["name"], provider=provider, credential=credential, secret=row[credential],
+        name=row["name"], provider=provider, credential=credential, secret=row.get(credential, ""),
         pools=tuple(providers[p] for p in provider.pools), project=row.get("project", ""),
         enabled=row.get("enabled", True),
         priority=row.get("priority", 0), weight=float(row.get("weight", 1)),
@@ -3932,11 +4573,13 @@ class Candidate:
     __slots__ = ("account", "provider", "model", "upstream_id", "rank", "pair", "key", "keys",
                  "hosts", "scopes")
 
-    def __init__(self, account: Account, provider: Provider, model: Model, served: str):
+    def __init__(self, account: Account, provider: Provider, model: Model, served: str,
+                 place: int = 0):
         self.account, self.provider = account, provider
         self.model, self.upstream_id = model, served
-        # lower first: the first pool of all accounts comes before the second of any
-        self.rank = account.priority, account.providers.index(provider)
+        # lower first: what was asked for comes before what stands in for it, and the first pool of
+        # all accounts before the second of any
+        self.rank = account.priority, place, account.providers.index(provider)
         self.pair = name, pool = account.name, provider.id
         self.key, group = ("candidate", name, pool, model.id), quota_group(model, provider)
         # everything whose rest makes this one rest; hosts count when all of them rest
@@ -3948,6 +4591,10 @@ class Candidate:
 
 def upstream_id(model: Model, provider: Provider) -> str:
     """The id `provider` knows the model by, "" where it does not serve it."""
+    if provider.catalogue == "as asked":
+        name = model.id.lower()
+        return model.id.replace("-thinking", "") if any(
+            fnmatch.fnmatchcase(name, p) for p in provider.names) else ""
     if provider.catalogue == "key_id":
         return model.key_id
     if provider.catalogue == "cli_id":
@@ -3968,10 +4615,15 @@ def account_serves(account: Account, model: Model, provider: Provider | None = N
     return served if not listed or served in listed else ""
 
 
+def plain_model_name(name: str) -> str:
+    """Without vendor prefix and `[1m]`-like endings."""
+    name = re.sub(r"(?i)\A(?:models|google|anthropic|antigravity)/", "", name.strip())
+    return re.sub(r"\[[^\]]*\]\Z", "", name)
+
+
 def normal_model_name(name: str) -> str:
-    """Lower case, without vendor prefix, date, and `[1m]`-like endings."""
-    name = re.sub(r"\A(?:models|google|anthropic|antigravity)/", "", name.strip().lower())
-    name = re.sub(r"\[[^\]]*\]\Z", "", name).replace("@", "-")
+    """The plain name in lower case, a Claude's without date."""
+    name = plain_model_name(name).lower().replace("@", "-")
     return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
 
 
@@ -3984,35 +4636,52 @@ def model_from_id(name: str, label: str = "", **limits: int) -> Model:
                  limits.get("budget") or -1, False, "")
 
 
-def _model_choices(wanted: str, aliases: Mapping[str, tuple], listed: Iterable[str]) -> tuple:
-    """The ids a normal name may mean, in order of preference; () for a name nobody knows."""
-    patterns = [p for p in aliases if fnmatch.fnmatchcase(wanted, p)]
+def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
+                   listed: Iterable[str]) -> tuple:
+    """The ids a client's name may mean, in order of preference, and whether an alias of the owner
+    says so; () for a name nobody knows.  `wanted` is the name without an ending about thinking."""
+    full, wanted = normal_model_name(name), normal_model_name(wanted)
+    patterns = [p for p in aliases if fnmatch.fnmatchcase(full, p)]
+    patterns = patterns or [p for p in aliases if fnmatch.fnmatchcase(wanted, p)]
     if patterns:
-        return tuple(map(normal_model_name, aliases[max(patterns, key=len)]))
+        return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
     if wanted in MODELS or wanted in listed:
-        return (wanted,)
+        return (wanted,), False
     if wanted.startswith("claude-") and wanted[7:] in MODELS:
-        return (wanted[7:],)            # as listed for clients that keep only claude ids
+        return (wanted[7:],), False     # as listed for clients that keep only claude ids
     choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
     if not choices and (wanted.startswith("claude") or wanted in TIERS):
         choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
-    return choices
+    return choices, False
 
 
-def resolve_model(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
-                  serves: Callable[[Model], Any], listed: Iterable[Model] = ()) -> Model:
-    """The model a client's name means: alias, catalogue, known names, Claude tier, an account's
-    own or listed one.  Of several that fit, the first that `serves` says somebody has.  Raises
-    ProxyError not_found."""
+def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
+                   serves: Callable[[Model], Any], listed: Iterable[Model] = (),
+                   wanted: str = "") -> tuple:
+    """The models a client's name means, in order of preference: the very one where a provider takes
+    names as they are asked for, and that of alias, catalogue, known names or Claude tier.  Of
+    several that fit, the first that `serves` says somebody has.  Raises ProxyError not_found."""
     accounts, listed = list(accounts), {m.id: m for m in listed}
-    wanted = normal_model_name(name)
-    choices = _model_choices(wanted, aliases, listed)
-    known = [MODELS.get(c) or listed[c] for c in choices if c in MODELS or c in listed]
-    known += [model_from_id(c) for account in accounts for c in choices or (wanted,)
-              if c in account.models and c not in MODELS]
-    if known:
-        return next(filter(serves, known), known[0])
-    near = difflib.get_close_matches(wanted, list(MODELS), 3, 0.0)
+    wanted = wanted or name
+    choices, is_alias = _model_choices(name, wanted, aliases, listed)
+    plain = plain_model_name(wanted)
+
+    def known(choice: str) -> Model | None:
+        row = MODELS.get(choice.lower()) or listed.get(choice)
+        is_taken = any(choice in a.models or any(fnmatch.fnmatchcase(choice.lower(), p)
+                                                 for p in a.provider.names) for a in accounts)
+        return row or (model_from_id(choice) if is_taken else None)
+    exact = None if is_alias or plain.lower().startswith("claude-") and (
+        plain.lower()[7:] in MODELS) else known(plain)
+    rows = [m for m in map(known, choices) if m is not None]
+    found = next(filter(serves, rows), rows[0] if rows else None)
+    if exact is not None and (found is None or serves(exact)):
+        # the same family may stand in where other accounts serve it under another name
+        return (exact,) + ((found,) if found and found.family == exact.family == "claude"
+                           and found.id != exact.id and serves(found) else ())
+    if found is not None:
+        return (found,)
+    near = difflib.get_close_matches(normal_model_name(wanted), list(MODELS), 3, 0.0)
     raise ProxyError("not_found", f"model: {name} is not known; nearest are {', '.join(near)}")
 
 
@@ -4558,7 +5227,7 @@ class AccountPool:
         self.bindings, self.queue = Bindings(), Queue()
         self._probing: set[tuple] = set()                   # keys of candidates under test
         self._virtual = 0.0
-        self._prepared: dict[str, list] = {}                # candidates by model id
+        self._prepared: dict[tuple, list] = {}              # candidates by model ids
         # account -> (last use, health, burst tokens), as it was last stored
         self._used = {row[0]: row[1:] for row in state.rows("used")} if state else {}
         if state is not None:
@@ -4598,20 +5267,31 @@ class AccountPool:
 
     # Choosing
 
-    def candidates(self, model: Model) -> list[Candidate]:
-        """Who serves the model, the first pool of all accounts before the second of any."""
+    def candidates(self, *models: Model) -> list[Candidate]:
+        """Who serves the models, each pool with the first that it serves; the first pool of all
+        accounts before the second of any."""
+        key = tuple(model.id for model in models)
         with self._lock:
-            if model.id not in self._prepared:
-                self._prepared[model.id] = sorted((
-                    Candidate(account, provider, model, served) for account in self.accounts
-                    for provider in account.providers
-                    for served in (account_serves(account, model, provider, self.readings.facts.get(
-                        (account.name, provider.id))),) if served), key=lambda c: c.rank)
-            return self._prepared[model.id]
+            if key not in self._prepared:
+                found: dict[tuple, Candidate] = {}
+                for place, model in enumerate(models):
+                    for account in self.accounts:
+                        for provider in account.providers:
+                            pair = account.name, provider.id
+                            served = account_serves(account, model, provider,
+                                                    self.readings.facts.get(pair))
+                            if served and pair not in found:
+                                found[pair] = Candidate(account, provider, model, served, place)
+                self._prepared[key] = sorted(found.values(), key=lambda c: c.rank)
+            return self._prepared[key]
+
+    def models_for(self, name: str, aliases: Mapping[str, tuple], wanted: str = "") -> tuple:
+        """The models a client's name means here; raises ProxyError not_found."""
+        return resolve_models(name, self.accounts, aliases, self.candidates, self.listed_models(),
+                              wanted)
 
     def resolve(self, name: str, aliases: Mapping[str, tuple]) -> Model:
-        """The model a client's name means here; raises ProxyError not_found."""
-        return resolve_model(name, self.accounts, aliases, self.candidates, self.listed_models())
+        return self.models_for(name, aliases)[0]
 
     def listed_models(self) -> list[Model]:
         """Models that accounts' own catalogues name and this file does not."""
@@ -4710,7 +5390,8 @@ class AccountPool:
         return None
 
     def _lend(self, chosen: Verdict, sheet: tuple, ask: Ask, reason: str, now: float) -> Lease:
-        account, model = chosen.candidate.account, chosen.candidate.model.id
+        account = chosen.candidate.account
+        model = (sheet or (chosen,))[0].candidate.model.id      # what was asked for
         lease = Lease(self.settle, chosen.candidate, reason, now)
         account.in_flight += 1
         self.in_flight += 1
@@ -5089,8 +5770,10 @@ def user_agent(account: Account, provider: Provider, model: str = "") -> str:
 
 def auth_header(provider: Provider, token: str) -> dict[str, str]:
     """How the upstream wants to see a key or an access token."""
-    if provider.auth == "x-goog-api-key":
-        return {"x-goog-api-key": token}
+    if not token:
+        return {}               # a server of one's own
+    if provider.auth != "bearer" and provider.auth != "oauth":
+        return {provider.auth: token}
     return {"Authorization": "Bearer " + token}
 
 
@@ -5167,7 +5850,8 @@ class Tokens:
             if account.credential == "refresh_token":
                 token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
             else:
-                token, expires_at = resolve_secret(account.secret), 0.0
+                token = resolve_secret(account.secret) if account.secret else ""
+                expires_at = 0.0
                 if token == refused:
                     raise ProxyError("revoked", "the credential is not accepted; put a new one "
                                      "into accounts.json")
@@ -6122,16 +6806,20 @@ class Dialect(NamedTuple):
     render_reply: Any = None        # (state, Reply) -> dict
     render_error: Any = None        # (ProxyError, request id) -> dict
     keep_alive: Any = None          # (state, is_beat) -> ASCII text
-    render_request: Any = None      # (Request, Target, signatures, repair) -> Rendered
-    path: Any = None                # (Target) -> path and query of the generating call
+    render_request: Any = None      # (Request, Target, signatures, repairs) -> Rendered
+    path: Any = None                # (Target, Request) -> path and query of the generating call
     parse_event: Any = None         # (event text) -> loose pieces
     parse_error: Any = None         # (raw, headers, now) -> ErrorFacts
+    relay_request: Any = None       # (Request, Target, repairs) -> Rendered: same on both sides
+    relay: Any = None               # (state) -> machine that takes whole events
 
 
 DIALECTS = {
     "anthropic": Dialect(
         anthropic_parse_request, AnthropicAnswer, anthropic_render_delta, anthropic_render_reply,
-        anthropic_render_error, anthropic_keep_alive),
+        anthropic_render_error, anthropic_keep_alive, path=anthropic_path,
+        parse_event=anthropic_parse_event, parse_error=gemini_parse_error,
+        relay_request=anthropic_relay_request, relay=AnthropicRelay),
     "gemini": Dialect(
         render_request=gemini_render_request, path=gemini_path, parse_event=gemini_parse_event,
         parse_error=gemini_parse_error),
@@ -6158,6 +6846,11 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
             "signature"),
     Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
             r"|tool_use_id|`tool_use` ids were found", "pairing"),
+    Meaning((400,), "", r"credit balance is too low", "quota"),
+    Meaning((400,), "", r"budget_tokens|thinking.?budget|thinking.?level|anthropic-beta|prefill"
+            r"|extra inputs are not permitted|input_schema|function_declarations|proto field"
+            r"|unknown name|must end with a user|\brole\b.{1,30}not supported|inline.?data|\bmime"
+            r"|\bimage\b", "form"),
     # business codes of Z.AI's error bodies, mostly under 429
     Meaning((), "CODE_100[0-4]", "", "revoked"),
     Meaning((), "CODE_(1113|1304|1308|1309|1310)", "", "quota"),
@@ -6181,7 +6874,9 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((400, 403), "UNSUPPORTED_LOCATION|RESTRICTED_NETWORK", "", "region"),
     Meaning((400, 403), "", r"location is not supported", "region"),
     Meaning((403,), "", r"model name is invalid|don't have access to this model", "model_missing"),
+    Meaning((401,), "AUTHENTICATION_ERROR", "", "revoked"),
     Meaning((401,), "", "", "auth_expired"),
+    Meaning((403,), "PERMISSION_ERROR", "", "denied"),
     Meaning((403,), "", "", "project"),
     Meaning((404,), "", "", "model_missing"),
     Meaning((429, 503, 529), "MODEL_CAPACITY_EXHAUSTED", "", "capacity"),
@@ -6210,6 +6905,47 @@ HINTS = {       # what the owner is told beside the upstream's own words
     "disabled": " (nothing more is sent for it; after an appeal run `accounts verify`)",
     "project": " (set `project` of the account, or run `accounts verify`)",
 }
+
+
+class Repair(NamedTuple):
+    """What a refused request asks for: changes in order, each tried once; `{}` is what the text's
+    group names.  A renderer knows its own."""
+    text: Any               # regular expression on the upstream's message
+    translated: tuple       # of a request that was rendered here
+    relayed: tuple          # of one that went through
+
+
+REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
+    Repair(r"thought[ _]?signature", ("signatures", "calls_as_text"), ()),
+    Repair(r"expected `thinking`|must start with a thinking block", ("signatures",),
+           ("no_thinking",)),
+    Repair(r"invalid `signature`|signature: field required|bound to a different|cannot be modified",
+           ("signatures",), ("thinking",)),
+    Repair(r"function response parts|function call turn comes|tool_use_id|`tool_use` ids",
+           ("calls_as_text",), ()),
+    Repair(r"budget_tokens|thinking.?budget|thinking.?level", ("no_budget",), ()),
+    Repair(r"(?:function_declarations\[|tools\.)(\d+)", ("core_schemas", "bare_schema {}"), ()),
+    Repair(r"input_schema|function_declarations|proto field|unknown name", (
+        "core_schemas", "bare_schemas"), ()),
+    Repair(r"unexpected value\(s\) `([\w-]+)`.*anthropic-beta", (), ("drop {}",)),
+    Repair(r"([\w.]+): extra inputs are not permitted", (), ("drop {}",)),
+    Repair(r"prefill|must end with a user", (), ("last_turn",)),
+    Repair(r"\brole\b.{1,30}not supported", (), ("system_role",)),
+    Repair(r"inline.?data|\bmime|\bimage\b", ("old_media",), ()),
+))
+LASTING_REPAIRS = ("drop ", "last_turn", "system_role", "no_budget")   # worth knowing next time
+
+
+def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
+    """The next repair that a refusal asks for, "" where none is left."""
+    for row in REPAIRS:
+        match = row.text.search(message)
+        for step in (row.relayed if is_relayed else row.translated) if match else ():
+            named = match[1] if match.re.groups else ""
+            named = re.sub(r"\.(\d+|custom)(?=\.)", lambda m: ".*" * m[1].isdigit(), named)
+            if step.format(named) not in done:
+                return step.format(named)
+    return ""
 
 
 def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
@@ -6241,6 +6977,34 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error:
     return ProxyError(kind, message, delay_s=delay)
 
 
+_CLIENTS_WORDS = re.compile(r"prompt is too long: \d+ tokens > \d+|exceed context limit")
+
+
+def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """What a client of the same language is to see of an upstream's head: limits are passed on,
+    never made up."""
+    return {name: value for name, value in headers.items() if name.startswith("anthropic-")
+            or name in ("request-id", "x-should-retry")}
+
+
+def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str],
+                  raw: Any) -> ProxyError:
+    """`error` with the upstream's own answer, where it is one that the client can read: Claude Code
+    repairs itself by the vendor's wording."""
+    error.headers = relayed_headers(headers)
+    if not isinstance(raw, bytes) or not 400 <= status < 500:
+        return error
+    with contextlib.suppress(ValueError):       # no JSON: ours is better
+        body = object_of(json_decode(raw))
+        told = object_of(body.get("error"))
+        is_readable = body.get("type") == "error" and isinstance(told.get("type"), str)
+        is_exact = error.kind != "too_long" or status == 413 or _CLIENTS_WORDS.search(
+            str(told.get("message")))
+        if is_readable and is_exact and not holds_secret(raw.decode("utf-8")):
+            error.verbatim = status, raw, error.headers
+    return error
+
+
 def small_call_error(status: int, headers: Mapping[str, str], raw: bytes,
                      now: float) -> ProxyError:
     """What the error answer of a token, project or quota call means."""
@@ -6250,7 +7014,7 @@ def small_call_error(status: int, headers: Mapping[str, str], raw: bytes,
 # Pipe
 
 class Pipe:
-    """Upstream body bytes in, downstream text out: splitter, parser, Assembler, gate, renderer.
+    """Upstream body bytes in, downstream bytes out: splitter, parser, Assembler, gate, renderer.
     Feeds never raise: what went wrong stands in `fault`, after the output that came before it."""
 
     def __init__(self, parse_event: Any, shape: AnswerShape, request: Request,
@@ -6270,34 +7034,34 @@ class Pipe:
     def has_content(self) -> bool:
         return self.assembler.begun
 
+    def usage(self) -> Usage:
+        return self.assembler.known_usage()
+
     def feed(self, data: bytes) -> bytes:
-        out: list[str] = []
-        try:
-            for event in self.splitter.feed(data):
-                self._event(event, out)
-        except UpstreamFault as err:
-            self.fault = self.understand(err.body)
-        except ProxyError as err:
-            self.fault = err
-        except ValueError as err:
-            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
-        return "".join(out).encode("ascii")
+        return self._guarded(lambda out: [self._event(event, out)
+                                          for event in self.splitter.feed(data)])
 
     def end(self) -> bytes:
         """The upstream's end, properly framed."""
+        return self._guarded(self._end)
+
+    def _guarded(self, work: Callable[[list], Any]) -> bytes:
         out: list[str] = []
         try:
-            for event in self.splitter.end():
-                self._event(event, out)
-            if not self.is_done:
-                self._send(self.assembler.end(), out)
+            work(out)
         except UpstreamFault as err:
             self.fault = self.understand(err.body)
         except ProxyError as err:
             self.fault = err
         except ValueError as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
-        return "".join(out).encode("ascii")
+        return "".join(out).encode("utf-8")
+
+    def _end(self, out: list[str]) -> None:
+        for event in self.splitter.end():
+            self._event(event, out)
+        if not self.is_done:
+            self._send(self.assembler.end(), out)
 
     def _event(self, event: str, out: list[str]) -> None:
         if self.is_done:
@@ -6320,6 +7084,40 @@ class Pipe:
             out.append(self.render(delta))
 
 
+class RelayPipe(Pipe):
+    """The same for an upstream of the client's own language: events pass as they are through
+    `machine`, which reads what must be known; a whole answer passes as one."""
+
+    def __init__(self, machine: Any, is_stream: bool, understand: Callable[[Any], ProxyError]):
+        self.splitter, self.machine, self.is_stream = SseSplitter(whole_events), machine, is_stream
+        self.understand = understand
+        self.fault, self.is_done, self._parts = None, False, []
+
+    @property
+    def has_content(self) -> bool:
+        return self.is_stream and self.machine.has_content
+
+    def usage(self) -> Usage:
+        return self.machine.usage()
+
+    def feed(self, data: bytes) -> bytes:
+        if self.is_stream:
+            return super().feed(data)
+        self._parts.append(data)
+        return b""
+
+    def _end(self, out: list[str]) -> None:
+        if not self.is_stream:
+            out.append(self.machine.whole(b"".join(self._parts)).decode("utf-8"))
+            return
+        for event in self.splitter.end():
+            self._event(event, out)
+        out.append(self.machine.end())
+
+    def _event(self, event: str, out: list[str]) -> None:
+        out.append(self.machine.feed(event))
+
+
 # Calls
 
 class Call(NamedTuple):
@@ -6331,6 +7129,8 @@ class Call(NamedTuple):
     proxy: str
     pipe: Pipe
     understand: Callable[[int, Mapping, Any], ProxyError]      # (status, headers, raw body)
+    first_byte_s: float
+    max_bytes: int = 1 << 40
 
 
 class UpstreamAnswer:
@@ -6393,7 +7193,7 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
         connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
         try:
             send_all(connection.sock, message)
-            data = receive(connection.sock, wait, config.first_byte_timeout_s)
+            data = receive(connection.sock, wait, call.first_byte_s)
             if data:
                 return connection, data
             raise ConnectionResetError("closed without an answer")
@@ -6451,8 +7251,8 @@ def upstream_call(connections: ConnectionCache, call: Call,
     try:
         status, headers, rest = _read_answer_head(connection, data, wait, config)
         framing = body_framing(headers, False, status in (204, 304))
-        body = BodyReader(framing, MAX_ERROR_BYTES if status != 200 else 1 << 40,
-                          headers.get("content-encoding", "").lower())
+        most = MAX_ERROR_BYTES if status != 200 else call.max_bytes
+        body = BodyReader(framing, most, headers.get("content-encoding", "").lower())
         keeps_alive = framing != "close" and headers.get("connection", "").lower() != "close"
         if status != 200:
             raw = _read_whole(connection, body, rest, wait)
@@ -6494,8 +7294,8 @@ class OpenStream:
         self.answer, self.lease, self.connections, self.record = answer, lease, connections, record
 
     def close(self, error: ProxyError | None = None, is_gone: bool = False) -> None:
-        usage = self.answer.pipe.assembler.known_usage()
-        self.record.input_tokens = usage.input_tokens
+        usage = self.answer.pipe.usage()
+        self.record.input_tokens = usage.input_tokens + usage.written_tokens
         self.record.cached_tokens = usage.cached_tokens
         self.record.output_tokens = usage.output_tokens
         if self.answer.is_reusable and error is None and not is_gone:
@@ -6516,11 +7316,12 @@ class Services:
     clock: Clock
     log: Log
     meters: Meters
-    signatures: Memory
+    signatures: Any             # a Memory
     tokens: Tokens
     state: State | None = None
     keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
+    learned: dict = field(default_factory=dict)     # (provider, model) -> repairs it always needs
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
 
@@ -6531,7 +7332,9 @@ class Attempt:
     seen: set[str] = field(default_factory=set)     # kinds that were answered once already
     token: str = ""                 # of the last call
     refused: str = ""               # a token that was answered 401
-    repair: str = ""                # kind of the 400 that is being mended
+    repairs: frozenset = frozenset()    # that refusals asked for
+    mended: list[str] = field(default_factory=list)     # ... in this request, in order
+    sent: tuple = ()                # signatures of the last call
     looks_up: bool = False          # the project is asked for again
 
 
@@ -6551,11 +7354,13 @@ class Conducting:
         self.last: ProxyError | None = None
         self.is_fallback = False
 
-    def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply:
-        """A stream from its first content on, with what is to be sent first; or the whole Reply."""
+    def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply | bytes:
+        """A stream from its first content on, with what is to be sent first; or the whole Reply,
+        as bytes where it came in the client's own language."""
         services, request = self.services, self.request
         ask = Ask(request.conversation, request.agent, self.client.wake)
-        self._aim(services.pool.resolve(request.model, services.config.aliases))
+        self._aim(*services.pool.models_for(request.model, services.config.aliases,
+                                            request.wanted))
         try:
             while True:
                 choice = services.pool.lease(self.candidates, self.tried, ask)
@@ -6576,10 +7381,18 @@ class Conducting:
         finally:
             services.pool.leave(ask)
 
-    def _aim(self, model: Model) -> None:
-        self.used = model
-        self.candidates = self.services.pool.candidates(model)
-        self.record.used = model.id
+    def _aim(self, *models: Model) -> None:
+        """Candidates for these models; what others cannot take goes to its own dialect only."""
+        self.used, self.record.used = models[0], models[0].id
+        self.candidates = self.services.pool.candidates(*models)
+        if self.request.refusal is not None:
+            self.candidates = [c for c in self.candidates if self._is_relayed(c.provider)]
+            if not self.candidates:
+                raise self.request.refusal
+
+    def _is_relayed(self, provider: Provider) -> bool:
+        native = self.request.native
+        return native is not None and native.dialect == provider.dialect
 
     def _elapsed_s(self) -> float:
         return self.services.clock.monotonic() - self.began
@@ -6588,6 +7401,7 @@ class Conducting:
         """The end, unless the model's pair may serve instead: one hop, no chains."""
         now = self.services.clock.now()
         refused = refusal(self.request.model, verdicts, now, self.last)
+        refused.headers = self.last.headers if self.last else {}
         pair = fallback_for(self.used) if self.used.id in MODELS else ""
         if (not self.services.config.fallback or not pair or self.is_fallback
                 or refused.kind not in ("exhausted", "quota", "rate", "soft_429", "capacity")):
@@ -6635,14 +7449,18 @@ class Conducting:
         """All calls one candidate gets: hosts in order, a refreshed token, a repaired conversation,
         a short wait.  Raises the ProxyError that ended its turn."""
         candidate, pool = lease.candidate, self.services.pool
-        attempt = Attempt(pool.hosts(candidate.provider))
+        key = candidate.provider.id, candidate.upstream_id
+        attempt = Attempt(pool.hosts(candidate.provider),
+                          repairs=self.services.learned.get(key, frozenset()))
         while True:
             self.record.attempts += 1
-            self.record.account = candidate.account.label
+            self.record.account, self.record.used = candidate.account.label, candidate.model.id
             try:
                 result = self._call(lease, attempt, fold)
                 pool.host_answered(attempt.hosts[0])
                 pool.proved(lease)
+                if attempt.mended:
+                    self._learn(key, attempt)
                 return result
             except ProxyError as err:
                 error = err
@@ -6654,13 +7472,30 @@ class Conducting:
             if not self._may_try_again(attempt, error, candidate.provider):
                 raise error
 
+    def _learn(self, key: tuple, attempt: Attempt) -> None:
+        """A repaired request was accepted: what every request will need is kept, and so is which
+        signatures were refused."""
+        lasting = frozenset(r for r in attempt.mended if r.startswith(LASTING_REPAIRS))
+        self.services.learned[key] = self.services.learned.get(key, frozenset()) | lasting
+        if "signatures" in attempt.mended:
+            for raw in attempt.sent:
+                self.services.signatures[content_key("bad", raw)] = ("", "", "bad")
+        self.services.meters.add(repaired=1)
+
     def _may_try_again(self, attempt: Attempt, error: ProxyError, provider: Provider) -> bool:
         """Whether the same candidate gets one more call, after the pause or change it needs."""
         step, is_first = error.rule.step, error.kind not in attempt.seen
+        if step is Step.REPAIR:
+            repair = next_repair(error.message, self._is_relayed(provider), attempt.repairs)
+            if not repair or len(attempt.mended) >= 3:
+                return False
+            attempt.repairs |= {repair}
+            attempt.mended.append(repair)
+            return True
         if error.kind == "empty" and self.empties_left > 0:
             self.empties_left -= 1
             self.client.pause(error.rule.pause_s * (1 if is_first else 2))
-        elif self.tries_left <= 0 and step is not Step.REPAIR or not is_first:
+        elif self.tries_left <= 0 or not is_first:
             return False
         elif step is Step.HOST and len(attempt.hosts) > 1:
             attempt.hosts = attempt.hosts[1:]
@@ -6673,8 +7508,6 @@ class Conducting:
             attempt.refused = attempt.token
         elif step is Step.DISCOVER and attempt.token and provider.envelope:
             attempt.looks_up = True
-        elif step is Step.REPAIR:
-            attempt.repair = error.kind
         else:
             return False
         if step is not Step.HOST or error.kind == "capacity":
@@ -6696,13 +7529,17 @@ class Conducting:
         return account.project or facts.project
 
     def _call(self, lease: Lease, attempt: Attempt, fold: bool) -> Any:
-        """One call: an open stream, or the folded reply."""
-        services, candidate = self.services, lease.candidate
-        account, provider = candidate.account, candidate.provider
+        """One call: an open stream, or the whole reply."""
+        services, candidate, request = self.services, lease.candidate, self.request
+        account, provider, config = candidate.account, candidate.provider, services.config
         dialect, project = DIALECTS[provider.dialect], self._project(lease, attempt)
         target = Target(candidate.model, provider, candidate.upstream_id, project)
-        rendered = dialect.render_request(self.request, target, services.signatures,
-                                          attempt.repair)
+        is_relayed = self._is_relayed(provider)
+        rendered = (dialect.relay_request(request, target, attempt.repairs) if is_relayed else
+                    dialect.render_request(request, target, services.signatures, attempt.repairs))
+        attempt.sent = rendered.sent or attempt.sent
+        self.record.mended = {**rendered.mended, **{f"after a refusal: {r}": 1
+                                                    for r in attempt.mended}}
         headers = {"Content-Type": "application/json",
                    "User-Agent": user_agent(account, provider, candidate.upstream_id),
                    "Accept-Encoding": "identity", **auth_header(provider, attempt.token),
@@ -6715,24 +7552,44 @@ class Conducting:
 
         def understand(status: int, head: Mapping[str, str], raw: Any) -> ProxyError:
             note_limits(head)
-            return read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
-                                rendered.shape.estimate_input, candidate.model.context_tokens)
+            error = read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
+                                 rendered.shape.estimate_input, candidate.model.context_tokens)
+            return told_verbatim(error, status, head, raw) if is_relayed else error
 
         deltas: list = []
         render = self.client.render if not fold else lambda delta: deltas.append(delta) or ""
-        pipe = Pipe(dialect.parse_event, rendered.shape, self.request, render,
-                    lambda body: understand(200, {}, body))
-        call = Call(attempt.hosts[0], dialect.path(target), headers,
-                    json_encode(rendered.body).encode("ascii"),
-                    account.proxy, pipe, understand)
-        answer, out = upstream_call(services.connections, call, self.client.wait, services.config)
+        if is_relayed:
+            pipe: Pipe = RelayPipe(dialect.relay(self.client.state), request.is_streaming,
+                                   lambda body: understand(200, {}, body))
+        else:
+            pipe = Pipe(dialect.parse_event, rendered.shape, request, render,
+                        lambda body: understand(200, {}, body))
+        is_whole = is_relayed and not request.is_streaming
+        body = rendered.body
+        call = Call(attempt.hosts[0], dialect.path(target, request), headers,
+                    body if isinstance(body, bytes) else json_encode(body).encode("ascii"),
+                    account.proxy, pipe, understand,
+                    config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
+                    MAX_REPLY_BYTES if is_whole else 1 << 40)
+        answer, out = upstream_call(services.connections, call, self.client.wait, config)
         note_limits(answer.headers)
         stream = OpenStream(answer, lease, services.connections, self.record)
-        self.client.route = f"{account.label}; {lease.reason}"
+        self._tell(lease, attempt, relayed_headers(answer.headers) if is_relayed else {})
+        if is_whole:
+            stream.close()
+            return out
         if fold:
             return self._fold(stream, deltas)
         lease.is_passed_on = True
         return stream, out
+
+    def _tell(self, lease: Lease, attempt: Attempt, headers: dict[str, str]) -> None:
+        """What the head of the answer says about how it came to be."""
+        self.client.route = f"{lease.candidate.account.label}; {lease.reason}"
+        self.client.more_headers = dict(headers)
+        if attempt.mended:
+            self.client.more_headers["x-agproxy-repair"] = ", ".join(attempt.mended)
+            self.record.note = "repaired: " + ", ".join(attempt.mended)
 
     def _fold(self, stream: OpenStream, deltas: list) -> Reply:
         """Reads the stream to its end; a failure on the way is the attempt's."""
@@ -6839,7 +7696,7 @@ def request_row(record: Record, now: float) -> dict:
     """A finished request as `why` tells it; `now` is monotonic."""
     row = {name: getattr(record, name) for name in (
         "id", "client", "asked", "used", "account", "status", "attempts", "failures", "note",
-        "input_tokens", "cached_tokens", "output_tokens")}
+        "mended", "input_tokens", "cached_tokens", "output_tokens")}
     row["total_ms"] = round((now - record.started_at) * 1000)
     row["choices"] = [{"at": at, "reason": reason, "sheet": sheet_rows(verdicts, at)}
                       for at, reason, verdicts in record.choices]
@@ -6863,6 +7720,7 @@ class Exchange:
         self.is_started = self.is_open = False      # head sent; stream opened
         self.is_watching = True                     # the client's socket tells when it leaves
         self.route = ""                             # why this candidate
+        self.more_headers: dict[str, str] = {}      # of the answer, beside the usual
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
         self.is_woken, self._waker = False, None
@@ -6883,6 +7741,9 @@ class Exchange:
             fields["x-agproxy-account"] = self.record.account
         if self.route:
             fields["x-agproxy-route"] = self.route
+        if "request-id" in self.more_headers:       # the upstream's own: ours beside it
+            fields["x-agproxy-request"] = self.record.id
+        fields.update(self.more_headers)
         lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n"
                         for name, value in fields.items())
         return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, _REASONS.get(status, b"Status"),
@@ -6906,7 +7767,12 @@ class Exchange:
                 event = self.render(Fault(error)).encode("ascii")
                 self.downstream.send(self.frame(event) + self.last_frame())
             return
-        headers = {}
+        headers: dict[str, str] = {}
+        self.more_headers.update(error.headers)
+        if error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR):
+            status, raw, _ = error.verbatim
+            self.send_bytes(status, "application/json", raw)
+            return
         if error.retry_after_s is not None:
             # up to five minutes: "wait with me", at most 59 s at a time [A7]; longer: stop
             is_long = error.retry_after_s > 300
@@ -7643,7 +8509,7 @@ class Handler:
 
     def messages(self, exchange: Exchange, match: Any) -> bool:
         request = self.parse(exchange, False)
-        if request.max_tokens == 0:
+        if request.max_tokens == 0 and request.refusal is None:
             usage = Usage(input_tokens=estimate_tokens(request))
             return self._reply_whole(exchange, Reply((), Finish(Stop.LENGTH, usage)))
         conducting = Conducting(self.services, request, exchange, exchange.record)
@@ -7658,14 +8524,18 @@ class Handler:
             body = json_decode(exchange.body)
         except ValueError as err:
             raise invalid("", f"the body is not valid JSON: {err}") from None
-        request = exchange.dialect.parse_request(body, exchange.headers, is_count)
+        request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
+                                                 exchange.query)
         exchange.request = request
         exchange.record.asked = request.model[:80]
         exchange.state = exchange.dialect.answer_state(request.model)
         return request
 
-    def _reply_whole(self, exchange: Exchange, reply: Reply) -> bool:
+    def _reply_whole(self, exchange: Exchange, reply: Reply | bytes) -> bool:
         exchange.record.first_byte_at = time.monotonic()
+        if isinstance(reply, bytes):
+            exchange.send_bytes(200, "application/json", reply)
+            return False
         message = exchange.dialect.render_reply(exchange.state, reply)
         if not (exchange.request and exchange.request.is_streaming):
             exchange.send_json(200, message)
@@ -8138,23 +9008,89 @@ def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str 
     return _sim_check_signatures(inner["contents"], family, bool(budget))
 
 
-# The scripted agent
+# The Anthropic upstream, thinly: the same agent behind Anthropic's rules and words
 
-_VERBS = re.compile(r"\b(?:(create|write|make)|(run|execute)|(edit|change|modify|replace)"
-                    r"|(read|show))\b", re.I)
-_VERB_KINDS = ("write", "run", "edit", "read")
+_NATIVE_KEYS = {"model", "messages", "max_tokens", "system", "stream", "stop_sequences", "tools",
+                "temperature", "top_p", "top_k", "thinking", "output_config", "output_format",
+                "tool_choice", "metadata", "cache_control", "context_management", "safeguards",
+                "service_tier", "container"}
+
+
+def sim_native_signature(thought: str) -> str:
+    return "Esim" + hashlib.sha256(thought.encode()).hexdigest()
+
+
+def sim_native_refuses(body: Mapping) -> str | None:
+    """Why Anthropic would answer 400 to this request, None when it would not."""
+    unknown = body.keys() - _NATIVE_KEYS
+    if unknown:
+        return f"{min(unknown)}: Extra inputs are not permitted"
+    if not isinstance(body.get("max_tokens"), int):
+        return "max_tokens: Field required"
+    waiting: set = set()
+    for at, message in enumerate(body["messages"]):
+        content = message["content"]
+        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not blocks:
+            return f"messages.{at}: content must be non-empty"
+        for position, block in enumerate(blocks):
+            where = f"messages.{at}.content.{position}"
+            if block["type"] == "text" and not block["text"].strip():
+                return f"{where}: text content blocks must contain non-whitespace text"
+            if block["type"] == "thinking" and block["signature"] != sim_native_signature(
+                    block["thinking"]):
+                return f"{where}: Invalid `signature` in `thinking` block"
+        answered = {b["tool_use_id"] for b in blocks if b["type"] == "tool_result"}
+        if message["role"] != "system" and answered != waiting:
+            lost = sorted(waiting - answered or answered - waiting)
+            return (f"messages.{at}: `tool_use` ids were found without `tool_result` blocks "
+                    f"immediately after: {', '.join(lost)}" if waiting - answered else
+                    f"messages.{at}: unexpected `tool_use_id` found in `tool_result` blocks: "
+                    f"{', '.join(lost)}")
+        if message["role"] != "system":
+            waiting = {b["id"] for b in blocks if b["type"] == "tool_use"}
+    return None
+
+
+def sim_from_native(body: Mapping) -> dict:
+    """The body as the scripted agent reads it."""
+    names: dict[str, str] = {}
+    contents = []
+    for message in body["messages"]:
+        content, parts = message["content"], []
+        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        for block in blocks:
+            if block["type"] == "text":
+                parts.append({"text": block["text"]})
+            elif block["type"] == "tool_use":
+                names[block["id"]] = block["name"]
+                parts.append({"functionCall": {"name": block["name"], "args": block["input"]}})
+            elif block["type"] == "tool_result":
+                told = block.get("content") or ""
+                told = told if isinstance(told, str) else "".join(b.get("text", "") for b in told)
+                parts.append({"functionResponse": {"name": names.get(block["tool_use_id"], ""),
+                                                   "response": {"result": told}}})
+        if message["role"] != "system":
+            role = "model" if message["role"] == "assistant" else "user"
+            contents.append({"role": role, "parts": parts})
+    tools = [{"name": t["name"], "parameters": t.get("input_schema") or {}}
+             for t in body.get("tools", ()) if "name" in t]
+    choice = object_of(body.get("tool_choice"))
+    calling = {"mode": "ANY", "allowedFunctionNames": [choice["name"]]} if "name" in choice else {}
+    system = body.get("system") or ""
+    return {"contents": contents, "tools": [{"functionDeclarations": tools}],
+            "toolConfig": {"functionCallingConfig": calling},
+            "systemInstruction": {"parts": [{"text": json_encode(system)}]}}
+
+
+_FILE_NAME = re.compile(r"(?<![\w/])[\w./-]*\w\.\w{1,5}\b")
+
+
+_FOLDER = re.compile(r"working directory:\s*(\S+)", re.I)
+
+
 _VERB_TOOLS = {"write": ("write", "create_file"), "run": ("bash", "shell", "exec", "run"),
                "edit": ("edit", "replace"), "read": ("read", "view")}
-_FILE_NAME = re.compile(r"(?<![\w/])[\w./-]*\w\.\w{1,5}\b")
-_FOLDER = re.compile(r"working directory:\s*(\S+)", re.I)
-_SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
-
-
-def _sim_texts(content: Mapping) -> list[str]:
-    """What a person wrote in a user turn: its texts without the client's reminders."""
-    return [p["text"] for p in content["parts"]
-            if p.get("text", "").strip() not in ("", ".")
-            and not p["text"].lstrip().startswith("<system-reminder>")]
 
 
 def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
@@ -8164,6 +9100,13 @@ def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
         if named:
             return named[0]
     return None
+
+
+_VERBS = re.compile(r"\b(?:(create|write|make)|(run|execute)|(edit|change|modify|replace)"
+                    r"|(read|show))\b", re.I)
+
+
+_SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
 
 
 def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
@@ -8190,6 +9133,9 @@ def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
     if kind == "read":
         arguments = {n: v for n, v in arguments.items() if v == path or n in required}
     return arguments
+
+
+_VERB_KINDS = ("write", "run", "edit", "read")
 
 
 def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
@@ -8219,6 +9165,13 @@ def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
         if mention and tool["name"] not in used:
             steps.append((mention.start(), tool["name"], _sim_arguments(tool, "", path)))
     return [(name, arguments) for _, name, arguments in sorted(steps, key=lambda s: s[0])]
+
+
+def _sim_texts(content: Mapping) -> list[str]:
+    """What a person wrote in a user turn: its texts without the client's reminders."""
+    return [p["text"] for p in content["parts"]
+            if p.get("text", "").strip() not in ("", ".")
+            and not p["text"].lstrip().startswith("<system-reminder>")]
 
 
 def _sim_value(schema: Mapping, prompt: str) -> Any:
@@ -8263,6 +9216,77 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
     return [[{"text": "".join(words[i:i + 3])}]
             for i in range(0, len(words), 3)] or [[{"text": "."}]]
 
+
+def sim_native_answer(body: Mapping) -> dict:
+    """The whole Message: a signed thought where thinking is on, then what the agent says."""
+    content: list[dict] = []
+    if object_of(body.get("thinking")).get("type") in ("enabled", "adaptive"):
+        thought = "Thinking about the request."
+        content.append({"type": "thinking", "thinking": thought,
+                        "signature": sim_native_signature(thought)})
+    texts: list[str] = []
+    for parts in sim_agent(sim_from_native(body)):
+        for part in parts:
+            if "functionCall" in part:
+                content.append({"type": "tool_use", "id": "toolu_sim" + os.urandom(8).hex(),
+                                "name": part["functionCall"]["name"],
+                                "input": part["functionCall"]["args"]})
+            else:
+                texts.append(part["text"])
+    if texts:
+        content.append({"type": "text", "text": "".join(texts)})
+    has_call = any(b["type"] == "tool_use" for b in content)
+    usage = {"input_tokens": len(json_encode(body)) // 4, "cache_creation_input_tokens": 7,
+             "cache_read_input_tokens": 0, "output_tokens": len(json_encode(content)) // 4}
+    return {"id": "msg_sim" + os.urandom(8).hex(), "type": "message", "role": "assistant",
+            "model": body["model"], "content": content, "usage": usage, "stop_sequence": None,
+            "stop_reason": "tool_use" if has_call else "end_turn", "container": None}
+
+
+def sim_native_events(message: Mapping) -> Iterator[dict]:
+    """The Message as the events of its stream."""
+    usage = message["usage"]
+    yield {"type": "message_start", "message": {**message, "content": [], "stop_reason": None,
+                                                "usage": {**usage, "output_tokens": 1}}}
+    yield {"type": "ping"}
+    for index, block in enumerate(message["content"]):
+        field_name = {"text": "text", "thinking": "thinking"}.get(block["type"], "input")
+        empty = {"thinking": "", "signature": ""} if field_name == "thinking" else (
+            {field_name: "" if field_name == "text" else {}})
+        yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty}}
+        text = block[field_name] if field_name != "input" else json_encode(block["input"])
+        word = {"text": "text_delta", "thinking": "thinking_delta"}.get(field_name,
+                                                                        "input_json_delta")
+        name = "partial_json" if field_name == "input" else field_name
+        for at in range(0, len(text), 12):
+            yield {"type": "content_block_delta", "index": index,
+                   "delta": {"type": word, name: text[at:at + 12]}}
+        if "signature" in block:
+            yield {"type": "content_block_delta", "index": index, "delta": {
+                "type": "signature_delta", "signature": block["signature"]}}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "usage": {"output_tokens": usage["output_tokens"]},
+           "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None}}
+    yield {"type": "message_stop"}
+
+
+SIM_NATIVE_FAULTS = {       # name -> (status, error type, message)
+    "quota": (429, "rate_limit_error", "This request would exceed your account's rate limit."),
+    "rate": (429, "rate_limit_error", "Number of requests has exceeded your rate limit."),
+    "capacity": (529, "overloaded_error", "Overloaded"),
+    "server": (500, "api_error", "Internal server error"),
+    "auth": (401, "authentication_error", "invalid x-api-key"),
+    "disabled": (403, "permission_error", "This organization has been disabled."),
+    "missing": (404, "not_found_error", "model: claude-sim"),
+    "too_long": (400, "invalid_request_error",
+                 "prompt is too long: 210000 tokens > 200000 maximum"),
+    "signature": (400, "invalid_request_error",
+                  "messages.1.content.0: Invalid `signature` in `thinking` block"),
+    "bad": (400, "invalid_request_error", "temperature: range: 0..1"),
+}
+
+
+# The scripted agent
 
 # The server
 
@@ -8371,9 +9395,11 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             self.server.plan(order["account"], *order["faults"])
             return self._json(200, {})
         account = self._account()
+        body = json.loads(raw)
+        if path.startswith("/v1/messages"):
+            return self._native(account, body, path)
         if account is None:
             return self._json(*SIM_FAULTS["auth"])
-        body = json.loads(raw)
         match = re.fullmatch(r"/v1internal:streamGenerateContent"
                              r"|/v1beta/models/([^:]+):streamGenerateContent",
                              path)
@@ -8398,7 +9424,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
     def _account(self) -> SimAccount | None:
         bearer = (self.headers.get("authorization") or "").partition(" ")[2]
-        key = self.headers.get("x-goog-api-key")
+        key = self.headers.get("x-goog-api-key") or self.headers.get("x-api-key")
         with self.server.lock:
             return next((a for a in self.server.accounts.values()
                          if bearer == a.access_token or key == "sim-key-" + a.name), None)
@@ -8443,6 +9469,48 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def _native(self, account: SimAccount | None, body: dict, path: str) -> None:
+        """Anthropic's part: messages streamed and whole, and token counts."""
+        fault, told = "auth" if account is None else "", None
+        with self.server.lock:
+            if account is not None:
+                self.server.requests.append((account.name, body))
+                account.calls += 1
+                fault = account.faults.popleft() if account.faults else ""
+        if fault in SIM_NATIVE_FAULTS:
+            told = SIM_NATIVE_FAULTS[fault]
+        else:
+            refused = sim_native_refuses({"max_tokens": 1, **body} if "count" in path else body)
+            told = (400, "invalid_request_error", refused) if refused else None
+        if told:
+            return self._json(told[0], {"type": "error", "request_id": "req_sim",
+                                        "error": {"type": told[1], "message": told[2]}})
+        if path.endswith("/count_tokens"):
+            return self._json(200, {"input_tokens": len(json_encode(body)) // 4})
+        message = sim_native_answer(body)
+        if not body.get("stream"):
+            return self._json(200, message)
+        self.close_connection = fault in ("cut", "mid_cut")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("anthropic-ratelimit-requests-remaining", "41")
+        self.send_header("request-id", "req_sim")
+        self.end_headers()
+        for position, event in enumerate(sim_native_events(message)):
+            if fault == "cut" or fault == "mid_cut" and position == 5:
+                return
+            if fault == "mid_error" and position == 5:
+                event = {"type": "error", "error": {"type": "overloaded_error",
+                                                    "message": "Overloaded"}}
+            if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
+                return
+            self.wfile.write(chunk(f"event: {event['type']}\ndata: {json_encode(event)}\n\n"
+                                   .encode()))
+            if event["type"] == "error":
+                break
+        self.wfile.write(LAST_CHUNK)
 
     def _generate(self, account: SimAccount, body: dict, key_model: str | None) -> None:
         server, is_enveloped = self.server, key_model is None
@@ -8742,7 +9810,7 @@ def touch_account(services: Services, candidate: Candidate) -> None:
     """One small request, so that a quota window begins; its answer is of no interest."""
     class Nobody:
         """The client of a request that nobody waits for."""
-        route = ""
+        route, more_headers, state = "", {}, None
 
         def wait(self, sock: Any, seconds: float) -> None:
             if not readable([sock], min(seconds, 30)):
@@ -8783,8 +9851,8 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
     file = AccountsFile(path, flags, log, apply)
     connections = ConnectionCache(clock, os.environ)
     tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
-    services = Services(config, pool, connections, clock, log, Meters(), Memory(), tokens, state,
-                        simulator=sim.url if sim else "")
+    services = Services(config, pool, connections, clock, log, Meters(), Memory(clock, state),
+                        tokens, state, simulator=sim.url if sim else "")
     services.keeper = Keeper(pool, tokens, file.watch, log,
                              lambda candidate: touch_account(services, candidate))
     try:
@@ -9299,6 +10367,8 @@ def command_why(args: argparse.Namespace) -> int:
             say(line)
     for failure in row["failures"]:
         say(f"  failed  {failure}")
+    for what, count in row.get("mended", {}).items():
+        say(f"  mended  {what}{f' ({count} times)' if count > 1 else ''}")
     return 0
 
 

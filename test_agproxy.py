@@ -84,10 +84,10 @@ class Proxy:
         stored = {"settings": {"port": 0, "strategy": "sticky", **settings}}
         config = ag.load_config(str(tmp_path / "accounts.json"), {}, env or {}, stored)
         config = ag.sim_config(self.sim, config)
-        if provider == "gemini":
-            row = config.providers["gemini"]._replace(base_urls=(self.sim.url,))
-            config = ag.replace(config, providers={**config.providers, "gemini": row}, accounts=tuple(
-                {"name": n, "provider": "gemini", "api_key": "sim-key-" + n} for n in accounts))
+        if provider:
+            row = config.providers[provider]._replace(base_urls=(self.sim.url,))
+            config = ag.replace(config, providers={**config.providers, provider: row}, accounts=tuple(
+                {"name": n, "provider": provider, "api_key": "sim-key-" + n} for n in accounts))
         clock = ag.Clock()
         self.pool = ag.AccountPool([ag.account_from_row(r, config.providers) for r in config.accounts],
                                    clock, config.settings)
@@ -96,7 +96,7 @@ class Proxy:
         self.rotated = []
         connections = ag.ConnectionCache(clock, env or {})
         tokens = ag.Tokens(connections, clock, ag.small_call_error, "", lambda *a: self.rotated.append(a))
-        self.services = ag.Services(config, self.pool, connections, clock, self.log, ag.Meters(), ag.Memory(), tokens)
+        self.services = ag.Services(config, self.pool, connections, clock, self.log, ag.Meters(), ag.Memory(clock), tokens)
         self.server = ag.ProxyServer(self.services, "127.0.0.1", 0)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -226,9 +226,9 @@ def target(model_id="gemini-3-flash", provider="sim"):
     return ag.Target(model, row, ag.upstream_id(model, row), "p")
 
 
-def rendered(messages, model_id="gemini-3-flash", provider="sim", memory=None, repair="", **fields):
+def rendered(messages, model_id="gemini-3-flash", provider="sim", memory=None, repairs=(), **fields):
     request = neutral(messages, **fields)
-    out = ag.gemini_render_request(request, target(model_id, provider), memory or {}, repair)
+    out = ag.gemini_render_request(request, target(model_id, provider), memory or {}, frozenset(repairs))
     inner = out.body["request"] if provider != "gemini" else out.body
     assert ag.sim_refuses(inner, ag.MODELS[model_id], provider != "gemini") is None
     return inner
