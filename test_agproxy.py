@@ -96,7 +96,8 @@ class Proxy:
         self.rotated = []
         connections = ag.ConnectionCache(clock, env or {})
         tokens = ag.Tokens(connections, clock, ag.small_call_error, "", lambda *a: self.rotated.append(a))
-        self.services = ag.Services(config, self.pool, connections, clock, self.log, ag.Meters(), ag.Memory(clock), tokens)
+        self.services = ag.Services(config, self.pool, connections, clock, self.log, ag.Meters(), ag.Memory(clock), tokens,
+                                    ag.Calibration(clock))
         self.server = ag.ProxyServer(self.services, "127.0.0.1", 0)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
