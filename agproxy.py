@@ -164,7 +164,8 @@ UPSTREAM_IDLE_PER_HOST = 64
 TOKEN_TIMEOUT_S = 15
 CALIBRATE_EVERY_S = 20          # a model's answers are compared with our own count so often
 TOKEN_FACTORS = (               # true tokens by our count before anything was learned
-    ("claude-*-4-[7-9]*", 1.27), ("claude-*-[5-9]*", 1.27), ("claude-fable*", 1.27))
+    ("claude-opus-4-[7-9]*", 1.27), ("claude-opus-[5-9]*", 1.27), ("claude-sonnet-[5-9]*", 1.27),
+    ("claude-haiku-[5-9]*", 1.27), ("claude-fable-*", 1.27))
 COUNT_TIMEOUT_S = 2             # an upstream's count; then the estimate is told
 TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
 WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
@@ -2630,7 +2631,8 @@ def deltas_of(reply: Reply) -> list:
         else:
             kind = Kind.TEXT if isinstance(block, Text) else Kind.THINKING
             out += [BlockStart(index, kind), Piece(index, kind, block.text)]
-            out += [Piece(index, Kind.SIGNATURE, block.signature)] * (kind is Kind.THINKING)
+            if isinstance(block, Thinking):
+                out.append(Piece(index, Kind.SIGNATURE, block.signature))
             out += [Piece(index, Kind.CITATION, json_encode(c))
                     for c in getattr(block, "citations", ())]
         out.append(BlockEnd(index))
@@ -3604,10 +3606,8 @@ def anthropic_small_request(body: Mapping, headers: Mapping[str, str]) -> str:
         ("x-anthropic-billing-header:", "You are Claude Code"))
     is_alone = len(messages) == 1 and not body.get("tools")
     thinks = object_of(body.get("thinking")).get("type") in ("enabled", "adaptive")
-    if body.get("max_tokens") == 1 and not body.get("stream") and not thinks:
-        # quota check, `/model`, and counting where count_tokens failed
-        if is_claude_code or (is_alone and text == "quota" and not told):
-            return "probe"
+    if body.get("max_tokens") == 1 and is_alone and not body.get("stream"):    # quota, `/model`
+        return "probe" if text == "quota" and not told or text == "Hi" and is_claude_code else ""
     if isinstance(last.get("content"), str) and text.startswith("[SUGGESTION MODE:"):
         return "suggestion"
     if not is_alone or thinks:
@@ -4722,20 +4722,22 @@ _IN_PROSE = re.compile(r"(?:reset(?:s)?\s+(?:after|in)|retry\s+(?:in|after)|quot
 _LOGIN_LINK = re.compile(r"https://accounts\.google\.com/[^\s\"\\]+")
 
 
-def _innermost(error: Any, depth: int = 3) -> tuple[str, dict]:
-    """(message, error object) after unwrapping JSON that stands as text in `message`."""
+def _innermost(error: Any, depth: int = 3) -> tuple[str, dict, str]:
+    """(message, error object, innermost type) after unwrapping JSON that stands as text in
+    `message`, as the errors of Claude do behind Google."""
     if isinstance(error, list) and error:
         error = error[0]
     if not isinstance(error, dict):
-        return str(error), {}
+        return str(error), {}, ""
     inner = error.get("error", error)
     if not isinstance(inner, dict):
-        return str(inner), error
+        return str(inner), error, ""
     message = str(inner.get("message") or "")
     if depth and message.lstrip().startswith(("{", "[")):
         with contextlib.suppress(ValueError, RecursionError):       # it only looked like JSON
-            return _innermost(json.loads(message), depth - 1)[0], inner
-    return message, inner
+            text, _, kind = _innermost(json.loads(message), depth - 1)
+            return text, inner, kind
+    return message, inner, str(inner.get("type") or "")
 
 
 def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
@@ -4772,7 +4774,7 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
         except ValueError:
             text = re.sub(r"<[^>]*>|\s+", " ", raw[:400].decode("utf-8", "replace")).strip()
             raw = {"error": {"message": text}}
-    message, error = _innermost(raw)
+    message, error, kind = _innermost(raw)
     details = objects_of(error.get("details"))
     reasons, metadata = set(), {}
     delays = list(_retry_headers_s(headers, now))
@@ -4801,7 +4803,7 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
     code = error.get("code")
     if isinstance(code, str) or (isinstance(code, int) and code >= 1000):
         reasons.add(code if isinstance(code, str) and not code.isdigit() else f"CODE_{code}")
-    reasons.add(str(error.get("type") or ""))
+    reasons |= {str(error.get("type") or ""), kind}
     return ErrorFacts(message, frozenset(r.upper() for r in reasons if r), delay,
                       _link(details, metadata, message), code if isinstance(code, int) else 0)
 
@@ -7397,6 +7399,9 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
             "signature"),
     Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
             r"|tool_use_id|`tool_use` ids were found", "pairing"),
+    Meaning((400,), "NOT_FOUND_ERROR", "", "model_missing"),
+    Meaning((400,), "OVERLOADED_ERROR", "", "capacity"),
+    Meaning((400,), "PERMISSION_ERROR", "", "denied"),
     Meaning((400,), "", r"credit balance is too low", "quota"),
     Meaning((400,), "", r"budget_tokens|thinking.?budget|thinking.?level|anthropic-beta|prefill"
             r"|extra inputs are not permitted|input_schema|function_declarations|proto field"
@@ -9132,8 +9137,9 @@ class Handler:
                 return route, match
             allowed += route.methods.split() if match and route.methods != "OPTIONS" else []
         if allowed:
-            raise ProxyError("method", f"{exchange.method} is not allowed here; "
-                             f"{', '.join(dict.fromkeys(allowed))} is")
+            methods = ", ".join(dict.fromkeys(allowed))
+            exchange.more_headers["allow"] = methods
+            raise ProxyError("method", f"{exchange.method} is not allowed here; {methods} is")
         raise ProxyError("not_found", f"{exchange.path[:200]} is not a route of this proxy")
 
     def _admit(self, exchange: Exchange, route: Route) -> None:

@@ -40,8 +40,10 @@ except ImportError:
 
 import ast
 import base64
+import collections
 import contextlib
 import http.client
+import http.server
 import json
 import random
 import re
@@ -462,6 +464,158 @@ def test_a_repeated_prefill_is_not_repeated_to_the_client():
         gate = ag.TextGate((), 1000, "{", False, ag.Usage)
         out = [d for piece in pieces for d in gate.feed([ag.Piece(0, Kind.TEXT, piece)])]
         assert "".join(d.text for d in out) == '"a":1}'
+
+
+SAMPLES = [     # kind, tokens by the tokenizers of Claude 3 to 4.6, of Gemma 3 and o200k_base, text
+    ('python', 242, 238, 202,
+     'class RateWindow:\n    """Counts events in a sliding window of `seconds`."""\n\n    def __init__(self, secon'
+     'ds: float, limit: int):\n        self.seconds = seconds\n        self.limit = limit\n        self._times: de'
+     'que[float] = deque()\n\n    def allow(self, now: float) -> bool:\n        while self._times and now - self._'
+     'times[0] > self.seconds:\n            self._times.popleft()\n        if len(self._times) >= self.limit:\n   '
+     '         return False\n        self._times.append(now)\n        return True\n\n\ndef merge(left: dict, right'
+     ': dict) -> dict:\n    """Values of `right` win; nested dicts are merged."""\n    out = dict(left)\n    for k'
+     'ey, value in right.items():\n        if isinstance(value, dict) and isinstance(out.get(key), dict):\n       '
+     '     out[key] = merge(out[key], value)\n        else:\n            out[key] = value\n    return out\n'),
+    ('english', 174, 170, 168,
+     'The harbour was quiet when we arrived, and for a while nobody said anything about the boat. Anna had promise'
+     'd that it would be ready by noon, but the engine lay in pieces on the quay, and the old mechanic only shrugg'
+     'ed when I asked how long the repair might take. "Perhaps tomorrow," he said, wiping his hands, "or perhaps t'
+     'he day after. It depends on the post."\n\nWe walked back along the wall and sat down outside the small café '
+     'near the lighthouse. There were worse places to wait. The wind had turned during the night and the air was c'
+     'lear, so that the islands seemed much closer than they had on the map. I began to explain my plan once more,'
+     ' how we would follow the coast until the second headland and then cross with the tide, but I noticed that sh'
+     'e was no longer listening.\n'),
+    ('german', 194, 134, 125,
+     'Wer einen Garten anlegt, sollte zuerst den Boden kennenlernen. Eine Handvoll feuchter Erde, die sich leicht '
+     'zu einer Kugel formen lässt und nicht sofort wieder zerfällt, enthält meist genügend Lehm. Im Frühjahr genüg'
+     't es, die oberste Schicht zu lockern; tiefes Umgraben zerstört das Gefüge und stört die Regenwürmer bei ihre'
+     'r Arbeit.\n\nFür Anfänger eignen sich Zucchini, Mangold und Buschbohnen, weil sie kaum Pflege brauchen und t'
+     'rotzdem reichlich tragen. Gegossen wird am frühen Morgen, damit die Blätter über den Tag abtrocknen können.'
+     '\n'),
+    ('french_spanish', 186, 136, 131,
+     "Avant de partir en randonnée, il faut vérifier la météo et prévenir quelqu'un de l'itinéraire choisi. En mon"
+     'tagne, le temps change très vite : une matinée ensoleillée peut se terminer par un orage violent. Les sentie'
+     "rs balisés ne sont pas toujours entretenus après l'hiver.\n\nEl mercado del pueblo abre todos los sábados a "
+     'las ocho de la mañana. Los vendedores llegan mucho antes, cuando todavía está oscuro, y colocan con cuidado '
+     'las cajas de fruta, el queso fresco y las flores. Según mi abuela, nadie debería aceptar el primer precio qu'
+     'e le ofrecen, porque regatear también es una forma de amistad.\n'),
+    ('json_minified', 271, 325, 263,
+     '[{"ts":1764000000,"level":"info","service":"gateway","message":"request completed","durationMs":1854,"userId'
+     '":74370,"route":"/v1/messages","retry":false},{"ts":1764000037,"level":"warn","service":"billing","message":'
+     '"slow query detected","durationMs":3511,"userId":62033,"route":"/v1/models","retry":true},{"ts":1764000074,"'
+     'level":"error","service":"search","message":"upstream closed the connection","durationMs":1852,"userId":6756'
+     '3,"route":"/health","retry":false},{"ts":1764000111,"level":"info","service":"gateway","message":"request co'
+     'mpleted","durationMs":3504,"userId":77989,"route":"/v1/messages","retry":true},{"ts":1764000148,"level":"war'
+     'n","service":"billing","message":"slow query detected","durationMs":779,"userId":25203,"route":"/v1/models",'
+     '"retry":false},{"ts":1764000185,"level":"error","service":"search","message":"upstream closed the connection'
+     '","durationMs":3294,"userId":68096,"route":"/health","retry":true}]'),
+    ('tool_schema', 215, 197, 195,
+     '[{"name":"search_files","description":"Searches the files of the workspace for a regular expression.\\n\\nUs'
+     'age:\\n- Prefer this tool over running grep in the shell; it honours the ignore rules of the project.\\n- Re'
+     'sults are sorted by the time of their last change, newest first.\\n- With `context` lines before and after e'
+     'ach hit are shown as well.","input_schema":{"type":"object","properties":{"pattern":{"type":"string","descri'
+     'ption":"The regular expression to look for"},"path":{"type":"string","description":"Folder to search in. Def'
+     'aults to the root of the workspace."},"context":{"type":"integer","minimum":0,"description":"Number of lines'
+     ' shown around each hit"},"mode":{"type":"string","enum":["lines","files","count"],"description":"What to ret'
+     'urn for each file"},"ignore_case":{"type":"boolean","default":false}},"required":["pattern"],"additionalProp'
+     'erties":false}}]'),
+    ('chinese', 243, 144, 165,
+     '这座小城坐落在河的北岸，四周是低矮的山丘。每年春天，当桃花开放的时候，附近村子里的人都会来这里赶集。他们带来新鲜的蔬菜、手工编织的篮子和自家酿的米酒，在石板路的两边摆成长长的一排。孩子们在人群里跑来跑去，老人则坐在茶'
+     '馆里下棋聊天。\n\n如果程序在启动时报告配置文件不存在，请先检查当前目录是否正确，然后确认用户对该文件具有读取权限。修改设置之后需要重新启动服务，新的参数才会生效。日志默认保存在系统的临时目录中，超过三十天的记录将'
+     '被自动删除。\n'),
+    ('japanese_korean', 270, 139, 168,
+     '駅から歩いて十分ほどのところに、小さな図書館があります。建物は古いのですが、窓が大きくて、午後になると読書室いっぱいに光が入ります。私は毎週土曜日にそこへ行き、新しい本を二冊借りて、閉館の時間までゆっくり過ごします。'
+     '設定を変更した場合は、アプリケーションを再起動してください。\n\n어제는 하루 종일 비가 내려서 우리는 집에서 영화를 보았습니다. 저녁에는 동생이 친구들과 함께 김치찌개를 끓였고, 할머니는 옛날 이야'
+     '기를 들려주셨습니다. 파일을 저장하기 전에 연결 상태를 확인하고, 오류가 계속되면 관리자에게 문의하십시오.\n'),
+    ('russian_arabic', 268, 143, 135,
+     'Поезд пришёл на станцию рано утром, когда город ещё спал. На платформе стоял только один человек в длинном с'
+     'ером пальто и внимательно смотрел на окна вагонов. Если сервер не отвечает, проверьте сетевое подключение и '
+     'повторите попытку через несколько минут. Все изменения сохраняются автоматически, поэтому закрывать документ'
+     ' вручную не нужно.\n\nوصلت الرسالة في الصباح الباكر، وكان مكتوبا فيها أن الاجتماع تأجل إلى يوم الأحد. جلس ال'
+     'جميع في الحديقة وتحدثوا عن السفر والكتب القديمة. إذا لم يتم العثور على الملف المطلوب، فتأكد من صحة المسار ثم'
+     ' حاول مرة أخرى.\n'),
+    ('diff', 246, 250, 191,
+     'diff --git a/src/session.py b/src/session.py\nindex 4f1c2ab..9d07e31 100644\n--- a/src/session.py\n+++ b/src'
+     '/session.py\n@@ -41,12 +41,17 @@ class Session:\n     def close(self) -> None:\n-        if self.socket:\n- '
+     '           self.socket.close()\n-        self.socket = None\n+        with self._lock:\n+            sock, s'
+     'elf.socket = self.socket, None\n+        if sock is not None:\n+            try:\n+                sock.shut'
+     'down(socket.SHUT_RDWR)\n+            except OSError:\n+                pass            # the peer was faster'
+     '\n+            sock.close()\n \n     def send(self, data: bytes) -> int:\n-        return self.socket.send(d'
+     'ata)\n+        if self.socket is None:\n+            raise ConnectionError("session is closed")\n+        re'
+     'turn self.socket.send(data)\n \n'),
+    ('log', 339, 454, 323,
+     '2026-02-16T20:39:50.190Z INFO  [worker-8] cache miss for key user:78145:profile\n2026-02-21T23:39:41.161Z IN'
+     'FO  [worker-2] job 5387f613 finished, 3609 rows written\n2026-02-27T06:33:14.655Z ERROR [worker-8] retry 5 o'
+     'f 5: upstream timed out\n2026-02-25T07:32:18.030Z INFO  [worker-2] GET /v1/items/6333 200 8859 bytes\n2026-0'
+     '2-02T15:24:45.406Z DEBUG [worker-2] connection from 10.0.101.138 closed after 5520 ms\n2026-02-05T07:45:06.0'
+     '11Z INFO  [worker-8] cache miss for key user:25093:profile\n2026-02-21T12:07:25.430Z WARN  [worker-1] connec'
+     'tion from 10.0.138.155 closed after 322 ms\n2026-02-02T04:13:28.264Z INFO  [worker-6] connection from 10.0.1'
+     '51.197 closed after 1203 ms\n2026-02-20T11:23:39.464Z WARN  [worker-8] GET /v1/items/2526 200 40838 bytes\n'),
+    ('markdown', 168, 170, 156,
+     '# Quick start\n\nInstall the package, then run the `init` command once in the folder of your project:\n\n```'
+     'sh\nnpm install --save-dev pagewright\nnpx pagewright init --template docs\n```\n\n## Settings\n\n| Name | D'
+     'efault | Meaning |\n| --- | --- | --- |\n| `outDir` | `dist` | where the pages are written |\n| `theme` | `p'
+     'lain` | one of *plain*, *wide* or *dark* |\n| `search` | `true` | builds an index for the search box |\n\n- '
+     '**Links** are checked on every build; broken ones are reported as warnings.\n- See the [guide](https://examp'
+     'le.org/guide/themes.html) for how to write a theme.\n\n'),
+    ('agent', 384, 394, 327,
+     'I\'ll look at the failing test first and then at the function it calls.\n\n{"type":"tool_use","id":"toolu_01'
+     'Xk7Qd9VbW3","name":"Bash","input":{"command":"cd /work/app && python -m pytest tests/test_cart.py -q 2>&1 | '
+     'tail -20","description":"Run the failing test"}}\n\n    def test_discount_is_applied_once():\n        cart ='
+     ' Cart(items=[Item("tea", 4.50), Item("cup", 9.00)])\n        cart.apply(Discount(percent=10))\n>       asser'
+     't cart.total == 12.15\nE       assert 10.94 == 12.15\nE        +  where 10.94 = <Cart of 2 items>.total\n\nt'
+     'ests/test_cart.py:27: AssertionError\n1 failed, 14 passed in 0.38s\n\nThe discount is applied twice: once in'
+     ' `apply` and again in the `total` property. I\'ll read the file.\n\n{"type":"tool_use","id":"toolu_01Zp4Rt8N'
+     'cY6","name":"Read","input":{"file_path":"/work/app/shop/cart.py","offset":30,"limit":12}}\n\n    30\t    @pr'
+     'operty\n    31\t    def total(self) -> float:\n    32\t        amount = sum(item.price for item in self.item'
+     's)\n    33\t        for discount in self.discounts:\n    34\t            amount *= 1 - discount.percent / 10'
+     '0\n    35\t        return round(amount, 2)\n'),
+]
+
+
+@pytest.mark.parametrize("column, family", [(1, "claude"), (2, "gemini"), (3, "gpt-oss")])
+def test_our_count_of_tokens_is_near_that_of_the_real_tokenizers(column, family, capsys):
+    errors = [ag.text_tokens(row[4], family) / row[column] - 1 for row in SAMPLES]
+    total = sum(ag.text_tokens(row[4], family) for row in SAMPLES) / sum(row[column] for row in SAMPLES) - 1
+    with capsys.disabled():
+        print(f"\ntokens, {family}: all {total:+.1%}, worst piece {max(map(abs, errors)):.1%}")
+    assert abs(total) < 0.05 and sum(map(abs, errors)) / len(errors) < 0.08 and max(map(abs, errors)) < 0.2
+
+
+def png(width, height):
+    return b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("data, kind, claude, gemini", [
+    (png(300, 300), "image/png", 120, 258), (png(1536, 900), "image/png", 1600, 4 * 258),
+    (b"GIF89a" + bytes([0, 1, 0, 1]), "image/gif", 87, 258), (b"junk", "image/png", 1000, 1000),
+    (b"%PDF-1.4 /Type /Pages /Type /Page /Type/Page", "application/pdf", 516, 516)])
+def test_images_and_documents_count_by_their_size(data, kind, claude, gemini):
+    assert ag.media_tokens(data, kind, "claude") == claude and ag.media_tokens(data, kind, "gemini") == gemini
+
+
+def test_any_bytes_have_a_size_or_none():
+    rng = random.Random(5)
+    for head in (b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"RIFF0000WEBPVP8X", b"RIFF0000WEBPVP8 ", b""):
+        for _ in range(300):
+            size = ag.image_size(head + bytes(rng.randrange(256) for _ in range(rng.randrange(40))))
+            assert size is None or min(size) > 0
+
+
+def test_our_count_is_calibrated_by_what_models_really_counted():
+    clock = FakeClock()
+    calibration = ag.Calibration(clock)
+    assert calibration.factor("gemini-3-flash") == 1.0
+    for real in (1300, 1290, 1310, 5000):
+        calibration.note("gemini-3-flash", lambda: 1000, real)
+        calibration.note("gemini-3-flash", lambda: 1000, 9999)      # too soon after the one before
+        clock.at += 30
+    assert calibration.factor("gemini-3-flash") == 1.3
+    clock.at += 3600
+    for _ in range(50):
+        calibration.note("gemini-3-flash", lambda: 1000, 9000)
+        clock.at += 30
+    assert 1.3 <= calibration.factor("gemini-3-flash") <= 1.6       # a meter that lies is not followed far
 
 
 # ── 8. Bridges ────────────────────────────────────────────────────────────
@@ -2804,6 +2958,1014 @@ def test_the_log_tells_the_story_and_no_secret(make_proxy):
     assert "claude-opus-4-8 -> claude-opus-4-6-thinking  b  200  2 tries (a: quota)" in text
     for planted in ("ya29", "1//", "example.org", "sim-secret"):
         assert planted not in text
+
+
+# Conformance: a real request, a scripted upstream, what either side saw ---------
+
+Heard = collections.namedtuple("Heard", "path headers raw body")
+CUT = object()          # in a script: the connection ends here, without the framing's end
+HANG = object()         # ... nothing more comes
+
+
+class Stage(http.server.BaseHTTPRequestHandler):
+    """One connection of the scripted Upstream below."""
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+    def log_message(self, *args):
+        pass
+
+    def setup(self):
+        super().setup()
+        self.server.opened += 1
+        self.server.sockets.append(self.connection)
+
+    def do_GET(self):
+        self.answer(404, {}, b"{}")
+
+    def do_POST(self):
+        server = self.server
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        heard = Heard(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, json.loads(raw or b"{}"))
+        if "/v1internal:" in self.path and "GenerateContent" not in self.path:
+            return self.answer(200, {}, b'{"cloudaicompanionProject":"p"}')
+        if "count" in self.path.lower():
+            server.counted.append(heard)
+            return self.answer(*server.count_answer)
+        with server.lock:
+            server.heard.append(heard)
+            answer = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+        self.answer(*(answer(heard.body) if callable(answer) else answer))
+
+    def answer(self, status, headers, body):
+        is_stream = isinstance(body, list)
+        self.send_response(status)
+        for name, value in {"content-type": "text/event-stream" if is_stream else "application/json",
+                            **headers}.items():
+            self.send_header(name, value)
+        self.send_header(*(("transfer-encoding", "chunked") if is_stream else ("content-length", str(len(body)))))
+        self.end_headers()
+        if not is_stream:
+            self.wfile.write(body)
+            return
+        try:
+            for step in body:
+                if step is CUT:
+                    self.close_connection = True
+                    return
+                if step is HANG or isinstance(step, threading.Event):
+                    self.wait_for(self.server.over if step is HANG else step)
+                else:
+                    self.wfile.write(ag.chunk(self.event(step)))
+            self.wfile.write(ag.LAST_CHUNK)
+        except OSError:
+            self.close_connection = True
+            self.server.gone.set()
+
+    def event(self, step):
+        if isinstance(step, bytes):
+            return step
+        if "/v1beta/" in self.path:
+            step = step.get("response", step)
+        data = b"data: " + json.dumps(step, ensure_ascii=False).encode() + b"\n\n"
+        return b"event: %s\n%s" % (step["type"].encode(), data) if "/v1/messages" in self.path else data
+
+    def wait_for(self, event):
+        while not event.is_set():
+            if ag.readable([self.connection], 0.02):        # nobody speaks in mid-answer: it is the end
+                raise ConnectionAbortedError
+
+
+class Upstream(http.server.ThreadingHTTPServer):
+    """Cloud Code, the Gemini API or the Messages API, by a script: an answer for each generating call, the last
+    one for ever.  An answer is (status, headers, body) or a function of the request that gives one; a body is
+    bytes or a list of what is sent in turn: an event as a dict, bytes, a threading.Event to wait for, CUT, HANG."""
+    daemon_threads, request_queue_size = True, 128
+    server_bind, handle_error = ag.SimUpstream.server_bind, ag.SimUpstream.handle_error
+
+    def __init__(self, *script):
+        self.script, self.heard, self.counted, self.opened, self.sockets = list(script), [], [], 0, []
+        self.count_answer = (404, {}, b'{"type":"error","error":{"type":"not_found_error","message":"no such route"}}')
+        self.lock, self.over, self.gone = threading.Lock(), threading.Event(), threading.Event()
+        super().__init__(("127.0.0.1", 0), Stage)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def inner(self, at=-1):
+        """The generating request without its envelope."""
+        body = self.heard[at].body
+        return body.get("request", body)
+
+    def stop(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+@pytest.fixture
+def staged(make_proxy):
+    """A proxy whose accounts have the scripted upstream `proxy.upstream`."""
+    made = []
+
+    def stage(*script, provider="sim", accounts="a", **settings):
+        proxy = make_proxy({"a": None}, **settings)
+        proxy.upstream = Upstream(*script or (OK,))
+        made.append(proxy.upstream)
+        row = proxy.services.config.providers[provider]._replace(base_urls=(proxy.upstream.url,))
+        secret = "access_token" if row.auth == "oauth" else "api_key"
+        proxy.pool.replace([ag.account_from_row({"name": name, "provider": provider, secret: "key-of-" + name}, {
+            provider: row}) for name in accounts], proxy.services.config.settings)
+        return proxy
+    yield stage
+    for upstream in made:
+        upstream.stop()
+
+
+def table(names, cases):
+    return pytest.mark.parametrize(names, [c[1:] if "," in names else c[1] for c in cases], ids=[c[0] for c in cases])
+
+
+both = pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+
+
+def says(*steps):
+    return 200, {}, list(steps)
+
+
+def last(*parts, **usage):
+    return chunk_of(*parts, finish="STOP", **usage)
+
+
+def refuses(status, body, **headers):
+    return status, headers, body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+def call(name="Bash", signature="", **more):
+    part = {"functionCall": {"name": name, **more}}
+    return {**part, "thoughtSignature": signature} if signature else part
+
+
+def wrote(words, **more):
+    return {"type": "text", "text": words, **more}
+
+
+def mused(signature, words="t", **more):
+    return {"type": "thinking", "thinking": words, "signature": signature, **more}
+
+
+def attached(data, media_type="image/png", kind="image"):
+    return {"type": kind, "source": {"type": "base64", "media_type": media_type, "data": data}}
+
+
+def noted(content, **more):
+    return {"role": "system", "content": content, **more}
+
+
+def tool(name="Bash", schema=None, **more):
+    return {"name": name, "description": "d", "input_schema": schema or {
+        "type": "object", "properties": {"command": {"type": "string"}}}, **more}
+
+
+X, BLANK = {"text": "x"}, {"text": ""}
+OK = says(last({"text": "ok"}, promptTokenCount=9, candidatesTokenCount=1))
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"1234" * 20).decode()
+PDF = base64.b64encode(b"%PDF-1.4\n/Type /Page\n").decode()
+ASIDE = {"cache_control": {"type": "ephemeral"}}
+LOUD = {"thinking": {"type": "adaptive"}, "max_tokens": 8000}
+G, C = ("sim", "gemini-3-flash"), ("sim", "claude-sonnet-4-6")      # behind Cloud Code
+KEY3, KEY25, KEYPRO = (("gemini", name) for name in ("gemini-3-flash", "gemini-2.5-flash", "gemini-2.5-pro"))
+
+
+def shape_of(inner):
+    """[(role, kinds of its parts)]"""
+    return [(c["role"], [next(k for k in p if k != "thoughtSignature") for p in c["parts"]]) for c in inner["contents"]]
+
+
+def texts_of(inner):
+    return [p["text"] for c in inner["contents"] for p in c["parts"] if "text" in p]
+
+
+def keys_in(value):
+    """All keys at any depth."""
+    if isinstance(value, list):
+        return set().union(*map(keys_in, value))
+    return set(value).union(*map(keys_in, value.values())) if isinstance(value, dict) else set()
+
+
+def told(inner):
+    return [(r.get("id"), r["name"], r["response"]) for r in responses(inner)]
+
+
+def declared(inner):
+    return {d["name"]: d["parameters"] for t in inner.get("tools", ()) for d in t["functionDeclarations"]}
+
+
+def limits(inner):
+    config = inner["generationConfig"]
+    return config["maxOutputTokens"], config["thinkingConfig"].get("thinkingBudget")
+
+
+def signatures(inner):
+    return [p.get("thoughtSignature") for p in calls_of(inner)]
+
+
+def media(inner):
+    return [(p["inlineData"]["mimeType"], p["inlineData"]["data"]) for c in inner["contents"] for p in c["parts"]
+            if "inlineData" in p]
+
+
+REMINDER = "<system-reminder>\nEnv\n</system-reminder>"
+ONE, TWO = answered(use("a")), answered(use("a"), use("b", "Read", path="x"))
+SEARCHED = answered({"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "rain"}},
+                    {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+                        {"type": "web_search_result", "url": "https://x.example/r", "title": "Rain",
+                         "encrypted_content": ""}]},
+                    wrote("it rains"))
+ODD_SCHEMA = {"$schema": "s", "type": "object", "additionalProperties": False, "propertyNames": {"pattern": "^a"},
+              "required": ["a", "type"], "properties": {
+                  "a": {"type": ["string", "null"]}, "properties": {"type": "string"}, "type": {"type": "number"},
+                  "title": {"type": "string"}}}
+LATE = [U, ONE, said(result("a", [{"type": "tool_reference", "tool_name": "Fetch"}]))]
+DEFERRED = [tool(), tool("DeferredToolPlaceholder", defer_loading=True), tool("Fetch", defer_loading=True)]
+FOREIGN = [U, answered(mused("EqQBforeign"), mused("agp1.cts.Rforeign"), use("a")), said(result("a"))]
+SENT = [    # sentence, to whom, messages, further fields, what is looked at, what it must be
+    ("an empty text beside an image", G, [said(wrote(""), attached(PNG))], {}, shape_of, [("user", ["inlineData"])]),
+    ("blank words of the model between two of the user", C, [U, answered(wrote(" \n")), U], {},
+     lambda i: [c["parts"] for c in i["contents"]], [[{"text": "hi"}] * 2]),
+    *((f"a marked thought, result and tool for {to[1]}", to, [
+        U, answered(mused("agp1.cts.Rsim1", **ASIDE), use("a")), said(result("a", [wrote("x", **ASIDE)], **ASIDE))],
+       {"tools": [tool(**ASIDE)], "system": [wrote("s", **ASIDE)], **LOUD}, lambda i: keys_in(i) & set(ASIDE), set())
+      for to in (G, C)),
+    ("a note after the user", G, [U, noted("Env"), answered(wrote("x")), U], {},
+     lambda i: (shape_of(i), texts_of(i)[1]),
+     ([("user", ["text", "text"]), ("model", ["text"]), ("user", ["text"])], REMINDER)),
+    ("a note after a result", C, [U, ONE, said(result("a")), noted([wrote("Env", **ASIDE)])], {},
+     lambda i: (shape_of(i)[-1], texts_of(i)[-1]), (("user", ["functionResponse", "text"]), REMINDER)),
+    ("a note without words that asks for little effort", G, [U, noted([], output_config={"effort": "low"})],
+     {**LOUD, "output_config": {"effort": "high"}}, lambda i: (limits(i)[1], texts_of(i)), (1024, ["hi"])),
+    ("a note before everything", G, [noted("first"), U], {},
+     lambda i: (i["systemInstruction"]["parts"], shape_of(i)), ([{"text": "first"}], [("user", ["text"])])),
+    ("results in another order than their calls", G, [U, TWO, said(result("b", "B"), result("a", "A"))], {},
+     lambda i: (told(i), len(i["contents"])), ([("a", "Bash", {"result": "A"}), ("b", "Read", {"result": "B"})], 3)),
+    ("a result without its call", G, [said(result("zz", "left"))], {},
+     lambda i: (told(i), "left" in texts_of(i)), ([], True)),
+    ("a call without its result", C, [U, ONE, U], {},
+     lambda i: (shape_of(i)[2][1], list(responses(i)[0]["response"])), (["functionResponse", "text"], ["error"])),
+    ("a result that comes a turn late", C, [U, ONE, U, answered(wrote("x")), said(result("a", "late"))], {},
+     lambda i: (shape_of(i)[2][1][0], told(i)), ("functionResponse", [("a", "Bash", {"result": "late"})])),
+    ("two results of one call", G, [U, ONE, said(result("a", "1"), result("a", "2"))], {}, told,
+     [("a", "Bash", {"result": "2"})]),
+    ("an id that tells nothing of the name", KEY25, [U, answered(use("Bash-7", "R")), said(result("Bash-7"))], {}, told,
+     [(None, "R", {"result": "ok"})]),
+    ("an image in a result", G, [U, TWO, said(result("a", [wrote("t"), attached(PNG)]), result("b"))], {},
+     lambda i: (shape_of(i)[-1][1], media(i)),
+     (["functionResponse", "functionResponse", "inlineData"], [("image/png", PNG)])),
+    ("an image in a result for the Gemini API", KEY3, [U, TWO, said(result("a", [attached(PNG)]), result("b"))], {},
+     lambda i: [r["parts"][0]["inlineData"]["data"] for r in responses(i) if "parts" in r] + shape_of(i)[-1][1],
+     [PNG, "functionResponse", "functionResponse"]),
+    *((f"a PDF {where}", to, [U, TWO, said(result("b"), *blocks)], {},
+       lambda i: (media(i), len(calls_of(i)), len(told(i))), ([("application/pdf", PDF)], 2, 2))
+      for to in (G, C) for where, blocks in (
+        (f"inside a result for {to[1]}", [result("a", [attached(PDF, "application/pdf", "document")])]),
+        (f"beside a result for {to[1]}", [result("a"), attached(PDF, "application/pdf", "document")]))),
+    ("results without content", G, [U, answered(use("a"), use("b"), use("c")), said(
+        {"type": "tool_result", "tool_use_id": "a"}, result("b", ""), result("c", []))], {},
+     lambda i: [bool(r["response"]["result"].strip()) for r in responses(i)], [True] * 3),
+    ("a failed result", G, [U, ONE, said(result("a", "no such file", is_error=True))], {}, told,
+     [("a", "Bash", {"error": "no such file"})]),
+    ("a result that only names a tool", G, LATE, {"tools": DEFERRED},
+     lambda i: (told(i), list(declared(i))), ([("a", "Bash", {"result": "Loaded tools: Fetch"})], ["Bash", "Fetch"])),
+    ("deferred tools that nobody named", G, [U], {"tools": DEFERRED}, lambda i: list(declared(i)), ["Bash"]),
+    *((f"an odd schema for {to[1]}", to, [U], {"tools": [tool("T", ODD_SCHEMA)]}, lambda i: (
+        {n: p["type"] for n, p in declared(i)["T"]["properties"].items()},
+        keys_in(declared(i)) & {"$schema", "additionalProperties", "propertyNames"}),
+       ({"a": "string", "properties": "string", "type": "number", "title": "string"}, set())) for to in (G, C)),
+    *((f"a schema that is {what}", G, [U], {"tools": [row]}, lambda i: (
+        declared(i)["T"]["type"], list(declared(i)["T"].get("properties", ()))), ("object", names))
+      for what, row, names in (
+        ("a bare property map", tool("T", {"path": {"type": "string"}}), ["path"]),
+        ("without required names",
+         tool("T", {"type": "object", "properties": {"a": {"type": "string"}}, "required": None}), ["a"]),
+        ("null", {"name": "T", "input_schema": None}, []), ("missing", {"name": "T"}, []))),
+    ("a forced tool while thinking", C, [U], {**LOUD, "tools": [tool(), tool("Read")], "tool_choice": {
+        "type": "tool", "name": "Read"}}, lambda i: (i["toolConfig"]["functionCallingConfig"], limits(i)[1]),
+     ({"mode": "ANY", "allowedFunctionNames": ["Read"]}, 0)),
+    *((f"no tool to be called by {to[1]}", to, [U], {"tools": [tool()], "tool_choice": {"type": "none"}},
+       lambda i: "tools" in i, False) for to in (G, C)),
+    ("a budget above the limit", C, [U], {"max_tokens": 4096, "thinking": {"type": "enabled", "budget_tokens": 31999}},
+     lambda i: (limits(i)[0] > limits(i)[1] >= 1024, limits(i)[0] <= 64000), (True, True)),
+    ("fields that Gemini does not know", G, [U], {
+        **LOUD, "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"}, "metadata": {"user_id": "u"}, "service_tier": "auto"},
+     lambda i: keys_in(i) & {"thinking", "context_management", "output_config", "metadata", "service_tier"}, set()),
+    ("a budget above the model's", KEY25, [U], {"thinking": {"type": "enabled", "budget_tokens": 100000}},
+     lambda i: limits(i)[1], 24576),
+    *((f"few tokens for {to[1]} of {to[0]}, which always thinks", to, [U], {
+        "max_tokens": 64, "thinking": {"type": "disabled"}}, lambda i: limits(i)[0] >= 64 + (limits(i)[1] or 128), True)
+      for to in (G, KEY3, KEYPRO)),
+    ("the model's turn first", C, [answered(wrote("hello")), U], {}, lambda i: shape_of(i)[0], ("user", ["text"])),
+    ("thoughts of another family", G, FOREIGN, LOUD, lambda i: ("foreign" in json.dumps(i), signatures(i)),
+     (False, [ag.SKIP_SIGNATURE])),
+    ("a signature that was carried", G, [U, answered(mused("agp1.gfs.simgCsIB", ""), use("a"), use("b")), said(
+        result("a"), result("b"))], LOUD, signatures, ["simgCsIB", None]),
+    ("parallel calls whose signature is lost", G, [U, TWO, said(result("a"), result("b"))], LOUD, signatures,
+     [ag.SKIP_SIGNATURE, None]),
+    ("an open loop without a signed thought", C, [U, ONE, said(result("a"))], LOUD, lambda i: limits(i)[1], 0),
+    ("an image whose type and text are wrong", G, [said(attached("data:image/webp;base64," + "\r\n".join(
+        [PNG[:40], PNG[40:]]), "image/jpeg"))], {}, media, [("image/png", PNG)]),
+    ("an earlier search of the service", C, [U, SEARCHED, U], {}, lambda i: (
+        shape_of(i)[1][0], set(shape_of(i)[1][1]), any("https://x.example/r" in t for t in texts_of(i))),
+     ("model", {"text"}, True)),
+    ("a block of an unknown type", G, [said({"type": "hologram", "data": 1}, wrote("t"))], {}, texts_of, ["t"]),
+    ("nothing but a block of an unknown type", G, [said({"type": "hologram"})], {}, shape_of, [("user", ["text"])]),
+]
+
+
+@table("to, messages, fields, look, expected", SENT)
+def test_what_the_upstream_is_sent(staged, to, messages, fields, look, expected):
+    proxy = staged(provider=to[0])
+    status, _, body = proxy.ask(model=to[1], messages=messages, **fields)
+    assert (status, body.get("content")) == (200, [wrote("ok")]), body
+    inner = proxy.upstream.inner()
+    assert ag.sim_refuses(inner, ag.MODELS[to[1]], to[0] != "gemini") is None
+    assert look(inner) == expected and {c["role"] for c in inner["contents"]} <= {"user", "model"}
+
+
+NAMES = [("a long name", "mcp__server__" + "x" * 77), ("a name with dots", "files.read.v2"),
+         ("a name that begins with a digit", "7up")]
+
+
+@table("name", NAMES)
+@pytest.mark.parametrize("to", [G, C], ids=["Gemini", "Claude"])
+def test_a_tools_name_is_made_legal_and_comes_back_as_it_was(staged, name, to):
+    proxy = staged(lambda body: says(last(call(*declared(body["request"])))))
+    _, _, body = proxy.ask(model=to[1], tools=[tool(name)])
+    assert body["content"][0]["name"] == name
+    [sent] = declared(proxy.upstream.inner())
+    assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", sent)
+
+
+def test_odd_call_ids_reach_claude_as_legal_ones_always_the_same(staged):
+    proxy = staged()
+    history = [U, answered(use("call_2:weird/id"), use("call_2/weird:id")), said(
+        result("call_2:weird/id", "1"), result("call_2/weird:id", "2"))]
+    seen = []
+    for messages in (history, [*history, answered(wrote("x")), U]):
+        assert proxy.ask(model=C[1], messages=messages)[0] == 200
+        inner = proxy.upstream.inner()
+        seen.append([p["functionCall"]["id"] for p in calls_of(inner)])
+        assert seen[-1] == [r["id"] for r in responses(inner)]
+    assert seen[0] == seen[1] and len(set(seen[0])) == 2 and all(re.fullmatch("[a-zA-Z0-9_-]+", i) for i in seen[0])
+
+
+@pytest.mark.parametrize("model", [G[1], C[1]])
+@both
+def test_a_beginning_put_into_the_models_mouth_is_not_said_twice(staged, model, stream):
+    proxy = staged(says(chunk_of({"text": "{"}), last({"text": '"new": true}'})))
+    _, _, body = proxy.ask(model=model, stream=stream, messages=[U, answered(wrote("{"))])
+    assert (folded(body) if stream else body)["content"] == [wrote('"new": true}')]
+    assert proxy.upstream.inner()["contents"][-1]["role"] == "user"
+
+
+def contents_bytes(raw):
+    """The very bytes of `contents` in a request, without the closing bracket."""
+    _, _, rest = raw.decode("ascii").partition('"contents":')
+    return rest[:json.JSONDecoder().raw_decode(rest)[1] - 1]
+
+
+@pytest.mark.parametrize("model, signature", [(G[1], "agp1.gfs.simgX"), (C[1], "agp1.cts.RsimX")])
+def test_a_conversation_that_goes_on_keeps_its_beginning_byte_for_byte(staged, model, signature):
+    proxy = staged()
+    turns = [U, noted("Env: linux"), answered(mused(signature), use("a"), use("b", "Read", path="x")),
+             said(result("b", [wrote("B"), attached(PNG)]), result("a", "A")), noted([wrote("more tools", **ASIDE)]),
+             answered(wrote("done", **ASIDE)), said(wrote("next", **ASIDE)), answered(mused(signature), use("c")),
+             said(result("c"))]
+    for end in (2, 5, 7, 9):
+        assert proxy.ask(model=model, messages=turns[:end], tools=[tool(), tool("Read")], system=[
+            wrote(f"x-anthropic-billing-header: cc_version=2.1; cch={end};"), wrote("You are"),
+            wrote("the prompt", **ASIDE)], **LOUD)[0] == 200
+    heard = [contents_bytes(h.raw) for h in proxy.upstream.heard]
+    assert all(later.startswith(earlier) and len(later) > len(earlier) for earlier, later in zip(heard, heard[1:]))
+    for field in ("systemInstruction", "tools", "generationConfig"):
+        assert len({json.dumps(proxy.upstream.inner(n)[field]) for n in range(4)}) == 1
+    assert [p["text"] for p in proxy.upstream.inner()["systemInstruction"]["parts"]] == ["You are", "the prompt"]
+
+
+@pytest.mark.parametrize("keeps", ["thoughts", "memory"])
+def test_a_signature_returns_after_a_restart_and_to_a_client_that_drops_thoughts(staged, keeps):
+    script = (says(chunk_of({"text": "let me"}), last(call(signature="simgSIG", id="c1"), call(id="c2"))), OK)
+    proxy = staged(*script)
+    _, _, body = proxy.ask(**LOUD)
+    assert [b["type"] for b in body["content"]] == ["text", "thinking", "tool_use", "tool_use"]
+    content = body["content"] if keeps == "thoughts" else [b for b in body["content"] if b["type"] != "thinking"]
+    other = proxy if keeps == "memory" else staged()        # knows nothing of the first
+    other.ask(messages=[U, answered(*content), said(result("c1"), result("c2"))], **LOUD)
+    assert signatures(other.upstream.inner()) == ["simgSIG", None]
+
+
+TIERS = [("the classifier's", "claude-sonnet-5", "sim", "claude-sonnet-4-6"),
+         ("the classifier's, with a key", "claude-sonnet-5", "gemini", ""),
+         ("one of a larger window", "claude-opus-4-8[1m]", "sim", "claude-opus-4-6-thinking")]
+
+
+@table("name, provider, upstream", TIERS)
+def test_claude_names_find_their_tier_and_answer_under_their_own_name(staged, name, provider, upstream):
+    proxy = staged(provider=provider)
+    status, _, body = proxy.ask(model=name)
+    assert (status, body["model"]) == (200, name)
+    assert proxy.upstream.heard[0].body.get("model", "") == upstream
+
+
+def test_safeguards_leave_no_trace_on_the_way_to_gemini(staged):
+    proxy = staged()
+    guards = [{"type": "dangerous_tool_use", "classifier_context": {"rules": "/home/ann/never-tell"}}]
+    for stream in (True, False):
+        status, headers, raw = proxy.call("POST", "/v1/messages?beta=true", {
+            "model": G[1], "max_tokens": 99, "messages": [U], "stream": stream, "safeguards": guards}, {
+            "anthropic-beta": "dangerous-tool-use-2026-09-03"})
+        assert status == 200 and b"safeguard" not in raw
+    assert all(b"never-tell" not in h.raw and b"safeguard" not in h.raw for h in proxy.upstream.heard)
+    assert all("dangerous" not in json.dumps(h.headers) for h in proxy.upstream.heard)
+    assert "never-tell" not in proxy.log_text()
+
+
+# What the client sees: the same in a stream and in a whole answer
+
+FITS = {"text_delta": ("text", "text"), "thinking_delta": ("thinking", "thinking"),
+        "signature_delta": ("thinking", "signature"),
+        "input_json_delta": ("tool_use server_tool_use", "partial_json"), "citations_delta": ("text", "citation")}
+
+
+def folded(events):
+    """The Message that a stream tells; its grammar is checked on the way."""
+    (first, start), *rest = events
+    assert (first, rest[-1][0], rest[-2][0]) == ("message_start", "message_stop", "message_delta")
+    message, block, arguments = start["message"], None, ""
+    assert message["content"] == [] and message["stop_reason"] is None and message["usage"]["input_tokens"] > 0
+    for name, data in rest[:-1]:
+        delta = data.get("delta", {})
+        if name == "content_block_start":
+            assert block is None and data["index"] == len(message["content"])
+            block, arguments = dict(data["content_block"]), ""
+            message["content"].append(block)
+            assert not block.get("input") and not block.get("text") and not block.get("thinking")
+        elif name == "content_block_delta":
+            fits, key = FITS[delta["type"]]
+            assert data["index"] == len(message["content"]) - 1 and block["type"] in fits.split()
+            assert not block.get("signature")               # it comes once, and last
+            if key == "partial_json":
+                arguments += delta[key]
+            elif key == "citation":
+                block.setdefault("citations", []).append(delta[key])
+            else:
+                block[key] += delta[key]
+        elif name == "content_block_stop":
+            assert data["index"] == len(message["content"]) - 1 and block is not None
+            if "input" in block:
+                block["input"] = json.loads(arguments or "{}")
+            block = None
+        elif name == "message_delta" and delta["stop_reason"] is not None:
+            assert block is None and message["stop_reason"] is None
+            message.update(delta)
+            message["usage"].update(data["usage"])
+        else:
+            assert name in ("ping", "message_delta")
+    return message
+
+
+def no_ids(message):
+    """The answer without what is new in each; ids made here differ, the upstream's stay."""
+    return {**message, "id": "", "content": [{k: v for k, v in b.items() if k != "id" and (v or k != "citations")}
+                                             for b in message["content"]]}
+
+
+def types(message):
+    return [b["type"] for b in message["content"]]
+
+
+def numbers(message):
+    return tuple(message["usage"][k + "_tokens"] for k in ("input", "cache_read_input", "output"))
+
+
+HARD = {"text": 'say "hi"\n\\ \u2028 \u00e9 \U0001f600 </x>', "list": [None, True, 1.5, {"deep": [[]]}],
+        "long": "0123456789\n" * 1000}
+PLAN, SIGNED = {"text": "plan", "thought": True}, {"thought": True, "thoughtSignature": "Rsim1"}
+SEEN = [    # sentence, the upstream's chunks, request fields, what is looked at, what it must be
+    ("thoughts, text and two calls in one chunk", [last(PLAN, X, call(id="a"), call("Read", id="b"))], LOUD,
+     lambda m: (types(m), m["stop_reason"]), (["thinking", "text", "tool_use", "tool_use"], "tool_use")),
+    ("a call and an empty text at the end", [chunk_of(call(id="a")), last(BLANK)], {},
+     lambda m: (types(m), m["stop_reason"]), (["tool_use"], "tool_use")),
+    ("a call without arguments", [last(call())], {}, lambda m: m["content"][0]["input"], {}),
+    ("arguments that are hard to quote", [last(call("T", args=HARD))], {}, lambda m: m["content"][0]["input"], HARD),
+    ("two calls of one id", [last(call(id="same"), call(id="same"))], {},
+     lambda m: len({b["id"] for b in m["content"]}), 2),
+    ("a signature on an empty part after Claude's thoughts",
+     [chunk_of(PLAN), chunk_of(SIGNED), chunk_of(X, finish="OTHER")], {**LOUD, "model": C[1]},
+     lambda m: (types(m), m["content"][0]["thinking"], m["content"][0]["signature"].endswith(".Rsim1")),
+     (["thinking", "text"], "plan", True)),
+    ("a signature on a call after text", [last(X, call(signature="simg1", id="a"))], LOUD,
+     lambda m: (types(m), m["content"][1]["thinking"], m["content"][1]["signature"].endswith(".simg1")),
+     (["text", "thinking", "tool_use"], "", True)),
+    ("a signature on the empty text at the end", [chunk_of(PLAN), chunk_of(X), last(
+        {"text": "", "thoughtSignature": "simg1"})], LOUD, types, ["thinking", "text"]),
+    ("thoughts that nobody asked for", [chunk_of(PLAN), last(X)], {}, lambda m: m["content"], [wrote("x")]),
+    ("thoughts whose text is not shown", [chunk_of(PLAN, SIGNED), last(X)],
+     {"thinking": {"type": "adaptive", "display": "omitted"}, "model": C[1]},
+     lambda m: (types(m), m["content"][0]["thinking"], m["content"][0]["signature"].endswith(".Rsim1")),
+     (["thinking", "text"], "", True)),
+    ("usage with the last chunk only",
+     [chunk_of(X), last(BLANK, promptTokenCount=900, candidatesTokenCount=7, thoughtsTokenCount=5)], {},
+     numbers, (900, 0, 12)),
+    ("usage of which a part was cached",
+     [last(X, promptTokenCount=900, cachedContentTokenCount=600, candidatesTokenCount=1)], {}, numbers, (300, 600, 1)),
+    ("no usage at all", [last({"text": "word " * 40})], {}, lambda m: min(numbers(m)[0], numbers(m)[2] - 10) > 0, True),
+    ("a refusal in mid-answer", [chunk_of({"text": "so far"}), chunk_of(finish="SAFETY")], {},
+     lambda m: (m["content"], m["stop_reason"], m["stop_details"]["explanation"]),
+     ([wrote("so far")], "refusal", "SAFETY")),
+    ("a refused prompt", [{"response": {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}}], {},
+     lambda m: (m["content"], m["stop_reason"]), ([], "refusal")),
+    ("nothing but thoughts", [last(PLAN)], LOUD, lambda m: (types(m), m["stop_reason"]),
+     (["thinking", "text"], "end_turn")),
+    ("three calls where one is wanted", [chunk_of(call(id="a"), call(id="b")), last(call(id="c"))],
+     {"tools": [tool()], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+     lambda m: ([b["id"] for b in m["content"]], m["stop_reason"]), (["a"], "tool_use")),
+]
+
+
+@table("chunks, fields, look, expected", SEEN)
+def test_what_the_client_sees_streamed_and_whole(staged, chunks, fields, look, expected):
+    proxy = staged(says(*chunks))
+    status, headers, events = proxy.ask(stream=True, **fields)
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    streamed = folded(events)
+    status, headers, whole = proxy.ask(**fields)
+    assert status == 200 and headers["content-type"] == "application/json"
+    assert no_ids(streamed) == no_ids(whole)
+    assert look(streamed) == look(whole) == expected
+
+
+def test_answers_and_calls_have_new_ids_though_the_upstream_repeats_its_own(staged):
+    chunk = last(call(id="same"))
+    chunk["response"]["responseId"] = "same"
+    proxy = staged(says(chunk))
+    _, _, first = proxy.ask()
+    assert first["content"][0]["id"] == "same"
+    _, _, second = proxy.ask(messages=[U, answered(*first["content"]), said(result("same"))])
+    _, _, events = proxy.ask(stream=True)
+    ids = {m["id"] for m in (first, second, folded(events))}
+    assert second["content"][0]["id"] != "same" and len(ids) == 3 and all(re.fullmatch(r"msg_\w{20,}", i) for i in ids)
+
+
+def test_a_cut_at_any_byte_changes_nothing(staged):
+    chunks = [chunk_of({"text": "é€😀 \u2028"}), last(call("T", args={"a": "é😀"}, id="x"), promptTokenCount=9)]
+    raw = b"".join(b"data: " + json.dumps(c, ensure_ascii=False).encode() + b"\r\n\r\n" for c in chunks)
+    proxy = staged(says(*chunks), says(raw), says(*(raw[i:i + 1] for i in range(len(raw)))),
+                   says(*(raw[i:i + 7] for i in range(0, len(raw), 7))))
+    seen = [no_ids(folded(proxy.ask(stream=True)[2])) for _ in range(4)]
+    assert seen[0]["content"][0]["text"] == "é€😀 \u2028" and seen[0] == seen[1] == seen[2] == seen[3]
+
+
+# Answers that fail
+
+WORDS = chunk_of({"text": "so far"})
+EMPTY, MALFORMED = says(last()), says(chunk_of(finish="MALFORMED_FUNCTION_CALL"))
+DAILY = google("Your quota is exhausted.", "RESOURCE_EXHAUSTED", reason="QUOTA_EXHAUSTED", retry="10800s")
+
+
+def decoded(raw):
+    """The events of a whole answer in its chunks."""
+    return events_of(ag.BodyReader("chunked", 1 << 20).feed(raw.partition(b"\r\n\r\n")[2]))
+
+
+ENDINGS = [     # sentence, what follows the first words, the error's type
+    ("its body ends without a finish", [], "api_error"), ("its connection is cut", [CUT], "api_error"),
+    ("it tells an error", [{"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}}],
+     "rate_limit_error")]
+
+
+@table("steps, kind", ENDINGS)
+def test_an_answer_that_breaks_ends_as_an_error_and_closes(staged, steps, kind):
+    proxy = staged(says(WORDS, *steps))
+    body = json.dumps({"model": G[1], "max_tokens": 99, "stream": True, "messages": [U]}).encode()
+    out = proxy.raw(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=False)    # to the connection's end
+    assert check_anthropic_stream(decoded(out)) == ([[wrote(""), "so far"]], kind) and len(proxy.upstream.heard) == 1
+
+
+RETRIES = [     # sentence, answers of the upstream, calls it gets
+    ("a body that ends before any part", [says(), OK], 2),
+    ("a body with no more than counters", [says(chunk_of(promptTokenCount=9)), OK], 2),
+    ("a malformed call", [MALFORMED, OK], 2), ("two malformed calls", [MALFORMED, MALFORMED, OK], 3),
+    ("an empty answer", [EMPTY, OK], 2), ("a blank answer", [says(last(BLANK)), OK], 2)]
+
+
+@both
+@table("script, calls", RETRIES)
+def test_an_answer_without_content_is_asked_again_unseen(staged, no_pauses, script, calls, stream):
+    proxy = staged(*script, accounts="ab")
+    status, _, body = proxy.ask(stream=stream)
+    content = (folded(body) if stream else body)["content"]
+    assert (status, content, len(proxy.upstream.heard)) == (200, [wrote("ok")], calls)
+
+
+def nested(kind, message):
+    inner = json.dumps({"type": "error", "error": {"type": kind, "message": message}})
+    return {"error": {"code": 400, "message": inner, "status": "INVALID_ARGUMENT"}}
+
+
+REFUSED = [     # sentence, whom, answers of the upstream, status, error type, message, calls
+    ("a malformed call for ever", G, [MALFORMED], 529, "overloaded_error", "", 4),
+    ("an empty answer for ever", G, [EMPTY], 529, "overloaded_error", "", 4),
+    ("an error of Claude inside Google's", C, [refuses(400, nested("invalid_request_error", "messages.3: odd"))],
+     400, "invalid_request_error", r"messages\.3: odd\Z", 1),
+    ("another type of error inside Google's", C, [refuses(400, nested("not_found_error", "no such thing"))],
+     404, "not_found_error", r"no such thing", 2),
+    ("a prompt too long in Google's words", G, [refuses(400, google(
+        "The input token count (1250000) exceeds the maximum number of tokens allowed (1048576)."))],
+     400, "invalid_request_error", r"\Aprompt is too long: 1250000 tokens > 1048576 maximum\Z", 1),
+    ("a prompt too long without numbers", C, [refuses(400, nested("invalid_request_error", "Prompt is too long"))],
+     400, "invalid_request_error", r"\Aprompt is too long: 200001 tokens > 200000 maximum\Z", 1),
+    ("no account whose token is taken", G, [refuses(401, google("Request had invalid authentication credentials."))],
+     403, "permission_error", "", 2),
+    ("a page of a gateway", G, [(502, {"content-type": "text/html"}, b"<html><h1>502 Bad Gateway</h1></html>")],
+     502, "api_error", "", 2),
+]
+
+
+@both
+@table("to, script, status, kind, words, calls", REFUSED)
+def test_a_refusal_is_told_in_the_clients_words(staged, no_pauses, to, script, status, kind, words, calls, stream):
+    proxy = staged(*script, accounts="ab")
+    got, headers, body = proxy.ask(model=to[1], stream=stream)
+    message = body["error"]["message"]
+    assert (got, body["type"], body["error"]["type"]) == (status, "error", kind) and "<h" not in message
+    assert headers["content-type"] == "application/json" and body["request_id"] == headers["request-id"]
+    assert re.search(words, message) and len(proxy.upstream.heard) == calls
+
+
+def test_exhausted_accounts_say_until_when_and_are_not_asked_again(staged, no_pauses):
+    proxy = staged(refuses(429, DAILY), accounts="ab")
+    for stream in (True, False):
+        status, headers, body = proxy.ask(stream=stream)
+        assert status == 429 and re.search(r"until \d\d:\d\d", body["error"]["message"])
+        assert int(headers["retry-after"]) > 60 and headers["x-should-retry"] == "false"
+    assert len(proxy.upstream.heard) == 2
+
+
+def test_accounts_that_rest_for_seconds_let_the_client_wait(staged):
+    proxy = staged(refuses(429, google("busy", reason="RATE_LIMIT_EXCEEDED", retry="8s")), accounts="ab", max_wait_s=1)
+    status, headers, _ = proxy.ask()
+    assert status in (429, 529) and 1 <= int(headers["retry-after"]) <= 59 and "x-should-retry" not in headers
+
+
+SILENCES = [("a text", [WORDS], b'"text":""}}'), ("a thought", [chunk_of(PLAN)], b'"thinking":""}}'),
+            ("a call", [chunk_of(call(id="a"))], b'event: message_delta')]
+
+
+@table("before, beat", SILENCES)
+def test_a_long_silence_is_bridged_for_every_client(staged, monkeypatch, before, beat):
+    assert ag.PING_EVERY_S <= 15 and ag.BEAT_EVERY_S <= 60 and ag.SETTINGS["idle_timeout_s"].default > 280
+    monkeypatch.setattr(ag, "PING_EVERY_S", 0.1)
+    monkeypatch.setattr(ag, "BEAT_EVERY_S", 1.5)
+    goes_on, data = threading.Event(), b""
+    proxy = staged(says(*before, goes_on, last({"text": "done"})), idle_timeout_s=9)
+    body = json.dumps({"model": G[1], "stream": True, "messages": [U], **LOUD}).encode()
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as sock:
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while beat not in data.partition(b"event: ping")[2]:
+            data += sock.recv(65536)
+            assert b"event: error" not in data
+        goes_on.set()
+        while not data.endswith(ag.LAST_CHUNK):
+            data += sock.recv(65536)
+    content = folded(decoded(data))["content"]
+    assert len(content) == 2 - (before == [WORDS]) and content[-1]["text"].endswith("done")
+
+
+@both
+def test_a_stop_sequence_over_two_chunks_ends_the_answer_and_its_upstream(staged, stream):
+    proxy = staged(says(chunk_of({"text": "one </sev"}), chunk_of({"text": "erity> two"}), HANG), idle_timeout_s=9)
+    _, _, body = proxy.ask(stream=stream, stop_sequences=["</severity>", " "])
+    message = folded(body) if stream else body
+    assert message["content"] == [wrote("one ")]
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "</severity>")
+    until(proxy.upstream.gone.is_set)
+
+
+WEB_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+FOUND = "Größe: Berlin is large. Bonn is not."
+GROUNDING = {"webSearchQueries": ["berlin size"],
+             "groundingChunks": [{"web": {"uri": "https://b.example", "title": "Berlin"}}],
+             "groundingSupports": [{"segment": {"startIndex": 9, "endIndex": 25, "text": "Berlin is large."},
+                                    "groundingChunkIndices": [0]}]}
+
+
+@both
+@pytest.mark.parametrize("to", [G, C, KEY3], ids=["Gemini", "Claude", "Gemini API"])
+def test_a_search_brings_its_query_its_results_and_text_with_citations(staged, to, stream):
+    end = last(promptTokenCount=9)
+    end["response"]["candidates"][0]["groundingMetadata"] = GROUNDING
+    texts = [chunk_of({"text": FOUND[i:i + 9]}) for i in range(0, len(FOUND), 9)]
+    proxy = staged(says(*texts, end), provider=to[0], search_model="gemini-3-flash")
+    _, _, body = proxy.ask("Perform a web search for the query: berlin size", model=to[1], stream=stream,
+                           tools=[WEB_SEARCH], tool_choice={"type": "tool", "name": "web_search"})
+    message = folded(body) if stream else body
+    query, found, *texts = message["content"]
+    assert (query["type"], query["name"], query["input"]) == ("server_tool_use", "web_search", {"query": "berlin size"})
+    assert query["id"].startswith("srvtoolu_") and found["tool_use_id"] == query["id"]
+    [link] = found["content"]
+    assert (found["type"], link["type"]) == ("web_search_tool_result", "web_search_result")
+    assert {t["type"] for t in texts} == {"text"} and "".join(t["text"] for t in texts) == FOUND
+    [(words, [citation])] = [(t["text"], t["citations"]) for t in texts if t.get("citations")]
+    assert words.endswith("Berlin is large.") and citation["cited_text"] == "Berlin is large."
+    assert citation["type"] == "web_search_result_location"
+    assert (link["url"], link["title"]) == (citation["url"], citation["title"]) == ("https://b.example", "Berlin")
+    assert message["stop_reason"] == "end_turn" and message["usage"]["server_tool_use"]["web_search_requests"] == 1
+    assert [list(t) for t in proxy.upstream.inner()["tools"]] == [["googleSearch"]]
+    if to[0] == "sim":
+        envelope = proxy.upstream.heard[0].body
+        assert (envelope["requestType"], envelope["model"]) == ("web_search", "gemini-3-flash")
+
+
+# Small requests, counting, routes
+
+IDENTITY = [wrote("x-anthropic-billing-header: cc_version=2.1;"), wrote("You are Claude Code.")]
+HI, WARMUP = [said(wrote("Hi"))], [said(wrote("Warmup"))]
+CODE = {"max_tokens": 4096, "system": IDENTITY}
+SMALL = [   # sentence, the request, its kind where it is answered here
+    ("a quota probe", {"max_tokens": 1, "messages": [{"role": "user", "content": "quota"}]}, "probe"),
+    ("a model check", {**CODE, "max_tokens": 1, "messages": HI}, "probe"),
+    ("a greeting", {**CODE, "messages": HI}, None),
+    ("a greeting with tools", {**CODE, "max_tokens": 1, "messages": HI, "tools": [tool()]}, None),
+    ("a warm-up", {**CODE, "messages": WARMUP, "tools": [], "stream": True}, "warmup"),
+    ("a person's Warmup with tools", {**CODE, "messages": WARMUP, "tools": [tool()], "stream": True}, None),
+    ("a person's Warmup later on", {**CODE, "messages": [U, answered(wrote("x")), *WARMUP], "stream": True}, None),
+    ("a person's Warmup long ago", {**CODE, "messages": [*WARMUP, answered(wrote("x")), U], "stream": True}, None),
+]
+
+
+@table("fields, kind", SMALL)
+def test_only_small_requests_are_answered_here(staged, fields, kind):
+    proxy = staged()
+    status, headers, body = proxy.ask(**fields)
+    message = folded(body) if fields.get("stream") else body
+    assert (status, headers.get("x-agproxy-local"), len(proxy.upstream.heard)) == (200, kind, int(kind is None))
+    assert message["content"] == [wrote("ok" if kind is None else "OK")] and message["usage"]["input_tokens"] > 0
+    assert message["stop_reason"] == ("max_tokens" if kind == "probe" else "end_turn")
+    status, _, body = proxy.ask(**{**fields, "model": "gemnii-3", "stream": False})
+    assert (status, body["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.parametrize("model", [G[1], C[1], "claude-sonnet-5"])
+@pytest.mark.parametrize("tag", ["block", "severity"])
+def test_a_permission_check_is_passed_on_as_it_is_and_ends_before_its_tag(staged, model, tag):
+    proxy = staged(says(chunk_of({"text": f"<{tag}>5</{tag[:3]}"}), last({"text": f"{tag[3:]}> because"})))
+    system, parts = "Judge.\n" + "rule " * 20000, ["<transcript>", "rm -rf build", "</transcript>"]
+    status, _, body = proxy.ask(model=model, max_tokens=64, thinking={"type": "disabled"}, stop_sequences=[f"</{tag}>"],
+                                system=[IDENTITY[0], wrote(system)], messages=[said(*map(wrote, parts))])
+    assert (status, body["content"]) == (200, [wrote(f"<{tag}>5")])
+    assert (body["stop_reason"], body["stop_sequence"]) == ("stop_sequence", f"</{tag}>")
+    inner = proxy.upstream.inner()
+    assert (inner["systemInstruction"]["parts"], texts_of(inner)) == ([{"text": system}], parts)
+
+
+TITLE = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"],
+         "additionalProperties": False}
+
+
+@pytest.mark.parametrize("model", [G[1], C[1]])
+def test_a_title_is_json_with_a_title_and_nothing_else(staged, model):
+    parts = 'Here it is:\n```json\n{"title": ', '"Fix {it}"}\n```\nFine?'
+    proxy = staged(says(chunk_of({"text": parts[0]}), last({"text": parts[1]})))
+    _, _, events = proxy.ask("<session>fix it</session>", model=model, stream=True, tools=[], system=IDENTITY,
+                             output_config={"format": {"type": "json_schema", "schema": TITLE}})
+    [block] = folded(events)["content"]
+    assert json.loads(block["text"]) == {"title": "Fix {it}"}
+
+
+PROSE = "Read the header, then decide: if (length > limit) { return error(413); } else the body is read.\n" * 60
+COUNTED = [("messages", {"messages": [{"role": "user", "content": PROSE}, answered(wrote(PROSE)), U]}, 2 * len(PROSE)),
+           ("the system", {"messages": [U], "system": PROSE}, len(PROSE)),
+           ("a tool", {"messages": [U], "tools": [tool(schema=ODD_SCHEMA, description=PROSE)]}, len(PROSE)),
+           ("a result", {"messages": [U, ONE, said(result("a", PROSE))], "tools": [tool()]}, len(PROSE))]
+
+
+@pytest.mark.parametrize("model", [G[1], C[1]])
+@table("fields, letters", COUNTED)
+def test_counting_sees_all_of_a_request(staged, model, fields, letters):
+    """Anthropic's own rule of thumb: a token is three and a half letters."""
+    proxy = staged()
+    status, headers, raw = proxy.call("POST", "/v1/messages/count_tokens", {"model": model, **fields})
+    assert status == 200 and headers["x-agproxy-token-count"] == "estimate"
+    assert 0.8 < json.loads(raw)["input_tokens"] / (letters / 3.5) < 1.2
+
+
+def test_counting_for_anthropic_is_anthropics(staged):
+    proxy = staged(provider="anthropic")
+    proxy.upstream.count_answer = refuses(200, {"input_tokens": 4711})
+    body = {"model": "claude-opus-4-8", "messages": [U], "tools": [tool()], "system": "s"}
+    status, headers, raw = proxy.call("POST", "/v1/messages/count_tokens?beta=true", body)
+    assert (status, json.loads(raw)) == (200, {"input_tokens": 4711}) and headers["x-agproxy-token-count"] == "upstream"
+    [heard] = proxy.upstream.counted
+    assert heard.path.startswith("/v1/messages/count_tokens") and heard.body == body
+
+
+@pytest.mark.parametrize("provider, model", [("sim", G[1]), ("anthropic", "claude-opus-4-8")])
+def test_many_counts_at_once_are_all_answered_and_cost_no_account_anything(staged, provider, model):
+    proxy = staged(provider=provider)
+    proxy.upstream.script = [talks] if provider == "anthropic" else [OK]
+    answers, body = [], {"model": model, "messages": [U]}
+
+    def count():
+        answers.append(proxy.call("POST", "/v1/messages/count_tokens?beta=true", body))
+    threads = [threading.Thread(target=count) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [status for status, _, _ in answers] == [200] * 50 and len({raw for _, _, raw in answers}) == 1
+    assert json.loads(answers[0][2])["input_tokens"] > 0 and not proxy.upstream.heard
+    assert proxy.ask(model=model)[0] == 200
+
+
+@pytest.mark.parametrize("right", ["x-api-key", "authorization"])
+def test_one_right_key_of_two_is_enough(make_proxy, right):
+    proxy = make_proxy({"a": None}, env={"PROXY_API_KEY": "right-key-0123456789"})
+    for good in (True, False):
+        sent = {"x-api-key": "wrong", "authorization": "Bearer wrong"}
+        if good:
+            sent[right] = sent[right].replace("wrong", "right-key-0123456789")
+        status, _, raw = proxy.call("POST", "/v1/messages", {"model": "opus", "max_tokens": 9, "messages": [U]}, sent)
+        assert status == (200 if good else 401), raw
+
+
+ROUTES = [("HEAD", "/", 200, None), ("HEAD", "/api/hello", 200, None), ("GET", "/v1/nope", 404, "not_found_error"),
+          ("DELETE", "/v1/messages", 405, "invalid_request_error")]
+
+
+@pytest.mark.parametrize("method, path, status, kind", ROUTES, ids=[" ".join(r[:2]) for r in ROUTES])
+def test_what_small_routes_say(make_proxy, method, path, status, kind):
+    got, headers, raw = make_proxy({"a": None}).call(method, path)
+    assert got == status and (raw == b"" if kind is None else json.loads(raw)["error"]["type"] == kind)
+    assert status != 405 or headers["allow"] == "POST"
+
+
+def test_models_come_in_pages_and_each_has_a_name_that_discovery_keeps(make_proxy):
+    proxy = make_proxy({"a": None})
+    every = json.loads(proxy.call("GET", "/v1/models?limit=1000")[2])
+    ids = [row["id"] for row in every["data"]]
+    assert not every["has_more"] and len(set(ids)) == len(ids) and all(row["display_name"] for row in every["data"])
+    assert {i if i.startswith("claude") else "claude-" + i for i in ids} <= set(ids)
+    for after, expected, has_more in ((2, ids[3:5], True), (len(ids) - 2, ids[-1:], False)):
+        page = json.loads(proxy.call("GET", f"/v1/models?limit=2&after_id={ids[after]}")[2])
+        assert ([row["id"] for row in page["data"]], page["has_more"]) == (expected, has_more)
+        assert (page["first_id"], page["last_id"]) == (expected[0], expected[-1])
+    assert proxy.ask(model=next(i for i in ids if i.startswith("claude-gemini")))[0] == 200
+
+
+def test_scaled_usage_reaches_the_clients_threshold_where_the_window_really_ends(staged):
+    sizes = [50_000, 83_500, 300_000, 600_000, 968_576, 1_040_000]
+    script = [says(last(X, promptTokenCount=size, cachedContentTokenCount=size // 2, candidatesTokenCount=5))
+              for size in sizes for _ in (0, 1)]
+    proxy = staged(*script, usage_scaling=True, client_window_tokens=200_000)
+    seen = []
+    for size in sizes:
+        whole, events = numbers(proxy.ask()[2]), proxy.ask(stream=True)[2]
+        assert numbers(folded(events)) == whole == numbers(events[0][1]["message"])[:2] + (5,)
+        assert abs(whole[0] - whole[1]) <= 1
+        seen.append(whole[0] + whole[1])
+    assert seen == sorted(set(seen)) and seen[-1] <= 197_000
+    assert seen[:3] + seen[4:5] == pytest.approx([50_000, 83_500, 103_925, 167_000], abs=1)
+    text, tokens = next((row[4], row[2]) for row in SAMPLES if row[0] == "english")
+    body = {"model": G[1], "messages": [{"role": "user", "content": text * 3000}]}
+    count = json.loads(proxy.call("POST", "/v1/messages/count_tokens", body)[2])["input_tokens"]
+    proxy.upstream.script = [says(last(X, promptTokenCount=tokens * 3000))]
+    assert count == pytest.approx(numbers(proxy.ask(**body)[2])[0], rel=0.2)
+
+
+@pytest.mark.parametrize("idle", ["the upstream hung up", "ten minutes passed"])
+def test_a_long_idle_connection_is_never_the_next_requests_trouble(staged, monkeypatch, idle):
+    proxy = staged()
+    assert proxy.ask()[0] == proxy.ask()[0] == 200
+    opened = proxy.upstream.opened
+    if idle == "ten minutes passed":
+        real = time.monotonic
+        monkeypatch.setattr(proxy.services.connections.clock, "monotonic", lambda: real() + 600, raising=False)
+    else:
+        for sock in proxy.upstream.sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+    status, _, body = proxy.ask()
+    assert (status, len(proxy.upstream.heard), proxy.upstream.opened) == (200, 3, opened + 1)
+
+
+# Through to Anthropic's own API
+
+OPUS = "claude-opus-4-8"
+KEPT = {"anthropic-version": "2023-06-01", "anthropic-beta": "claude-code-20250219,context-management-2025-06-27,"
+        "dangerous-tool-use-2026-09-03"}
+VERDICTS = [{"type": "dangerous_tool_use", "status": {"type": "available", "tool_uses": {
+    "toolu_1": {"type": "evaluated", "outcome": "not_flagged", "brand_new": 1}}}}]
+
+
+def talks(body):
+    """The Messages API's answer: a call with its verdict, in a stream or whole."""
+    block = {**use("toolu_1", command="ls"), "caller": {"type": "direct"}}
+    left = {"anthropic-ratelimit-requests-remaining": "41"}
+    message = {"id": "msg_upstream", "type": "message", "role": "assistant", "model": body["model"], "content": [],
+               "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 12, "output_tokens": 3}}
+    if not body.get("stream"):
+        whole = {**message, "content": [block], "stop_reason": "tool_use", "safeguard_results": VERDICTS}
+        return refuses(200, whole, **left)
+    return 200, left, [
+        {"type": "message_start", "message": message}, {"type": "ping"},
+        {"type": "content_block_start", "index": 0, "content_block": {**block, "input": {}}},
+        *({"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": part}}
+          for part in ("", '{"comm', 'and":"ls"}')),
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "usage": {"output_tokens": 3}, "context_management": {"applied_edits": []},
+         "delta": {"stop_reason": "tool_use", "stop_sequence": None, "safeguard_results": VERDICTS}},
+        {"type": "message_stop"}]
+
+
+def relayed(proxy, body):
+    """(bytes of `body`, spaced as no encoder of ours does, what came back)"""
+    raw = body if isinstance(body, bytes) else json.dumps(body, indent=1, ensure_ascii=False).encode()
+    keys = {"x-api-key": "the-clients-own", "authorization": "Bearer the-clients-own"}
+    return raw, proxy.call("POST", "/v1/messages?beta=true", raw, {**keys, **KEPT})
+
+
+@both
+@pytest.mark.parametrize("name", [OPUS, OPUS + "[1m]"])
+def test_safeguards_markers_and_betas_pass_to_anthropic_and_their_results_back(staged, name, stream):
+    proxy = staged(talks, provider="anthropic")
+    raw, (status, headers, out) = relayed(proxy, {
+        "model": name, "max_tokens": 99, "stream": stream, "context_management": {"edits": []},
+        "safeguards": [{"type": "dangerous_tool_use", "classifier_context": {"r": "é"}}], "tools": [tool(**ASIDE)],
+        "system": [IDENTITY[0], wrote("s", **ASIDE)],
+        "messages": [U, ONE, said(result("a", [wrote("x", **ASIDE)], **ASIDE)), noted("Env")]})
+    heard = proxy.upstream.heard[0]
+    assert status == 200 and heard.path == "/v1/messages?beta=true"
+    assert heard.raw == raw.replace(name.encode(), OPUS.encode())
+    assert heard.headers["x-api-key"] == "key-of-a" and "the-clients-own" not in json.dumps(heard.headers)
+    betas = KEPT["anthropic-beta"] + ",context-1m-2025-08-07" * name.endswith("[1m]")
+    assert {k: heard.headers[k] for k in KEPT} == {**KEPT, "anthropic-beta": betas}
+    assert headers["anthropic-ratelimit-requests-remaining"] == "41"
+    _, _, sent = talks({"model": name, "stream": stream})
+    if stream:
+        assert [data for kind, data in events_of(out) if kind != "ping"] == [e for e in sent if e["type"] != "ping"]
+        assert headers["content-type"].startswith("text/event-stream")
+    else:
+        assert json.loads(out) == json.loads(sent) and headers["content-type"] == "application/json"
+
+
+def test_only_our_own_thoughts_are_cut_out_on_the_way_to_anthropic(staged):
+    proxy = staged(talks, provider="anthropic")
+    ours, theirs = json.dumps(mused("agp1.gfs.simgX")), json.dumps(mused("EqQBown", " é "), ensure_ascii=False)
+    signed = json.dumps(mused("agp1.cts.RsimX"), indent=2)
+    asked, other = json.dumps(use("a", note="agp1.")), '{ "type":"redacted_thinking" ,"data":"agp1.gfs.x" }'
+    form = ('{ "model":"claude-opus-4-8","max_tokens" : 9,\n "system":[{"type":"text","text":"x-anthropic-billing-heade'
+            'r: a"}], "messages": [{"role":"user","content":"agp1.gfs.simgX"},\n{"role":"assistant","content":[%s]}, '
+            '{"role":"user","content":[{"type":"tool_result","tool_use_id":"a"}]}],"brand_new":1.50}')
+    for given, kept in (([ours, theirs, asked], [theirs, asked]), ([asked, signed], [asked]),
+                        ([theirs, other, ours, asked], [theirs, other, asked]), ([theirs, asked], [theirs, asked])):
+        _, (status, _, out) = relayed(proxy, (form % ", ".join(given)).encode())
+        assert status == 200, out
+        sent, expected = proxy.upstream.heard[-1].raw, (form % ", ".join(kept)).encode()
+        assert re.sub(rb"\s*,\s*", b",", sent) == re.sub(rb"\s*,\s*", b",", expected)
+
+
+OLD = answered(mused("EqQBold"), {"type": "redacted_thinking", "data": "x"}, wrote("x"))
+THOUGHT = {"model": OPUS, "max_tokens": 99, "messages": [U, OLD, U]}
+INVALID = (b'{"type":"error","error":{"type":"invalid_request_error","message":"messages.1.content.0: Invalid '
+           b'`signature` in `thinking` block"},"new":1}')
+
+
+@both
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_refused_signature_is_mended_once_and_then_told_as_it_is(staged, heals, stream):
+    refused = refuses(400, INVALID)
+    proxy = staged(refused, talks if heals else refused, provider="anthropic", accounts="ab")
+    _, (status, headers, out) = relayed(proxy, {**THOUGHT, "stream": stream})
+    assert [len(h.body["messages"][1]["content"]) for h in proxy.upstream.heard] == [3, 1]
+    assert (status == 200 and headers["x-agproxy-repair"]) if heals else (status, out) == (400, INVALID)
+
+
+BETAS = [   # sentence, Anthropic's words
+    ("as an unexpected value", "Unexpected value(s) `context-management-2025-06-27` for the `anthropic-beta` header."),
+    ("by its field", "context_management: Extra inputs are not permitted")]
+
+
+@table("words", BETAS)
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_beta_that_is_refused_goes_together_with_its_field_once(staged, words, heals):
+    error = {"type": "error", "error": {"type": "invalid_request_error", "message": words}}
+    refused = refuses(400, error)
+    proxy = staged(refused, talks if heals else refused, provider="anthropic")
+    body = {**THOUGHT, "context_management": {"edits": []}, "metadata": {"user_id": "u"}}
+    _, (status, headers, out) = relayed(proxy, body)
+    first, second = proxy.upstream.heard
+    assert first.body == body and second.body == {k: v for k, v in body.items() if k != "context_management"}
+    assert second.headers["anthropic-beta"].replace(" ", "") == "claude-code-20250219,dangerous-tool-use-2026-09-03"
+    assert (status == 200 and headers["x-agproxy-repair"]) if heals else (status, json.loads(out)) == (400, error)
 
 
 # ── 19. Terminal ──────────────────────────────────────────────────────────
