@@ -2946,7 +2946,8 @@ def _types_of(schema: Mapping) -> list[str]:
     kinds = schema.get("type")
     if kinds is None and isinstance(schema.get("properties"), dict):
         kinds = "object"
-    return [kinds] if isinstance(kinds, str) else [k for k in kinds or () if isinstance(k, str)]
+    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    return [k for k in kinds if isinstance(k, str) and k in _PYTHON_TYPES]
 
 
 def _fitting_branch(value: Any, schema: dict, root: dict) -> dict:
@@ -2961,9 +2962,9 @@ def _fitting_branch(value: Any, schema: dict, root: dict) -> dict:
     fits = [b for b in branches if not _types_of(b) or _has_type(value, _types_of(b))]
     if isinstance(value, dict):         # of several objects the one whose names it uses
         fits.sort(key=lambda b: -len(value.keys() & object_of(b.get("properties")).keys()))
-    named = [b for b in fits if "enum" in b or "const" in b]
-    values = [v for b in branches for v in b.get("enum") or [b.get("const")] if v is not None]
-    if values and (named or not fits):
+    values = [v for b in branches for v in (b["enum"] if isinstance(b.get("enum"), list)
+                                            else [b.get("const")]) if v is not None]
+    if values and (not fits or any("enum" in b or "const" in b for b in fits)):
         return {"enum": values}
     return (fits or branches)[0]
 
@@ -2992,13 +2993,13 @@ def restore_arguments(value: Any, schema: Any, root: Any = None) -> Any:
     """A call's arguments brought back to the client's own schema: enum texts to their numbers or
     booleans, our placeholder removed, and what models get wrong mended where the schema leaves no
     doubt: a number or list in quotes, a bare item for a list, `filePath` for `file_path`, null for
-    what is merely optional."""
+    what is merely optional.  `root` is the whole schema, None at its top."""
     if not isinstance(schema, dict):
         return value
-    root = schema if root is None else root
+    is_top, root = root is None, schema if root is None else root
     schema = _fitting_branch(value, schema, root)
     kinds = _types_of(schema)
-    if kinds and not _has_type(value, kinds):
+    if kinds and not is_top and not _has_type(value, kinds):
         value = _as_type(value, kinds)
     if isinstance(value, dict):
         properties = object_of(schema.get("properties"))
