@@ -1963,9 +1963,9 @@ _VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|
 def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
     """(name, wish) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
     of the catalogue with such an ending is just that."""
-    match = _VARIANT.match(name)
+    match = _VARIANT.match(re.sub(r"\[[^\]]*\]\Z", "", name))
     plain = name.lower().rpartition("/")[2]
-    if not match or plain in MODELS or plain in ALIASES:
+    if not match or plain in ALIASES or {plain, plain.replace("claude-", "", 1)} & MODELS.keys():
         return name, None
     base, word = match[1], (match[2] or match[3]).lower()
     known = base.lower().rpartition("/")[2]
@@ -3765,12 +3765,46 @@ def _relay_message(text: str, leaves_out: Callable[[Any], bool]) -> str:
     return json_splice(text, {"content": "[" + ",".join(kept) + "]"}) if kept else ""
 
 
+def _paired(messages: list) -> list:
+    """Messages in which every call is answered in the next turn, and nothing else is; what does not
+    fit is told as text."""
+    out: list = []
+    calls: list = []
+
+    def missing(call_id: str) -> dict:
+        return {"type": "tool_result", "tool_use_id": call_id, "is_error": True,
+                "content": "no result was recorded for this call"}
+    for message in messages:
+        content = message.get("content")
+        blocks = objects_of(content) if isinstance(content, list) else [
+            {"type": "text", "text": content}]
+        if message.get("role") == "user":
+            given = {b.get("tool_use_id"): b for b in blocks if b.get("type") == "tool_result"}
+            kept = [given.get(i) or missing(i) for i in calls]
+            for block in blocks:
+                if block.get("type") != "tool_result":
+                    kept.append(block)
+                elif block.get("tool_use_id") not in calls:
+                    told = block.get("content") or ""
+                    kept += [{"type": "text", "text": "[result of an earlier tool call]"},
+                             *(objects_of(told) if isinstance(told, list) else
+                               [{"type": "text", "text": told}] * bool(told))]
+            message, calls = {**message, "content": kept}, []
+        elif message.get("role") == "assistant":
+            out += [{"role": "user", "content": [missing(i) for i in calls]}] * bool(calls)
+            calls = [b.get("id") for b in blocks if b.get("type") == "tool_use"]
+        out.append(message)
+    return out + [{"role": "user", "content": [missing(i) for i in calls]}] * bool(calls)
+
+
 def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> str:
     """`messages` for the upstream.  Only messages with something to leave out are touched."""
     def leaves_out(block: Any) -> bool:
         return _is_ours(block, keeps_unsigned) or "thinking" in repairs and (
             isinstance(block, dict) and block.get("type") in ("thinking", "redacted_thinking"))
-    out, is_whole = [], True
+    if "pairs" in repairs:
+        text = json_encode(_paired(objects_of(json.loads(text))))
+    out, is_whole = [], "pairs" not in repairs
     for _, _, at, end in json_spans(text):
         message = text[at:end]
         edited = message
@@ -3792,7 +3826,7 @@ def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> 
 def anthropic_relay_request(request: Request, target: Target,
                             repairs: frozenset = frozenset()) -> Rendered:
     """The client's own body and headers for an Anthropic upstream.  `repairs` of its refusals:
-    `thinking`, `no_thinking`, `system_role`, `last_turn`, `drop <beta or path of the body>`."""
+    `thinking`, `no_thinking`, `pairs`, `system_role`, `last_turn`, `drop <beta or path of the body>`."""
     native, changes = request.native, {}
     text = native.raw.decode("utf-8")
     headers = {"anthropic-version": "2023-06-01", **dict(native.headers)}
@@ -5187,8 +5221,10 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
         return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
     if wanted in MODELS or wanted in listed:
         return (wanted,), False
-    if wanted.startswith("claude-") and wanted[7:] in MODELS:
-        return (wanted[7:],), False     # as listed for clients that keep only claude ids
+    if wanted.startswith("claude-g"):       # as listed for clients that keep only claude ids
+        wanted = wanted[7:]
+        if wanted in MODELS:
+            return (wanted,), False
     choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
     if not choices and (wanted.startswith("claude") or wanted in TIERS):
         choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
@@ -5211,8 +5247,7 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
         is_taken = any(choice in a.models or any(fnmatch.fnmatchcase(choice.lower(), p)
                                                  for p in a.provider.names) for a in accounts)
         return row or (model_from_id(choice) if is_taken else None)
-    exact = None if is_alias or plain.lower().startswith("claude-") and (
-        plain.lower()[7:] in MODELS) else known(plain)
+    exact = None if is_alias or plain.lower().startswith("claude-g") else known(plain)
     rows = [m for m in map(known, choices) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
     if exact is not None and (found is None or serves(exact)):
@@ -7479,7 +7514,7 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"invalid `signature`|signature: field required|bound to a different|cannot be modified",
            ("signatures",), ("thinking",)),
     Repair(r"function response parts|function call turn comes|tool_use_id|`tool_use` ids",
-           ("calls_as_text",), ()),
+           ("calls_as_text",), ("pairs",)),
     Repair(r"budget_tokens|thinking.?budget|thinking.?level", ("no_budget",), ()),
     Repair(r"(?:function_declarations\[|tools\.)(\d+)", ("core_schemas", "bare_schema {}"), ()),
     Repair(r"input_schema|function_declarations|proto field|unknown name", (
@@ -9926,6 +9961,9 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
     if schema or wanted:
         with contextlib.suppress(ValueError):       # the prompt only spoke of a schema
             return [[{"text": json_encode(_sim_value(schema or json.loads(wanted), prompt))}]]
+    if "Do NOT call any tools" in prompt:       # a client compacts its conversation
+        return [[{"text": "<analysis>It was short.</analysis>\n<summary>"}], [{"text": (
+            f"{len(contents)} turns with the simulated upstream.</summary>")}]]
     steps = _sim_steps(prompt, inner)
     if len(results) < len(steps):
         batch = steps if "parallel" in prompt.lower() and not results else [steps[len(results)]]
@@ -9977,17 +10015,20 @@ def sim_native_events(message: Mapping) -> Iterator[dict]:
                                                 "usage": {**usage, "output_tokens": 1}}}
     yield {"type": "ping"}
     for index, block in enumerate(message["content"]):
-        field_name = {"text": "text", "thinking": "thinking"}.get(block["type"], "input")
-        empty = {"thinking": "", "signature": ""} if field_name == "thinking" else (
-            {field_name: "" if field_name == "text" else {}})
-        yield {"type": "content_block_start", "index": index, "content_block": {**block, **empty}}
-        text = block[field_name] if field_name != "input" else json_encode(block["input"])
-        word = {"text": "text_delta", "thinking": "thinking_delta"}.get(field_name,
-                                                                        "input_json_delta")
-        name = "partial_json" if field_name == "input" else field_name
+        name, word = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta"),
+                      "tool_use": ("input", "input_json_delta"),
+                      "server_tool_use": ("input", "input_json_delta")}.get(block["type"], ("", ""))
+        empty = {"thinking": "", "signature": ""} if name == "thinking" else (
+            {"text": ""} if name == "text" else {"input": {}} if name else {})
+        start = {k: v for k, v in block.items() if k != "citations"}
+        yield {"type": "content_block_start", "index": index, "content_block": {**start, **empty}}
+        text = json_encode(block["input"]) if name == "input" else block.get(name, "")
         for at in range(0, len(text), 12):
-            yield {"type": "content_block_delta", "index": index,
-                   "delta": {"type": word, name: text[at:at + 12]}}
+            yield {"type": "content_block_delta", "index": index, "delta": {
+                "type": word, "partial_json" if name == "input" else name: text[at:at + 12]}}
+        for citation in block.get("citations", ()):
+            yield {"type": "content_block_delta", "index": index, "delta": {
+                "type": "citations_delta", "citation": citation}}
         if "signature" in block:
             yield {"type": "content_block_delta", "index": index, "delta": {
                 "type": "signature_delta", "signature": block["signature"]}}
@@ -10189,12 +10230,14 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                 answer["refresh_token"] = account.refresh_token
             return 200, answer
 
-    def _json(self, status: int, value: Any) -> None:
-        self._send(status, "application/json", json_encode(value).encode())
+    def _json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        self._send(status, "application/json", json_encode(value).encode(), headers)
 
-    def _send(self, status: int, content_type: str, data: bytes) -> None:
+    def _send(self, status: int, content_type: str, data: bytes,
+              headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", content_type)
+        for name, text in {"Content-Type": content_type, **(headers or {})}.items():
+            self.send_header(name, text)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -10212,9 +10255,11 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         else:
             refused = sim_native_refuses({"max_tokens": 1, **body} if "count" in path else body)
             told = (400, "invalid_request_error", refused) if refused else None
+            self.server.refusals.extend([refused] * bool(refused))
         if told:
             return self._json(told[0], {"type": "error", "request_id": "req_sim",
-                                        "error": {"type": told[1], "message": told[2]}})
+                                        "error": {"type": told[1], "message": told[2]}},
+                              {"retry-after": "3600"} if fault == "quota" else None)
         if path.endswith("/count_tokens"):
             return self._json(200, {"input_tokens": len(json_encode(body)) // 4})
         message = sim_native_answer(body)
@@ -10262,6 +10307,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         refused = "Request contains an invalid argument." if not isinstance(inner, dict) else (
             sim_refuses(inner, model, is_enveloped))
         if refused:
+            server.refusals.append(refused)
             return self._json(*sim_error(400, "INVALID_ARGUMENT", refused))
         self._stream(fault, inner, model, name, is_enveloped)
 
@@ -10391,6 +10437,7 @@ class SimUpstream(http.server.ThreadingHTTPServer):
         self.codes: dict[str, dict] = {}        # authorization code -> what it was asked with
         # (account, envelope or body)
         self.requests: collections.deque = collections.deque(maxlen=500)
+        self.refusals: collections.deque = collections.deque(maxlen=500)    # texts of its 400s
         self.open_streams = self.cancelled = 0
         self.cached: dict[str, int] = {}        # session id -> tokens of its last prompt
         self.stop_event = threading.Event()

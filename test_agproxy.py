@@ -86,10 +86,12 @@ class Proxy:
         stored = {"settings": {"port": 0, "strategy": "sticky", **settings}}
         config = ag.load_config(str(tmp_path / "accounts.json"), {}, env or {}, stored)
         config = ag.sim_config(self.sim, config)
-        if provider:
-            row = config.providers[provider]._replace(base_urls=(self.sim.url,))
-            config = ag.replace(config, providers={**config.providers, provider: row}, accounts=tuple(
-                {"name": n, "provider": provider, "api_key": "sim-key-" + n} for n in accounts))
+        if provider:        # one for all accounts, or a provider for each
+            wanted = provider if isinstance(provider, dict) else dict.fromkeys(accounts, provider)
+            rows = {p: config.providers[p]._replace(base_urls=(self.sim.url,)) for p in wanted.values()}
+            config = ag.replace(config, providers={**config.providers, **rows}, accounts=tuple(
+                {"name": n, "provider": p, **({"refresh_token": "1//sim-refresh-" + n} if p == "sim" else {
+                    "api_key": "sim-key-" + n})} for n, p in wanted.items()))
         clock = ag.Clock()
         self.pool = ag.AccountPool([ag.account_from_row(r, config.providers) for r in config.accounts],
                                    clock, config.settings)
@@ -294,6 +296,26 @@ def test_a_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
     ("", None), ("soon", None), ("5m", 300)])
 def test_durations(text, seconds):
     assert ag.parse_duration_s(text) == (pytest.approx(seconds) if seconds is not None else None)
+
+
+def test_a_splice_changes_what_it_names_and_no_byte_else():
+    for seed in range(300):
+        rng = random.Random(seed)
+        pairs = [(json.dumps(f"k{i}é" if rng.random() < 0.5 else f"k{i}", ensure_ascii=rng.random() < 0.5),
+                  rng.choice(['"v"', " [1, 2.0 ,{}]", "{ \"k0\" : 1 }", "1e5", "null", '"\\ud83d\\ude00,}"']))
+                 for i in range(rng.randrange(6))]
+        gap = rng.choice(["", " ", "\n  "])
+        text = "{" + gap + f"{gap},".join(f"{k}{gap}:{v}" for k, v in pairs) + gap + "}"
+        names = [json.loads(k) for k, _ in pairs]
+        changes = {n: rng.choice([None, '"new"', "[1]"]) for n in [*names, "added"] if rng.random() < 0.4}
+        out = ag.json_splice(text, changes)
+        expected = {**{n: json.loads(v) for n, (_, v) in zip(names, pairs)},
+                    **{n: json.loads(v) for n, v in changes.items() if v}}
+        assert json.loads(out) == {n: v for n, v in expected.items() if changes.get(n, "") is not None}, seed
+        kept = [f"{k}{gap}:{v}" for (k, v), n in zip(pairs, names) if n not in changes]
+        assert all(part in out for part in kept), seed
+        if not changes:
+            assert out == text
 
 
 # ── 4. Config ─────────────────────────────────────────────────────────────
@@ -619,6 +641,74 @@ def test_our_count_is_calibrated_by_what_models_really_counted():
 
 
 # ── 8. Bridges ────────────────────────────────────────────────────────────
+
+VARIANTS = [("claude-sonnet-4-6(high)", "claude-sonnet-4-6", (True, None, "high")),
+            ("gemini-2.5-pro(16384)", "gemini-2.5-pro", (True, 16384, "")),
+            ("claude-sonnet-4-6-low[1m]", "claude-sonnet-4-6", (True, None, "low")), ("opus(off)", "opus", (False, None, "")),
+            ("gemini-2.5-pro(auto)", "gemini-2.5-pro", (True, None, "")),
+            ("gemini-3-pro-high", "gemini-3-pro", (True, None, "high")), ("gemini-3.7-flash-low", "gemini-3.7-flash-low", None),
+            ("claude-gemini-3.8-flash-high", "claude-gemini-3.8-flash-high", None), ("my-own-low", "my-own-low", None),
+            ("claude-opus-4-8", "claude-opus-4-8", None), ("claude-opus-4-8(nonsense)", "claude-opus-4-8(nonsense)", None)]
+
+
+@pytest.mark.parametrize("name, base, wish", VARIANTS, ids=[v[0] for v in VARIANTS])
+def test_a_models_name_may_say_how_to_think(name, base, wish):
+    found, asked = ag.model_variant(name)
+    assert found == base and (asked and (asked.is_on, asked.budget_tokens, asked.effort)) == wish
+
+
+OBJECT = {"type": "object", "properties": {
+    "file_path": {"type": "string"}, "limit": {"type": "integer"}, "ratio": {"type": "number"}, "deep": {"type": "boolean"},
+    "names": {"type": "array", "items": {"type": "string"}}, "mode": {"enum": ["Fast", "Slow"]}, "level": {"enum": [1, 2]},
+    "any": {}, "either": {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "map": {"type": "object"},
+    "tree": {"$ref": "#/$defs/node"}, "flag": {"type": ["boolean", "null"]}}, "required": ["file_path"],
+    "$defs": {"node": {"type": "object", "properties": {"n": {"type": "integer"}, "kids": {
+        "type": "array", "items": {"$ref": "#/$defs/node"}}}}}}
+ARGUMENTS = [   # what a model wrote, what the client gets
+    ({"limit": "12", "ratio": "0.5", "deep": "true"}, {"limit": 12, "ratio": 0.5, "deep": True}),
+    ({"limit": 12.0, "names": "a"}, {"limit": 12, "names": ["a"]}), ({"names": '["a","b"]'}, {"names": ["a", "b"]}),
+    ({"mode": "fast", "level": "2"}, {"mode": "Fast", "level": 2}), ({"filePath": "x"}, {"file_path": "x"}),
+    ({"file_path": 7}, {"file_path": "7"}), ({"limit": None, "flag": None}, {"flag": None}),
+    ({"either": "12", "any": "12"}, {"either": "12", "any": "12"}), ({"either": 12}, {"either": 12}),
+    ({"map": {"limit": "12", "x": None}}, {"map": {"limit": "12", "x": None}}), ({"limit": "many"}, {"limit": "many"}),
+    ({"tree": {"n": "1", "kids": [{"n": "2", "kids": {"n": 3}}]}}, {"tree": {"n": 1, "kids": [{"n": 2, "kids": [{"n": 3}]}]}}),
+    ({"names": None, "file_path": None}, {"file_path": None}), ({"unknown": "1", "map": '{"a":1}'}, {"unknown": "1", "map": {"a": 1}}),
+    ({"deep": "yes", "ratio": "NaN", "file_path": True}, {"deep": "yes", "ratio": "NaN", "file_path": "true"}),
+]
+
+
+@pytest.mark.parametrize("given, expected", ARGUMENTS, ids=[str(g)[:40] for g, _ in ARGUMENTS])
+def test_arguments_are_brought_to_the_clients_schema_where_it_leaves_no_doubt(given, expected):
+    assert ag.restore_arguments(given, OBJECT) == expected
+    assert ag.restore_arguments(expected, OBJECT) == expected
+
+
+STEPS = [       # an upstream's words, the repairs of a translated and of a relayed request, in order
+    ("Corrupted thought signature.", ["signatures", "calls_as_text"], []),
+    ("messages.1.content.0: Invalid `signature` in `thinking` block", ["signatures"], ["thinking"]),
+    ("messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `text`", ["signatures"], ["no_thinking"]),
+    ("`tool_use` ids were found without `tool_result` blocks", ["calls_as_text"], ["pairs"]),
+    ("thinking_budget is out of range", ["no_budget"], []),
+    ("Proto field is not repeating at 'request.tools[0].function_declarations[3].parameters'", ["core_schemas", "bare_schema 3", "bare_schemas"],
+     []),
+    ("tools.4.custom.input_schema: JSON schema is invalid", ["core_schemas", "bare_schema 4", "bare_schemas"], []),
+    ("Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header", [], ["drop effort-2025-11-24"]),
+    ("tools.0.custom.strict: Extra inputs are not permitted", ["core_schemas", "bare_schema 0"], ["drop tools.*.strict"]),
+    ("This model does not support assistant message prefill.", [], ["last_turn"]),
+    ('messages.1: role "system" is not supported on this model', [], ["system_role"]),
+    ("inlineData is too large", ["old_media"], []), ("temperature: range: 0..1", [], [])]
+
+
+@pytest.mark.parametrize("message, translated, relayed", STEPS, ids=[m[:40] for m, _, _ in STEPS])
+def test_a_refusal_names_the_repairs_that_are_tried(message, translated, relayed):
+    for is_relayed, expected in ((False, translated), (True, relayed)):
+        done = []
+        while ag.next_repair(message, is_relayed, done):
+            done.append(ag.next_repair(message, is_relayed, done))
+        assert done == expected
+        kind = meaning(400, {"error": {"code": 400, "message": message}}).kind
+        assert not expected or ag.ERRORS[kind].step is ag.Step.REPAIR
+
 
 def random_schema(rng, depth=0):
     if depth > 4 or rng.random() < .1:
@@ -3400,7 +3490,8 @@ def folded(events):
     (first, start), *rest = events
     assert (first, rest[-1][0], rest[-2][0]) == ("message_start", "message_stop", "message_delta")
     message, block, arguments = start["message"], None, ""
-    assert message["content"] == [] and message["stop_reason"] is None and message["usage"]["input_tokens"] > 0
+    assert message["content"] == [] and message["stop_reason"] is None
+    assert sum(message["usage"][n] for n in ("input_tokens", "cache_read_input_tokens")) > 0
     for name, data in rest[:-1]:
         delta = data.get("delta", {})
         if name == "content_block_start":
@@ -3966,6 +4057,316 @@ def test_a_beta_that_is_refused_goes_together_with_its_field_once(staged, words,
     assert first.body == body and second.body == {k: v for k, v in body.items() if k != "context_management"}
     assert second.headers["anthropic-beta"].replace(" ", "") == "claude-code-20250219,dangerous-tool-use-2026-09-03"
     assert (status == 200 and headers["x-agproxy-repair"]) if heals else (status, json.loads(out)) == (400, error)
+
+
+SCHEMA_REFUSED = google("Unknown name \"nullable\" at 'request.tools[0].function_declarations[0].parameters': Cannot find field.")
+LADDERS = [     # sentence, to whom, what is refused, what the accepted request shows, the header, whether it is known next time
+    ("a schema", G, [SCHEMA_REFUSED], lambda body: declared(body["request"])["Bash"]["properties"]["command"],
+     {"type": "string"}, "core_schemas", False),
+    ("a schema twice", G, [SCHEMA_REFUSED] * 2, lambda body: declared(body["request"]),
+     {"Bash": {"type": "object"}, "Other": {"type": "object", "properties": {"command": {"type": "string"}}}},
+     "core_schemas, bare_schema 0", False),
+    ("a budget", G, [google("The thinking budget is out of range.")],
+     lambda body: "thinkingConfig" in body["request"]["generationConfig"], False, "no_budget", True),
+    ("old images", G, [google("Unable to process the inlineData")],
+     lambda body: [list(p) for c in body["request"]["contents"] for p in c["parts"] if "inlineData" in p], [], "old_media", False),
+    ("a beginning of the answer", ("anthropic", "claude-opus-4-8"), [{"type": "error", "error": {
+        "type": "invalid_request_error", "message": "This model does not support assistant message prefill."}}],
+     lambda body: body["messages"][-1], {"role": "user", "content": "Continue."}, "last_turn", True),
+    ("turns of the system", ("anthropic", "claude-opus-4-8"), [{"type": "error", "error": {
+        "type": "invalid_request_error", "message": 'messages.1: role "system" is not supported on this model'}}],
+     lambda body: [m["role"] for m in body["messages"]], ["user", "user", "assistant", "user", "assistant", "user", "assistant"], "system_role", True),
+]
+
+
+@pytest.mark.parametrize("sentence, to, refusals, look, expected, header, is_learned", LADDERS, ids=[r[0] for r in LADDERS])
+def test_a_refused_form_is_changed_and_known_next_time(staged, sentence, to, refusals, look, expected, header, is_learned):
+    good = OK if to[0] != "anthropic" else (200, {}, json.dumps({"type": "message", "model": "m", "content": []}).encode())
+    proxy = staged(*[refuses(400, r) for r in refusals], good, provider=to[0])
+    enum = {"type": "object", "properties": {"command": {"type": ["string", "null"], "enum": ["a"]}}}
+    messages = [said(attached(PNG)), noted("Env"), answered(wrote("a")), U, answered(wrote("b")), U, answered(wrote("{"))]
+    fields = {"model": to[1], "messages": messages, "tools": [tool(schema=enum), tool("Other")]}
+    status, headers, _ = proxy.ask(**fields)
+    assert (status, headers["x-agproxy-repair"]) == (200, header)
+    assert look(proxy.upstream.heard[-1].body) == expected and len(proxy.upstream.heard) == len(refusals) + 1
+    assert "repaired: " + header in proxy.log_text()
+    status, headers, _ = proxy.ask(**fields)
+    assert (look(proxy.upstream.heard[-1].body) == expected) is is_learned or sentence == "old images"
+    assert "x-agproxy-repair" not in headers
+
+
+def test_a_signature_that_was_refused_is_not_sent_again(staged):
+    proxy = staged(refuses(400, google("Corrupted thought signature.")), OK, provider="gemini")
+    messages = [U, answered(mused("agp1.gfk." + "B" * 60, ""), use("a")), said(result("a"))]
+    assert proxy.ask(model="gemini-3-flash", messages=messages)[1]["x-agproxy-repair"] == "signatures"
+    assert "x-agproxy-repair" not in proxy.ask(model="gemini-3-flash", messages=messages)[1]
+    sent = [signatures(heard.body) for heard in proxy.upstream.heard]
+    assert sent == [["B" * 60], [ag.SKIP_SIGNATURE], [ag.SKIP_SIGNATURE]]
+
+
+def test_signatures_outlive_the_process_for_a_day_unused(make_state):
+    clock, state = FakeClock(), make_state()
+    one = ag.Memory(clock, state)
+    one["call-1"] = ("g", "a", "raw-1")
+    clock.at += 3601
+    one["call-2"] = ("g", "a", "raw-2")
+    assert one.get("call-1") == ("g", "a", "raw-1")         # its day begins again
+    state.flush()
+    clock.at += 86000
+    two = ag.Memory(clock, state)
+    assert two.get("call-1") == ("g", "a", "raw-1") and two.get("call-2")[2] == "raw-2"
+    clock.at += 90000
+    assert ag.Memory(clock, state).get("call-1") is None and two.get("call-2") is None
+    for n in range(ag.MOST_SIGNATURES + 5):
+        one[f"x{n}"] = ("g", "a", "r")
+    one["long"] = ("g", "a", "r" * (ag.MOST_SIGNATURE_LETTERS - 10))
+    assert one.get("x0") is None and one.get("long") and one._letters <= ag.MOST_SIGNATURE_LETTERS
+
+
+def test_a_thought_whose_signature_its_client_drops_is_signed_from_memory(staged):
+    proxy = staged(says(chunk_of({"text": "plan", "thought": True}), chunk_of({"text": "", "thought": True, "thoughtSignature": "Rs" * 40}),
+                        last(call(id="toolu_1", args={}))), OK, provider="sim")
+    _, _, body = proxy.ask(model=C[1], tools=[tool()], **LOUD)
+    thought, used = body["content"]
+    assert thought["signature"].startswith("agp1.ct")
+    history = [U, answered({**thought, "signature": ""}, used), said(result(used["id"]))]
+    proxy.ask(model=C[1], tools=[tool()], messages=history, **LOUD)
+    inner = proxy.upstream.heard[-1].body["request"]
+    assert inner["contents"][1]["parts"][0] == {"text": "plan", "thought": True, "thoughtSignature": "Rs" * 40}
+    assert inner["generationConfig"]["thinkingConfig"]["includeThoughts"] is True
+
+
+def test_repairs_are_counted_and_why_tells_them(make_proxy):
+    proxy = make_proxy({"a": None})
+    rows = []
+    proxy.services.state = type("Rows", (), {"put": lambda self, table, *row, **_: rows.append(row)})()
+    messages = [U, answered(use("a"), use("b")), said(result("b")), noted("x"), U, said(result("zz"), wrote(""))]
+    assert proxy.ask(messages=messages, tools=TOOLS)[0] == 200
+    until(lambda: rows)
+    mended = json.loads(rows[-1][2]())["mended"]
+    assert mended == {"system turns folded into user turns": 1, "missing results filled in": 1, "blank texts left out": 1,
+                      "results without a call told as text": 1, "turns of one role joined": 3, "lost signatures stood in for": 1}
+
+
+@pytest.mark.parametrize("name, upstream, sends", [
+    ("gemini-2.5-pro(9000)", "gemini-2.5-pro", {"includeThoughts": True, "thinkingBudget": 9000}),
+    ("gemini-2.5-pro-low", "gemini-2.5-pro", {"includeThoughts": True, "thinkingBudget": 1024}),
+    ("gemini-3.7-flash-high(low)", "gemini-3.7-flash", {"includeThoughts": True, "thinkingLevel": "low"})])
+def test_a_variant_of_a_model_overrules_what_the_client_asks(staged, name, upstream, sends):
+    proxy = staged(provider="gemini")
+    _, headers, body = proxy.ask(model=name, thinking={"type": "enabled", "budget_tokens": 4000})
+    assert upstream in proxy.upstream.heard[0].path and body["model"] == name
+    assert proxy.upstream.heard[0].body["generationConfig"]["thinkingConfig"] == sends
+
+
+def test_a_variant_goes_to_anthropic_as_fields(staged):
+    proxy = staged((200, {}, b'{"type":"message","model":"claude-opus-4-8","content":[]}'), provider="anthropic")
+    assert proxy.ask(model="claude-opus-4-8(high)")[2]["model"] == "claude-opus-4-8(high)"
+    assert proxy.ask(model="claude-opus-4-8(9000)", output_config={"effort": "low"})[0] == 200
+    first, second = (heard.body for heard in proxy.upstream.heard)
+    assert (first["model"], first["thinking"], first["output_config"]) == ("claude-opus-4-8", {"type": "adaptive"}, {"effort": "high"})
+    assert second["thinking"] == {"type": "enabled", "budget_tokens": 9000}
+
+
+HELPERS = [("title", {"system": "t", "messages": [said(wrote("<session>fix</session>"))], "output_config": {"format": {
+                "type": "json_schema", "schema": {"type": "object", "properties": {"title": {"type": "string"}}}}}}),
+           ("topic", {"system": "Say isNewTopic.", "max_tokens": 512}), ("summary", {"messages": [
+               said(wrote("Please write a 5-10 word title for the following conversation: x"))]}),
+           ("paths", {"system": "Extract any file paths", "messages": [said(wrote("Command: ls\nOutput: a"))]}),
+           ("suggestion", {"messages": [U, answered(wrote("x")), {"role": "user", "content": "[SUGGESTION MODE: what next]"}],
+                           "tools": [tool()]})]
+LOOK_ALIKES = [{**HELPERS[0][1], "tools": [tool()]}, {"messages": [said(wrote("[SUGGESTION MODE: is what I saw in the log"))]},
+               {"messages": [{"role": "user", "content": "[SUGGESTION MODE: x"}, answered(wrote("x")), U]},
+               {**HELPERS[2][1], "tools": [tool()]}, {**HELPERS[1][1], "max_tokens": 4096},
+               {**HELPERS[3][1], "thinking": {"type": "adaptive"}, "max_tokens": 4096}, {"system": "Extract any file paths"}]
+
+
+def test_helpers_go_to_the_background_model_and_nothing_that_looks_alike(staged):
+    proxy = staged(background_model="gemini-3.1-flash-lite", small_requests=["title", "topic", "summary", "paths", "suggestion"])
+    for kind, fields in HELPERS:
+        _, headers, body = proxy.ask(**fields)
+        assert (headers["x-agproxy-model"], body["model"]) == ("gemini-3.1-flash-lite", "gemini-3-flash"), kind
+        assert proxy.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 4096, "messages": [U], **fields},
+                          {"x-agproxy-small": "off"})[1]["x-agproxy-model"] == "gemini-3-flash", kind
+    for fields in LOOK_ALIKES:
+        assert proxy.ask(**fields)[1]["x-agproxy-model"] == "gemini-3-flash", fields
+    # switched off, a probe is a request like any other
+    assert "x-agproxy-local" not in proxy.ask(max_tokens=1, messages=[{"role": "user", "content": "quota"}])[1]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["web_search", "web_fetch"])
+def test_a_search_that_nobody_can_do_is_an_error_of_its_tool(staged, stream, kind):
+    proxy = staged(provider="sim", search_model="gpt-oss-120b-medium")
+    _, _, body = proxy.ask("find rain", model="claude-sonnet-4-6", stream=stream, tools=[{"type": kind + "_20250910", "name": kind}])
+    message = folded(body) if stream else body
+    query, found, text = message["content"]
+    assert (query["type"], found["content"]["error_code"]) == ("server_tool_use", "unavailable") and proxy.upstream.heard == []
+    assert found["content"]["type"] == kind + "_tool_result_error" and "accounts add" in text["text"]
+    assert message["stop_reason"] == "end_turn"
+
+
+def test_domains_of_a_search_are_hints_and_beside_functions_it_is_left_out(staged):
+    proxy = staged()
+    search = {**WEB_SEARCH, "allowed_domains": ["a.org"], "blocked_domains": ["b.org"]}
+    proxy.ask(tools=[search])
+    assert texts_of(proxy.upstream.inner())[-1] == "Search with: site:a.org -site:b.org"
+    proxy.ask(tools=[search, tool()])
+    assert list(declared(proxy.upstream.inner())) == ["Bash"]
+
+
+def test_tools_may_tell_their_parameters_in_words_too(staged):
+    proxy = staged(tool_hardening=True)
+    schema = {"type": "object", "properties": {"command": {"type": "string"}, "n": {"type": "integer"}}, "required": ["command"]}
+    proxy.ask(tools=[tool(schema=schema)])
+    [row] = proxy.upstream.inner()["tools"][0]["functionDeclarations"]
+    assert row["description"] == "d\nParameters: command (string, required), n (integer)"
+
+
+def test_scaling_is_true_for_small_counts_and_never_goes_back():
+    shown = [ag.scaled_tokens(n, 200_000, 1_048_576) for n in range(0, 1_048_576, 997)]
+    assert shown == sorted(shown) and shown[50] == 50 * 997 and max(shown) <= 197_000
+    assert ag.scaled_tokens(968_576, 200_000, 1_048_576) == 167_000
+    assert ag.scaled_tokens(150_000, 1_000_000, 200_000) == 150_000
+
+
+@pytest.mark.parametrize("agent, model, beta, window", [
+    ("claude-cli/2.1.197 (external, cli)", "gemini-3-flash", "", 200_000), ("claude-cli/2.1.329 (external)", "gemini-3-flash", "", 1_000_000),
+    ("claude-cli/2.1.329 (external)", "claude-opus-4-8", "", 200_000), ("x", "claude-opus-4-8", "a,context-1m-2025-08-07", 1_000_000),
+    ("x", "claude-opus-4-8[1m]", "", 1_000_000)])
+def test_the_window_a_client_assumes_is_known_by_its_model_beta_and_version(agent, model, beta, window):
+    request = ag.anthropic_parse_request({"model": model, "max_tokens": 9, "messages": [U]},
+                                         {"user-agent": agent, "anthropic-beta": beta})
+    assert request.window_tokens == window
+
+
+def test_a_pool_of_both_kinds_serves_what_only_one_can_take(make_proxy):
+    proxy = mixed(make_proxy)
+    foreign = {"model": "claude-sonnet-4-6", "messages": [said({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})]}
+    assert proxy.ask(**foreign)[1]["x-agproxy-account"] == "n"
+    assert proxy.ask(**{**foreign, "model": "gemini-3-flash"})[0] == 400
+    proxy.pool.stop(proxy.pool.accounts[3], ag.ProxyError("revoked", "x"))
+    status, _, body = proxy.ask(**foreign)
+    assert (status, body["error"]["type"]) == (403, "permission_error")
+
+
+def test_an_anthropic_account_and_a_google_one_stand_in_for_each_other(make_proxy, no_pauses):
+    proxy = mixed(make_proxy)
+    for name in "n":
+        proxy.sim.plan(name, "quota")
+    status, headers, body = proxy.ask(model="claude-opus-4-8", thinking={"type": "adaptive"})
+    assert (status, headers["x-agproxy-model"], body["model"]) == (200, "claude-opus-4-6-thinking", "claude-opus-4-8")
+    assert headers["x-agproxy-account"] in "ab" and "request-id" in headers
+
+
+def mixed(make_proxy, **settings):
+    """Google sign-ins, a key of the Gemini API and one of Anthropic in one pool."""
+    return make_proxy(dict.fromkeys("abkn"), provider={"a": "sim", "b": "sim", "k": "gemini", "n": "anthropic"}, **settings)
+
+
+EVERY_FAMILY = ["claude-sonnet-4-6", "gemini-3-flash", "gemini-2.5-pro", "claude-opus-4-8", "gpt-oss-120b-medium",
+                "gemini-3-flash(low)", "claude-gemini-3.8-flash-high"]
+HICCUPS = ["503", "capacity", "rate_short", "cut", "empty", "malformed", "reset", "error_event", "server"]
+
+
+def compacted(messages, rng):
+    """What a client that compacts keeps: a summary and the tail, cut wherever it falls."""
+    keep = rng.randrange(1, 6)
+    return [said(wrote("Summary of what was done so far.")), *messages[-keep:]]
+
+
+def play_session(proxy, seed, turns):
+    """(requests, compactions, hiccups, models): a client that talks, works with tools, changes its model, compacts, and drops
+    thoughts now and then."""
+    rng, messages, waiting, counts = random.Random(seed), [], [], collections.Counter()
+    used = set()
+    model = "claude-opus-4-8"
+    while counts["requests"] < turns:
+        if waiting:
+            results = [result(i, rng.choice(["done", "", [wrote("a"), attached(PNG)], [wrote("err")]]),
+                              is_error=rng.random() < 0.1) for i in waiting]
+            if rng.random() < 0.3:
+                rng.shuffle(results)
+            messages.append(said(*results, *[wrote("And then?")] * (rng.random() < 0.1)))
+        else:
+            words = rng.choice(["hello", "count to 12", "create x.py and run it", "create x.py, run it and read it in parallel",
+                                "edit x.py, then read it", "read x.py"])
+            messages.append({"role": "user", "content": words})
+        if rng.random() < 0.2:
+            messages.append(noted("The time is later."))
+        if rng.random() < 0.06 and len(messages) > 8:
+            messages, counts["compactions"] = compacted(messages, rng), counts["compactions"] + 1
+        if rng.random() < 0.25:
+            model = rng.choice(EVERY_FAMILY)
+        if rng.random() < 0.1:
+            messages = [m if isinstance(m["content"], str) or m["role"] != "assistant" else {**m, "content": [
+                b for b in m["content"] if b["type"] != "thinking"] or "."} for m in messages]
+        if rng.random() < 0.15:
+            proxy.sim.plan(rng.choice("abkn"), rng.choice(HICCUPS))
+            counts["hiccups"] += 1
+        stream = rng.random() < 0.5
+        status, _, body = proxy.ask(model=model, messages=messages, tools=TOOLS, stream=stream, max_tokens=9000,
+                                    thinking={"type": rng.choice(["adaptive", "adaptive", "disabled"])})
+        assert status == 200, (seed, counts, model, body)
+        used.add(model)
+        counts["requests"] += 1
+        message = folded(body) if stream else body
+        messages.append({"role": "assistant", "content": message["content"] or "."})
+        waiting = [b["id"] for b in message["content"] if b["type"] == "tool_use"]
+        assert bool(waiting) == (message["stop_reason"] == "tool_use")
+        assert sum(message["usage"][n] for n in ("input_tokens", "cache_read_input_tokens")) > 0
+    return counts, used
+
+
+def test_a_long_session_over_all_families_meets_no_refusal(make_proxy, no_pauses, capsys):
+    proxy = mixed(make_proxy, max_attempts=12, max_empty_retries=9)
+    proxy.services.config.settings["strategy"] = "round-robin"      # the account changes with every request
+    proxy.pool.settings["strategy"] = "round-robin"
+    total, models, repaired = collections.Counter(), set(), 0
+    for seed in range(3):
+        counts, used = play_session(proxy, seed, 200)
+        total.update(counts)
+        models |= used
+    # what the client itself got wrong goes to Anthropic as it is, and is mended when that refuses it
+    assert all("tool_result" in text for text in proxy.sim.refusals) and models == set(EVERY_FAMILY)
+    with capsys.disabled():
+        print(f"\nlong session: {dict(total)}, mended after Anthropic "
+              f"refused it: {len(proxy.sim.refusals)}, refused elsewhere: 0")
+
+
+def test_what_comes_from_anthropic_through_the_neutral_form_means_the_same():
+    for seed in range(200):
+        rng = random.Random(seed)
+        content = []
+        for _ in range(rng.randrange(1, 5)):
+            content.append(rng.choice([
+                {"type": "text", "text": "Hé " * rng.randrange(1, 9)},
+                {"type": "text", "text": "cited", "citations": [{"type": "char_location", "cited_text": "x", "document_index": 0}]},
+                {"type": "thinking", "thinking": "hm " * rng.randrange(5), "signature": "Eabc"},
+                {"type": "redacted_thinking", "data": "opaque"},
+                {"type": "tool_use", "id": f"toolu_{rng.random()}".replace("0.", ""), "name": "Bash",
+                 "input": {"command": "x" * rng.randrange(30)}},
+                {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "q"}},
+                {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [{
+                    "type": "web_search_result", "url": "u", "title": "t", "encrypted_content": "E", "page_age": None}]}]))
+        # a thought after the last text is no answer's end
+        content.append({"type": "text", "text": "end"})
+        has_call = any(b["type"] == "tool_use" for b in content)
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": content,
+                   "stop_reason": "tool_use" if has_call else "end_turn", "stop_sequence": None,
+                   "usage": {"input_tokens": 5, "cache_creation_input_tokens": 2, "cache_read_input_tokens": 3, "output_tokens": 9}}
+        events = list(ag.sim_native_events(message))
+        assembler, deltas = ag.Assembler(ag.AnswerShape()), []
+        for event in events:
+            deltas += assembler.feed(ag.anthropic_parse_event(json.dumps(event)))
+        deltas += assembler.end()
+        ag.check_grammar(deltas)
+        state = ag.AnthropicAnswer("m")
+        whole = ag.anthropic_render_reply(state, ag.collect(deltas))
+        streamed = folded(events_of("".join(ag.anthropic_render_delta(ag.AnthropicAnswer("m"), d) for d in deltas).encode()))
+        for out in (whole, streamed):
+            assert (out["content"], out["stop_reason"]) == (content, message["stop_reason"]), seed
+            assert {n: out["usage"][n] for n in message["usage"]} == message["usage"], seed
 
 
 # ── 19. Terminal ──────────────────────────────────────────────────────────
