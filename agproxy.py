@@ -2770,7 +2770,8 @@ def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str]
     if not real:
         return {"type": "string", **rest}, [], True, refs
     if all("const" in b or isinstance(b.get("enum"), list) for b in real):
-        values = [v for b in real for v in (b["enum"] if "enum" in b else [b["const"]])]
+        values = [v for b in real for v in (b["enum"] if isinstance(b.get("enum"), list)
+                                            else [b["const"]])]
         return {**rest, "enum": values}, [], nullable, refs
     best, refs = max(inlined, key=lambda pair: _branch_worth(pair[0]))
     names = list(dict.fromkeys(str(b.get("type", "object" if "properties" in b else "any"))
@@ -3826,7 +3827,7 @@ def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> 
 def anthropic_relay_request(request: Request, target: Target,
                             repairs: frozenset = frozenset()) -> Rendered:
     """The client's own body and headers for an Anthropic upstream.  `repairs` of its refusals:
-    `thinking`, `no_thinking`, `pairs`, `system_role`, `last_turn`, `drop <beta or path of the body>`."""
+    `thinking`, `no_thinking`, `pairs`, `system_role`, `last_turn`, `drop <beta or path>`."""
     native, changes = request.native, {}
     text = native.raw.decode("utf-8")
     headers = {"anthropic-version": "2023-06-01", **dict(native.headers)}
@@ -5182,6 +5183,8 @@ def account_serves(account: Account, model: Model, provider: Provider | None = N
     provider = provider or account.provider
     if account.models and model.id not in account.models:
         return ""
+    if provider.catalogue == "as asked":        # its list leaves aliases out
+        return upstream_id(model, provider) or (model.id if model.id in account.models else "")
     listed = {m.id for m in facts.models} if facts else ()
     served = upstream_id(model, provider) or (
         model.id if provider is account.provider and (
@@ -5221,10 +5224,6 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
         return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
     if wanted in MODELS or wanted in listed:
         return (wanted,), False
-    if wanted.startswith("claude-g"):       # as listed for clients that keep only claude ids
-        wanted = wanted[7:]
-        if wanted in MODELS:
-            return (wanted,), False
     choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
     if not choices and (wanted.startswith("claude") or wanted in TIERS):
         choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
@@ -5239,6 +5238,11 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
     several that fit, the first that `serves` says somebody has.  Raises ProxyError not_found."""
     accounts, listed = list(accounts), {m.id: m for m in listed}
     wanted = wanted or name
+    bare = plain_model_name(wanted)[7:]
+    if wanted.lower().startswith("claude-") and (
+            bare.lower() in MODELS or bare in listed or any(bare in a.models for a in accounts)
+            or any(fnmatch.fnmatchcase(bare.lower(), p) for p in ALIASES)):
+        wanted = bare           # as listed for clients that keep only claude ids
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
     plain = plain_model_name(wanted)
 
@@ -5247,7 +5251,7 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
         is_taken = any(choice in a.models or any(fnmatch.fnmatchcase(choice.lower(), p)
                                                  for p in a.provider.names) for a in accounts)
         return row or (model_from_id(choice) if is_taken else None)
-    exact = None if is_alias or plain.lower().startswith("claude-g") else known(plain)
+    exact = None if is_alias else known(plain)
     rows = [m for m in map(known, choices) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
     if exact is not None and (found is None or serves(exact)):
@@ -6755,20 +6759,34 @@ def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
     return windows
 
 
-def check_key(account: Account, connections: ConnectionCache) -> None:
-    """One free call with an API key; raises ProxyError revoked when it is not accepted."""
+_LISTS = {      # dialect -> path of its free list, the list's member, more headers
+    "gemini": ("/v1beta/models?pageSize=1", "models", {}),
+    "anthropic": ("/v1/models?limit=1000", "data", {"anthropic-version": "2023-06-01"}),
+}
+
+
+def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ...]:
+    """The models that a key's upstream lists beyond the catalogue here, by one free call; () where
+    it has no list.  Raises ProxyError revoked when the key is not accepted."""
+    path, member, headers = _LISTS[account.provider.dialect]
+    secret = resolve_secret(account.secret) if account.secret else ""
     status, _, raw = simple_call(
-        connections, "GET", account.provider.base_urls[0] + "/v1beta/models?pageSize=1",
-        {**auth_header(account.provider, resolve_secret(account.secret)),
+        connections, "GET", account.provider.base_urls[0] + path,
+        {**auth_header(account.provider, secret), **headers,
          "User-Agent": user_agent(account, account.provider)}, None, account.proxy)
     try:
         answer = object_of(json_decode(raw))
     except ValueError:
         answer = {}
-    if status != 200 or "models" not in answer:
+    if status == 404 and account.provider.catalogue == "as asked":
+        return ()               # a server that is merely compatible
+    if status != 200 or member not in answer:
         message = object_of(answer.get("error")).get("message") or f"status {status}, no model list"
         raise ProxyError("revoked" if status in (400, 401, 403) else "server",
                          f"the key was not accepted: {redact(str(message))}")
+    return tuple(model_from_id(row["id"], str(row.get("display_name") or ""))
+                 for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
+                 and row["id"] not in MODELS)
 
 
 # The browser sign-in
@@ -7296,6 +7314,8 @@ class Keeper:
                 key = (account.name, provider.id)
                 if now >= self._read_at.get(key, 0) + self.interval(account, provider):
                     self.read(account, provider)
+            if account.provider.catalogue == "as asked":
+                self.list_models(account)
             left_s = account.token_expires_at - now
             if now - account.used_at < 3600 and 0 < left_s < TOKEN_REFRESH_BEFORE_S * 1.5 and (
                     now - self._renewed_at.get(account.name, 0) > 60):
@@ -7304,6 +7324,18 @@ class Keeper:
                     self.tokens.access(account, life_s=TOKEN_REFRESH_BEFORE_S * 1.5)
                 except ProxyError as err:
                     self._blame(account, err)
+
+    def list_models(self, account: Account) -> None:
+        """Once a day what an upstream lists, for clients that want to see names."""
+        key = account.name, account.provider.id
+        facts, now = self.pool.facts(key), self.clock.now()
+        if (facts and now - facts.at < FACTS_LAST_S) or now - self._read_at.get(key, 0) < 3600:
+            return
+        self._read_at[key] = now
+        try:
+            self.pool.note_facts(key, Facts("", "", "", check_key(account, self.connections), now))
+        except (ProxyError, ConfigError) as err:        # what is asked for will tell
+            self.log.line("%s: its models could not be listed: %s", account.label, err)
 
     def interval(self, account: Account, provider: Provider) -> float:
         """Seconds between two readings now, with jitter so that accounts do not come in step."""
@@ -10126,6 +10158,11 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         account = self._account()
         if url.path == "/userinfo" and account:
             return self._json(200, {"email": account.name + "@sim.example"})
+        if url.path == "/v1/models":
+            return self._json(200, {"data": [{"id": "claude-opus-4-8", "type": "model",
+                                              "display_name": "Claude Opus 4.8"}]}
+                              ) if account else self._json(401, {"type": "error", "error": {
+                                  "type": "authentication_error", "message": "invalid x-api-key"}})
         if url.path == "/v1beta/models":
             return self._json(200, {"models": []}) if account else self._json(*sim_error(
                 400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.",
