@@ -2,12 +2,14 @@
 """agproxy: lets any AI coding client use any model account its owner has.
 
 One file, standard library only, Python 3.9 to the newest.  Clients speak the Anthropic
-Messages API to it; the tokens come from whichever of the owner's Google accounts or keys
-can serve.  Nothing is phoned home; what leaves the machine is listed in the README.
+Messages API to it; the tokens come from whichever of the owner's accounts can serve: Google
+sign-ins, keys of the Gemini API, Anthropic's and compatible services.  Nothing is phoned home;
+what leaves the machine is listed in the README.
 
 A request:  17 Handler reads it -> 9 its dialect parses it to a Request (7) -> 16 the conductor
 leases an account (13, token from 14) -> 11 renders the body -> 15 calls over 12 -> 6 splits the
 events -> 11 parses them to deltas (7) -> 9 renders those in the client's dialect -> 17 writes;
+where client and upstream speak the same, 9 passes on what came, body and events;
 from the first content on the relay (17) moves the stream, and its end settles the lease.
 
 Rooms, in reading order; each uses only rooms above it.  Numbers are addresses and have gaps:
