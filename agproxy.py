@@ -553,7 +553,16 @@ def refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_int=_json_int, parse_constant=refuse_constant)
+def finite(digits: str) -> float:
+    """A number as JSON can tell it again: Python reads 1e999 as infinity."""
+    value = float(digits)
+    if value - value != 0:
+        raise ValueError(f"{digits} is out of range")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_int=_json_int, parse_float=finite,
+                            parse_constant=refuse_constant)
 _SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
                          r"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.S)
 
@@ -864,6 +873,8 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: a number is required, not {value!r}") from None
         if not 0 <= value < 1e15 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
             raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
+        if name == "client_window_tokens" and 0 < value < 50_000:
+            raise ConfigError(f"{where}: 0, or at least 50000 is required, not {value!r}")
         most = {"soft_limit": 0.99, "port": 65535}.get(name)
         if most is not None and value > most:
             raise ConfigError(f"{where}: at most {most} is allowed, not {value!r}")
@@ -1787,28 +1798,35 @@ class SseSplitter:
     several data lines, and bare JSON lines, cut anywhere.  Bad UTF-8 or size: ValueError."""
 
     def __init__(self, events: Callable[[str], list[str]] = _events_of):
-        self._held, self._events = b"", events
+        self._events = events
+        self._parts: list[bytes] = []       # of an unfinished event, with LF as line breaks
+        self._size, self._half = 0, b""     # a CR at the end may be half of a CRLF
 
     def feed(self, data: bytes) -> list[str]:
-        if self._held:
-            data = self._held + data
-        if b"\r" in data:
-            tail = b"\r" if data.endswith(b"\r") else b""   # may be half of a CRLF
-            data = data[:len(data) - len(tail)].replace(b"\r\n", b"\n")
-            data = data.replace(b"\r", b"\n") + tail
-        cut = data.rfind(b"\n\n") + 2
-        if cut == 1:
-            self._held = data
-            if len(data) > MAX_EVENT_BYTES:
+        if b"\r" in data or self._half:
+            data = self._half + data
+            self._half = b"\r" if data.endswith(b"\r") else b""
+            data = data[:len(data) - len(self._half)].replace(b"\r\n", b"\n")
+            data = data.replace(b"\r", b"\n")
+        tail = self._parts[-1][-1:] if self._parts else b""
+        if not data or b"\n\n" not in tail + data:     # each byte is looked at once
+            if data:
+                self._parts.append(data)
+                self._size += len(data)
+            if self._size > MAX_EVENT_BYTES:
                 raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
             return []
-        self._held = data[cut:]
+        if self._parts:
+            data = b"".join(self._parts) + data
+        cut = data.rfind(b"\n\n") + 2
+        self._parts = [data[cut:]] if cut < len(data) else []
+        self._size = len(data) - cut
         # whole events only, so a character is never cut; decoded once per read
         return self._events(data[:cut].decode("utf-8"))
 
     def end(self) -> list[str]:
         """What an upstream left without its last empty line."""
-        held, self._held = self._held.replace(b"\r", b"\n"), b""
+        held, self._parts = b"".join(self._parts) + self._half.replace(b"\r", b"\n"), []
         return self._events(held.decode("utf-8")) if held.strip() else []
 
 
@@ -1978,7 +1996,7 @@ def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
         return base, ThinkingWish(False)
     if word in ("-1", "auto"):
         return base, ThinkingWish(True)
-    if word.isdigit():
+    if word.isdecimal():
         return base, ThinkingWish(True, int(word[:7]))
     return (base, ThinkingWish(True, None, word)) if word in EFFORT_BUDGETS else (name, None)
 
@@ -2239,11 +2257,15 @@ def _block_tokens(block: Any, family: str) -> float:
     return 0
 
 
+_LONG_DATA = re.compile(r'"[A-Za-z0-9+/=_-]{2000,}"')       # an image, not words
+
+
 def estimate_tokens(request: Request, family: str = "claude") -> int:
     """Input tokens of a request for a family of TOKEN_FAMILIES, for count_tokens and for streams
     that begin before the upstream says a number.  Deterministic and roughly additive."""
     if request.refusal is not None and request.native:
-        return max(1, int(text_tokens(request.native.raw.decode("utf-8"), family)))
+        text, media = _LONG_DATA.subn('""', request.native.raw.decode("utf-8"))
+        return max(1, int(text_tokens(text, family))) + 1000 * media
     total = 7 + sum(text_tokens(text, family) for text in request.system)
     for tool in request.tools:
         total += 8 + text_tokens(tool.name + tool.description, family) + text_tokens(
@@ -2270,6 +2292,8 @@ class AnswerShape(NamedTuple):
     client_call: Callable[[str, dict], tuple] = lambda name, arguments: (name, arguments)
     estimate_input: Callable[[], int] = lambda: 0       # asked where the upstream reports nothing
     used_ids: frozenset = frozenset()
+    prefill: str = ""       # the client's beginning of the answer, which is not to be repeated
+    pick_json: Callable[[str], str] | None = None       # takes the wanted JSON out of a text
     # sources come last and belong first: (text, GROUNDS) -> loose pieces; None holds nothing back
     place_sources: Callable[[str, list], list] | None = None
 
@@ -2297,7 +2321,8 @@ class Assembler:
         self.calls = 0
         self.has_text = self.has_thinking = self.has_opaque = False
         self._signature = ""                # of the open thinking block, sent when it closes
-        self._said: list[str] = []          # texts of the open block
+        self._thought: list[str] = []       # texts of the last thought
+        self._late_signature = ""
         self._late: list[str] = []          # thoughts after text: [A4] holds them until more comes
         self._letters = 0                   # sent so far, for upstreams that report no usage
         self._is_muted = False              # a call that is left out: so are its arguments
@@ -2338,8 +2363,8 @@ class Assembler:
         if not self.has_text and not self.calls and stop is Stop.END:
             self._switch(Kind.TEXT, out)        # only thinking came: some clients need a text
         self._close(out)
-        if self.calls:
-            stop = Stop.TOOL
+        if self.calls or stop is Stop.TOOL:
+            stop = Stop.TOOL if self.calls else Stop.END
         out.append(Finish(stop or Stop.END, self.known_usage(), word if is_sequence else None,
                           word if stop is Stop.REFUSAL else ""))
         return out
@@ -2368,7 +2393,8 @@ class Assembler:
         self._close(out)
         self.index += 1
         self.open = kind
-        self._said = []
+        if kind is Kind.THINKING:
+            self._thought = []
         out.append(BlockStart(self.index, kind, call_id, name, block))
 
     def _close(self, out: list) -> None:
@@ -2392,44 +2418,49 @@ class Assembler:
             self._switch(Kind.TEXT, out)
             self.has_text = True
         self._letters += len(text)
-        self._said.append(text)
         out.append(Piece(self.index, Kind.TEXT, text))
 
-    def _thinking(self, text: str, out: list) -> None:
+    def _thinking(self, text: str | None, out: list) -> None:
+        """`text` None opens a thought that may stay without any."""
         self.has_thinking = True
-        if not self.shape.shows_thinking or not text:
+        if not self.shape.shows_thinking or text == "":
             return
         if self.open is Kind.TEXT:
             # a thinking block after the last text empties the result of `claude -p`
-            self._late.append(text)
+            self._late.append(text or "")
             return
         if self._signature:
             self._close(out)    # signed text is complete; this is the next thought
         if self.open is not Kind.THINKING:
             self._switch(Kind.THINKING, out)
-        self._said.append(text)
+        if text is None:
+            return
+        self._thought.append(text)
         if self.shape.thinking_text:
             out.append(Piece(self.index, Kind.THINKING, text))
 
     def _flush_late(self, out: list) -> None:
         texts, self._late = self._late, []
+        raw, self._late_signature = self._late_signature, ""
         self._close(out)
-        self._thinking("".join(texts), out)
+        self._thinking("".join(texts) or None, out)
+        if raw:
+            self._signature_piece((raw, True), out)
 
     def _signature_piece(self, value: tuple[str, bool], out: list) -> None:
-        """`value` is (raw, whether it stood on a thought): an unopened thought gets its block, a
-        later signature replaces the earlier, and one on text has nobody to carry it."""
+        """`value` is (raw, whether it stood on a thought): a thought that shows no text gets its
+        block at the beginning, a later signature replaces the earlier; one that comes when its
+        thought is closed is only remembered, and one on text has nobody to carry it."""
         raw, is_thought = value
         if is_thought and self._late:
-            self._flush_late(out)
-        if is_thought and self.open is not Kind.TEXT and self.shape.shows_thinking:
-            if self.open is not Kind.THINKING:
-                self._switch(Kind.THINKING, out)
+            self._late_signature = raw
+            return
+        if is_thought and self.index < 0 and self.shape.shows_thinking:
+            self._switch(Kind.THINKING, out)
         if self.open is Kind.THINKING:
             self._signature = self.shape.wrap_signature(raw, "t")
-            self.shape.remember_text("".join(self._said), raw)
-        elif self.open is Kind.TEXT and not is_thought:
-            self.shape.remember_text("".join(self._said), raw)
+        if is_thought and self._thought:
+            self.shape.remember_text("".join(self._thought), raw)
 
     def _call(self, call: ToolCall, out: list) -> None:
         self._is_muted = self.shape.one_call and self.calls > 0
@@ -2498,15 +2529,29 @@ class Assembler:
             self.stop = value
 
 
-def first_json(text: str) -> str:
-    """The first JSON object or array inside `text`, which models like to wrap in prose or fences;
-    the text itself where there is none."""
-    for match in re.finditer(r"[\[{]", text):
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.S)
+
+
+def first_json(text: str, kind: str = "object", in_prose: bool = True) -> str:
+    """The JSON value of a type inside `text`, which models like to wrap in fences or, `in_prose`,
+    in words; the text itself where there is none, or where it was cut."""
+    begins = {"object": "{", "array": "["}.get(kind, "")
+    fenced = _FENCED.search(text)
+    for candidate in (text, *([fenced[1]] if fenced else ())):
+        with contextlib.suppress(ValueError, RecursionError):       # no JSON, or more than that
+            json.loads(candidate)
+            return candidate.strip()
+    starts = [m.start() for m in re.finditer(re.escape(begins), text)][:20] if (
+        begins and in_prose) else []
+    for start in starts:
         try:
-            _, end = json.JSONDecoder().raw_decode(text, match.start())
+            _, end = json.JSONDecoder().raw_decode(text, start)
+            return text[start:end]
+        except json.JSONDecodeError as err:
+            if err.pos >= len(text.rstrip()):
+                return text             # cut in the middle of its value
         except (ValueError, RecursionError):
             continue
-        return text[match.start():end]
     return text
 
 
@@ -2514,16 +2559,17 @@ class TextGate:
     """Deltas in, deltas out: ends the answer at a stop sequence, or far beyond `max_tokens` of
     visible text (thinking counts inside the upstream's own limit), and cuts a repeated `prefill`
     off its start.  Holds back the longest tail that could still become a stop sequence; all of a
-    text that is to be JSON, to take out the JSON value."""
+    text that is to be JSON, to take out its value by `pick`."""
 
     def __init__(self, stop_sequences: Iterable[str], max_tokens: int, prefill: str,
-                 is_json: bool, usage: Callable[[], Usage]):
-        self.usage, self.prefill, self.is_json = usage, prefill, is_json
+                 pick: Callable[[str], str] | None, usage: Callable[[], Usage]):
+        self.usage, self.prefill, self.pick = usage, prefill, pick
         self.sequences = [s for s in stop_sequences if s.strip()]
         # our count is a guess and the upstream has the true limit: this only stops a runaway
         self.budget = max_tokens * 1.25 + 16
         self.done = False
         self._tail, self._tokens = "", 0.0
+        self._said: list[str] = []
         self._longest = max(map(len, self.sequences), default=0)
 
     def feed(self, deltas: list) -> list:
@@ -2542,11 +2588,11 @@ class TextGate:
 
     def _text(self, index: int, text: str, out: list, is_last: bool) -> None:
         text, self._tail = self._tail + text, ""
-        if self.is_json and not is_last:
+        if self.pick and not is_last:
             self._tail = text
             return
-        if self.is_json:
-            text = first_json(text)
+        if self.pick:
+            text = self.pick(text)
         if self.prefill and not is_last:
             if len(text) < len(self.prefill) and self.prefill.startswith(text):
                 self._tail = text
@@ -2566,8 +2612,12 @@ class TextGate:
             hit = None
             text, self._tail = text[:len(text) - keep], text[len(text) - keep:]
         self._tokens += quick_tokens(text)
+        self._said.append(text)
         if text:
             out.append(Piece(index, Kind.TEXT, text))
+        if self._tokens > self.budget:      # the quick guess is high for indented text
+            self._tokens = min(map(text_tokens, ["".join(self._said)] * len(TOKEN_FAMILIES),
+                                   TOKEN_FAMILIES))
         if hit or self._tokens > self.budget:
             self.done = True
             out.append(BlockEnd(index))
@@ -2725,18 +2775,20 @@ def _inline_ref(node: dict, root: dict, refs: tuple) -> tuple[dict, tuple]:
     return node, refs
 
 
-def _merge_all_of(node: dict, root: dict, refs: tuple) -> dict:
-    """allOf folded in: properties and required united, the first type wins, descriptions joined."""
+def _merge_all_of(node: dict, job: Any, refs: tuple) -> dict:
+    """allOf folded in: properties and required united, the first type wins, descriptions joined.
+    `job` has `root`, and `left`, which it takes from."""
     branches = node.get("allOf")
     if not isinstance(branches, list):
         return node
     merged = {k: v for k, v in node.items() if k != "allOf"}
     for branch in branches:
-        if not isinstance(branch, dict):
+        job.left -= 1
+        if not isinstance(branch, dict) or job.left < 0:
             continue
-        branch, inner = _inline_ref(branch, root, refs)
+        branch, inner = _inline_ref(branch, job.root, refs)
         if len(inner) < SCHEMA_MAX_REFS:
-            branch = _merge_all_of(branch, root, inner + ("allOf",))
+            branch = _merge_all_of(branch, job, inner + ("allOf",))
         for word, value in branch.items():
             old = merged.get(word)
             if word == "properties" and isinstance(old, dict) and isinstance(value, dict):
@@ -2767,10 +2819,12 @@ def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str]
     rest = {k: v for k, v in node.items() if k not in ("anyOf", "oneOf")}
     inlined = [_inline_ref(b, root, refs) for b in branches]
     nullable = any(b.get("type") == "null" for b, _ in inlined)
-    inlined = [pair for pair in inlined if pair[0].get("type") != "null"]
+    # what only requires a property of its neighbours is no form of its own
+    inlined = [pair for pair in inlined if pair[0].get("type") != "null"
+               and pair[0].keys() - {"required", "description"}]
     real = [b for b, _ in inlined]
     if not real:
-        return {"type": "string", **rest}, [], True, refs
+        return ({"type": "string", **rest} if nullable else rest), [], nullable, refs
     if all("const" in b or isinstance(b.get("enum"), list) for b in real):
         values = [v for b in real for v in (b["enum"] if isinstance(b.get("enum"), list)
                                             else [b["const"]])]
@@ -2848,7 +2902,7 @@ def _clean(node: Any, job: _Cleaning, depth: int, refs: tuple) -> dict:
     if depth > SCHEMA_MAX_DEPTH or job.left < 0:
         return {"type": "object"}
     node, refs = _inline_ref(node, job.root, refs)
-    node = _merge_all_of(node, job.root, refs)
+    node = _merge_all_of(node, job, refs)
     node, hints, nullable, refs = _choose_branch(node, job.root, refs)
     out, type_hints, type_nullable = _clean_type(node)
     nullable = nullable or type_nullable or node.get("nullable") is True
@@ -2857,7 +2911,7 @@ def _clean(node: Any, job: _Cleaning, depth: int, refs: tuple) -> dict:
         _clean_properties(node, out, lambda child: _clean(child, job, depth + 1, refs),
                           job.is_claude, hints)
     elif out["type"] == "array":
-        items = node.get("items", node.get("prefixItems"))
+        items = node.get("prefixItems", node.get("items"))
         if isinstance(items, list):
             hints.append("Tuple of: " + ", ".join(
                 str(i.get("type", "any")) if isinstance(i, dict) else "any" for i in items))
@@ -2884,14 +2938,19 @@ def clean_answer_schema(schema: dict) -> dict:
         raise invalid("output_config.format.schema", "nested too deeply") from err
 
 
-@functools.lru_cache(maxsize=2048)
-def _clean_cached(schema_json: str, is_claude: bool) -> dict:
-    root = json.loads(schema_json)
+def _rooted(root: Any) -> dict:
+    """A tool's schema; a bare map of properties, which some servers give, becomes one."""
     if not isinstance(root, dict):
-        root = {}
+        return {}
     words = {"properties", "$defs", "definitions"}
     if root and not words & root.keys() and all(isinstance(v, dict) for v in root.values()):
-        root = {"type": "object", "properties": root}       # a bare property map
+        return {"type": "object", "properties": root}
+    return root
+
+
+@functools.lru_cache(maxsize=2048)
+def _clean_cached(schema_json: str, is_claude: bool) -> dict:
+    root = _rooted(json.loads(schema_json))
     cleaned = _clean(root, _Cleaning(root, is_claude), 0, ())
     if cleaned.get("type") != "object":
         cleaned = {"type": "object", "properties": {}}
@@ -2953,30 +3012,11 @@ def _types_of(schema: Mapping) -> list[str]:
     return [k for k in kinds if isinstance(k, str) and k in _PYTHON_TYPES]
 
 
-def _fitting_branch(value: Any, schema: dict, root: dict) -> dict:
-    """The schema that counts for a value: references followed, of alternatives the first of its
-    type, of allOf everything."""
-    schema, refs = _inline_ref(schema, root, ())
-    schema = _merge_all_of(schema, root, refs)
-    branches = [_inline_ref(b, root, refs)[0] for word in ("anyOf", "oneOf")
-                if isinstance(schema.get(word), list) for b in schema[word] if isinstance(b, dict)]
-    if not branches:
-        return schema
-    fits = [b for b in branches if not _types_of(b) or _has_type(value, _types_of(b))]
-    if isinstance(value, dict):         # of several objects the one whose names it uses
-        fits.sort(key=lambda b: -len(value.keys() & object_of(b.get("properties")).keys()))
-    values = [v for b in branches for v in (b["enum"] if isinstance(b.get("enum"), list)
-                                            else [b.get("const")]) if v is not None]
-    if values and (not fits or any("enum" in b or "const" in b for b in fits)):
-        return {"enum": values}
-    return (fits or branches)[0]
-
-
 def _as_type(value: Any, kinds: list[str]) -> Any:
     """A value of another type brought to one of `kinds` where nothing is lost; else itself."""
     if isinstance(value, str) and "string" not in kinds:
         with contextlib.suppress(ValueError, RecursionError):       # no JSON: as it is
-            parsed = json.loads(value, parse_constant=refuse_constant)
+            parsed = json.loads(value, parse_float=finite, parse_constant=refuse_constant)
             if _has_type(parsed, kinds):
                 return parsed
     if isinstance(value, float) and value.is_integer() and "integer" in kinds:
@@ -2992,42 +3032,136 @@ def _squashed(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def restore_arguments(value: Any, schema: Any, root: Any = None) -> Any:
-    """A call's arguments brought back to the client's own schema: enum texts to their numbers or
-    booleans, our placeholder removed, and what models get wrong mended where the schema leaves no
-    doubt: a number or list in quotes, a bare item for a list, `filePath` for `file_path`, null for
-    what is merely optional.  `root` is the whole schema, None at its top."""
-    if not isinstance(schema, dict):
+def _own_name(name: str, value: Mapping, schema: Mapping) -> str:
+    """The declared name that a model meant by another spelling, where only one can be meant."""
+    properties, extra = schema["properties"], schema.get("additionalProperties")
+    if name in properties or extra is True or isinstance(extra, dict) or (
+            "patternProperties" in schema or not _squashed(name)):
+        return name
+    meant = [n for n in properties if n not in value and _squashed(n) == _squashed(name)]
+    spellings = [n for n in value if _squashed(n) == _squashed(name)]
+    return meant[0] if len(meant) == len(spellings) == 1 else name
+
+
+class _Restoring:
+    """A call's arguments on their way back to the tool's own schema; `left` bounds the work."""
+
+    def __init__(self, root: dict):
+        self.root, self.left = root, 20_000
+
+    def resolved(self, schema: Any) -> dict:
+        """The schema with references and allOf in their places; {} where nothing is known."""
+        schema = schema if isinstance(schema, dict) else {}
+        for _ in range(SCHEMA_MAX_REFS):
+            if not isinstance(schema.get("$ref"), str):
+                self.left -= 1
+                return _merge_all_of(schema, self, ())
+            siblings = {k: v for k, v in schema.items() if k != "$ref"}
+            schema = {**object_of(_pointer(self.root, schema["$ref"])), **siblings}
+        return {}
+
+    @staticmethod
+    def alternatives(schema: Mapping) -> list:
+        return [b for word in ("anyOf", "oneOf") if isinstance(schema.get(word), list)
+                for b in schema[word] if isinstance(b, dict)]
+
+    def fits(self, value: Any, schema: Any, depth: int = 0) -> bool:
+        """Whether the value is valid, as far as types, enums, names and items tell."""
+        schema = self.resolved(schema)
+        if depth > 6 or self.left < 0:
+            return True
+        kinds, word = _types_of(schema), enum_word(value)
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if kinds and not _has_type(value, kinds) or isinstance(values, list) and not any(
+                type(v) is type(value) and enum_word(v) == word for v in values):
+            return False
+        if isinstance(value, dict):
+            required, properties = schema.get("required"), object_of(schema.get("properties"))
+            if isinstance(required, list) and any(n not in value for n in required
+                                                  if isinstance(n, str)):
+                return False
+            if not all(self.fits(value[n], row, depth + 1) for n, row in properties.items()
+                       if n in value):
+                return False
+        if isinstance(value, list) and isinstance(schema.get("items"), dict) and not all(
+                self.fits(item, schema["items"], depth + 1) for item in value[:50]):
+            return False
+        branches = self.alternatives(schema)
+        return not branches or any(self.fits(value, b, depth + 1) for b in branches)
+
+    def branch(self, value: Any, schema: dict) -> dict:
+        """The schema that counts for a value: of alternatives the first it is valid for, else the
+        one that it is nearest to."""
+        for _ in range(3):
+            schema = self.resolved(schema)
+            branches = self.alternatives(schema)
+            if not branches:
+                break
+            rest = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf")}
+            chosen = next((b for b in branches if self.fits(value, b)), None)
+            if chosen is None:
+                chosen = self.nearest(value, [self.resolved(b) for b in branches])
+            chosen = self.resolved(chosen)
+            both = {**object_of(chosen.get("properties")), **object_of(rest.get("properties"))}
+            schema = {**chosen, **rest, **({"properties": both} if both else {})}
+        return schema
+
+    def nearest(self, value: Any, branches: list) -> dict:
+        real = [b for b in branches if b.get("type") != "null"]
+        if all("const" in b or isinstance(b.get("enum"), list) for b in real):
+            return {"enum": [v for b in real for v in (
+                b["enum"] if isinstance(b.get("enum"), list) else [b["const"]])]}
+
+        def distance(branch: dict) -> tuple:
+            kinds, rows = _types_of(branch), object_of(branch.get("properties"))
+            known = value.keys() & rows.keys() if isinstance(value, dict) else ()
+            return (bool(kinds) and not _has_type(value, kinds),
+                    -sum(self.fits(value[n], rows[n]) for n in known), -len(known))
+        return min(real, key=distance, default={})
+
+    def restore(self, value: Any, schema: Any, is_top: bool = False) -> Any:
+        if not isinstance(schema, dict) or self.left < 0:
+            return value
+        schema = self.branch(value, schema)
+        kinds = _types_of(schema)
+        if kinds and not is_top and not _has_type(value, kinds):
+            value = _as_type(value, kinds)
+        if isinstance(value, dict):
+            return self._members(value, schema)
+        if isinstance(value, list):
+            items, rows = schema.get("items"), schema.get("prefixItems")
+            rows = rows if isinstance(rows, list) else items if isinstance(items, list) else []
+            return [self.restore(item, rows[i] if i < len(rows) else items)
+                    for i, item in enumerate(value)]
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(value, str) and isinstance(values, list) and value not in values:
+            exact = [v for v in values if enum_word(v) == value]
+            near = [v for v in values if enum_word(v).lower() == value.lower()]
+            return (exact or (near if len(near) == 1 else []) or [value])[0]
         return value
-    is_top, root = root is None, schema if root is None else root
-    schema = _fitting_branch(value, schema, root)
-    kinds = _types_of(schema)
-    if kinds and not is_top and not _has_type(value, kinds):
-        value = _as_type(value, kinds)
-    if isinstance(value, dict):
-        properties = object_of(schema.get("properties"))
-        required = schema.get("required")
-        missing = {_squashed(n): n for n in properties if n not in value}
+
+    def _members(self, value: dict, schema: dict) -> dict:
+        properties, required = object_of(schema.get("properties")), schema.get("required")
         out = {}
         for name, item in value.items():
             if name == PLACEHOLDER and name not in properties:
                 continue
-            if properties and name not in properties:
-                name = missing.get(_squashed(name), name)
-            row = properties.get(name)
-            if item is None and isinstance(row, dict) and _types_of(row) and not _has_type(
-                    None, _types_of(row)) and isinstance(required, list) and name not in required:
+            own = _own_name(name, value, schema) if properties else name
+            kinds = _types_of(self.resolved(properties.get(own)))
+            if item is None and kinds and "null" not in kinds and isinstance(required, list) and (
+                    own not in required):
                 continue
-            out[name] = restore_arguments(item, row, root)
+            out[own] = self.restore(item, properties.get(own))
         return out
-    if isinstance(value, list):
-        return [restore_arguments(item, schema.get("items"), root) for item in value]
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(value, str) and isinstance(values, list) and value not in values:
-        exact = [v for v in values if enum_word(v) == value]
-        near = [v for v in values if enum_word(v).lower() == value.lower()]
-        return (exact or (near if len(near) == 1 else []) or [value])[0]
-    return value
+
+
+def restore_arguments(arguments: dict, schema: Any) -> dict:
+    """A call's arguments brought back to the client's own schema: enum texts to their numbers or
+    booleans, our placeholder removed, and what models get wrong mended where the schema leaves no
+    doubt: a number or list in quotes, a bare item for a list, `filePath` for `file_path`, null for
+    what is merely optional.  What is valid already stays as it is."""
+    root = _rooted(schema)
+    return _Restoring(root).restore(arguments, root, True)
 
 
 # Tool names and ids
@@ -3141,23 +3275,28 @@ def merge_turns(turns: Iterable[Turn], mended: Mended) -> list[Turn]:
 def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
     """Calls that reuse an earlier id get a number, and so do the results that follow them: some
     clients count ids anew in every turn, and a result must not answer two calls."""
-    uses: collections.Counter = collections.Counter()
-    newest: dict[str, str] = {}
+    taken = {b.id for turn in turns for b in turn.blocks if isinstance(b, ToolCall)}
+    seen: set[str] = set()
+    newest: dict[str, list] = {}        # id -> those it stands for in the latest turn, in order
     out = []
     for turn in turns:
-        blocks = []
+        blocks, called = [], set()
         for block in turn.blocks:
             if isinstance(block, ToolCall):
-                uses[block.id] += 1
-                count = uses[block.id]
-                newest[block.id] = block.id
-                if count > 1:
-                    newest[block.id] = f"{block.id}_{count}"
-                    block = replace(block, id=newest[block.id])
+                own = block.id
+                if block.id in seen:
+                    own = next(name for n in range(2, len(taken) + 3)
+                               for name in (f"{block.id}_{n}",) if name not in taken)
                     mended["repeated call ids numbered"] += 1
-            elif isinstance(block, ToolResult) and newest.get(block.call_id) not in (
-                    None, block.call_id):
-                block = replace(block, call_id=newest[block.call_id])
+                newest[block.id] = [*(newest[block.id] if block.id in called else ()), own]
+                called.add(block.id)
+                seen.add(own)
+                taken.add(own)
+                block = replace(block, id=own) if own != block.id else block
+            elif isinstance(block, ToolResult) and newest.get(block.call_id):
+                stands_for = newest[block.call_id]
+                own = stands_for.pop(0) if len(stands_for) > 1 else stands_for[0]
+                block = replace(block, call_id=own) if own != block.call_id else block
             blocks.append(block)
         out.append(Turn(turn.role, tuple(blocks)))
     return out
@@ -3178,6 +3317,7 @@ def find_results(turns: list[Turn], mended: Mended) -> dict[str, ToolResult]:
     return results
 
 
+GO_ON = "Continue exactly after: "
 NO_RESULT = (Text("no result was recorded for this call"),)
 
 
@@ -3217,13 +3357,14 @@ def pair_tool_results(turns: list[Turn], mended: Mended) -> list[Turn]:
 
 def close_ends(turns: list[Turn], mended: Mended) -> list[Turn]:
     """A conversation that begins and ends with the user: Claude allows no prefill."""
+    turns = turns or [Turn("user", (Text("."),))]
     if turns and turns[0].role == "assistant":
         turns = [Turn("user", (Text("."),))] + turns
         mended["beginning by the model preceded by a dot"] += 1
     if turns and turns[-1].role == "assistant":
         tail = turns[-1].blocks[-1] if turns[-1].blocks else None
         prefill = tail.text.rstrip() if isinstance(tail, Text) else ""
-        order = f"Continue exactly after: {prefill}" if 0 < len(prefill) <= 64 else "Continue."
+        order = GO_ON + prefill if 0 < len(prefill) <= 64 else "Continue."
         turns = turns + [Turn("user", (Text(order),))]
         mended["end by the model followed by an order to go on"] += 1
     return turns
@@ -3250,16 +3391,6 @@ def drop_old_media(turns: list[Turn]) -> list[Turn]:
                      for b in blocks)
     return [turn if at >= since else Turn(turn.role, without(turn.blocks))
             for at, turn in enumerate(turns)]
-
-
-def short_prefill(turns: tuple) -> str:
-    """The beginning an assistant turn at the end puts into the model's mouth, at most 64 letters:
-    the answer must not repeat it."""
-    if not turns or turns[-1].role != "assistant" or not turns[-1].blocks:
-        return ""
-    tail = turns[-1].blocks[-1]
-    text = tail.text.rstrip() if isinstance(tail, Text) else ""
-    return text if len(text) <= 64 else ""
 
 
 # ── 9. Anthropic dialect ──────────────────────────────────────────────────
@@ -3309,6 +3440,7 @@ class _Reading:
     def __init__(self, parsers: Mapping[str, Callable[[dict, str, _Reading], tuple]]):
         self.parsers = parsers
         self.mentioned: dict[str, None] = {}    # in order, for tools whose loading was deferred
+        self.removed: set = set()               # tools that were taken away and not used again
 
     def blocks(self, content: Any, path: str) -> tuple:
         """Neutral blocks of a `content`: a string, or a list of blocks."""
@@ -3399,6 +3531,7 @@ def _tool_use(block: dict, path: str, reading: _Reading) -> tuple:
     if json_depth_exceeds(arguments):
         raise invalid(path + ".input", f"nested deeper than {MAX_JSON_DEPTH}")
     reading.mentioned.setdefault(name)
+    reading.removed.discard(name)
     return (ToolCall(_text_at(block.get("id"), path + ".id"), name, arguments),)
 
 
@@ -3406,14 +3539,24 @@ def _reference(block: dict, path: str, reading: _Reading) -> tuple:
     name = block.get("tool_name") or block.get("name")
     if isinstance(name, str):
         reading.mentioned.setdefault(name)
+        reading.removed.discard(name)
+    return ()
+
+
+def _removal(block: dict, path: str, reading: _Reading) -> tuple:
+    name = block.get("tool_name") or block.get("name")
+    reading.mentioned.pop(name, None)
+    reading.removed.add(name)
     return ()
 
 
 def _server_block(block: dict, path: str, reading: _Reading) -> tuple:
     """A server tool's call or result in the history, told in a few words."""
     content = block.get("content")
-    links = [f"{b.get('title', '')} {b.get('url', '')}" for b in content if isinstance(b, dict)
-             ] if isinstance(content, list) else []
+    links = [str(b.get("text") or f"{b.get('title', '')} {b.get('url', '')}")
+             for b in objects_of(content)]
+    for row in objects_of(object_of(content).get("tool_references")):
+        reading.mentioned.setdefault(str(row.get("tool_name")))
     told = "\n".join(links) if links else json_encode(block.get("input") or content or {})
     return (Text(f"[{block['type'].replace('_', ' ')}: {told}]"[:4096]),)
 
@@ -3438,11 +3581,16 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
         _text_at(b.get("signature") or "", path + ".signature")),),
     "redacted_thinking": lambda b, path, _: (),
     "search_result": _search_result,
-    "tool_reference": _reference, "tool_addition": _reference,
+    "tool_reference": _reference, "tool_addition": _reference, "tool_removal": _removal,
+    "mid_conv_system": lambda b, path, reading: (Text(
+        "<system-reminder>\n" + "\n".join(
+            t.text for t in reading.blocks(b.get("content") or "", path) if isinstance(t, Text))
+        + "\n</system-reminder>"),),
     "compaction": lambda b, path, _: (Text(_text_at(b.get("content") or "", path + ".content")),),
     **dict.fromkeys(("server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
                      "code_execution_tool_result", "bash_code_execution_tool_result",
-                     "text_editor_code_execution_tool_result", "mcp_tool_use", "mcp_tool_result"),
+                     "text_editor_code_execution_tool_result", "mcp_tool_use", "mcp_tool_result",
+                     "tool_search_tool_result"),
                     _server_block),
 }
 
@@ -3622,7 +3770,8 @@ def anthropic_small_request(body: Mapping, headers: Mapping[str, str]) -> str:
                                  or body.get("output_format")).get("schema"))
     if set(object_of(schema.get("properties"))) == {"title"} and "<session>" in text:
         return "title"
-    if "isNewTopic" in told and (body.get("max_tokens") or 0) <= 512:
+    most = body.get("max_tokens")
+    if "isNewTopic" in told and isinstance(most, int) and most <= 512:
         return "topic"
     if "xtract any file paths" in told and text.startswith("Command:"):
         return "paths"
@@ -3647,8 +3796,9 @@ def _search_wish(rows: Any, tools: tuple) -> SearchWish | None:
     for row in objects_of(rows) if not tools else ():
         kind = re.match(r"(web_search|web_fetch)_\d", str(row.get("type")))
         if kind:
-            allowed, blocked = (tuple(str(d) for d in row.get(f"{word}_domains") or ())
-                                for word in ("allowed", "blocked"))
+            domains = (row.get(f"{word}_domains") for word in ("allowed", "blocked"))
+            allowed, blocked = (tuple(d for d in ds if isinstance(d, str))
+                                if isinstance(ds, list) else () for ds in domains)
             return SearchWish(kind[1], allowed, blocked)
     return None
 
@@ -3671,7 +3821,8 @@ def _parse_for_others(body: Mapping, request: Request, is_count: bool) -> Reques
     choice = body.get("tool_choice")
     if isinstance(choice, dict) and isinstance(choice.get("name"), str):
         reading.mentioned.setdefault(choice["name"])
-    tools = _tools(body.get("tools"), reading.mentioned)
+    tools = tuple(t for t in _tools(body.get("tools"), reading.mentioned)
+                  if t.name not in reading.removed)
     offered = {t["name"] for t in body.get("tools") or () if isinstance(t.get("name"), str)}
     tool_choice, one_call = _tool_choice(choice, tools, offered)
     stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
@@ -3719,7 +3870,8 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: boo
 # own marks and what a repair names are changed; the rest goes byte for byte, fields and blocks
 # nobody here has heard of included.
 
-_MARKS = re.compile(r'agp1\.|srvtoolu_agp|"signature"\s*:\s*""')
+MOST_BLOCKS = 100_000       # of a message that must be looked through
+_MARKS = re.compile(r'agp1\.|srvtoolu_agp|"signature"\s*:\s*(?:""|null)|"encrypted_index"\s*:\s*""')
 BETA_FIELDS = (     # a beta and what it brings into the body come and go together
     ("context-management-", "context_management"), ("effort-", "output_config.effort"),
     ("structured-outputs-", "output_config.format"), ("structured-outputs-", "output_format"),
@@ -3730,15 +3882,30 @@ BETA_FIELDS = (     # a beta and what it brings into the body come and go togeth
     ("server-side-fallback-", "fallbacks"), ("thinking-binding-", "thinking.block_binding"),
     ("fine-grained-tool-streaming-", "tools.*.eager_input_streaming"),
     ("prompt-caching-scope-", "system.*.cache_control.scope"),
+    ("prompt-caching-scope-", "tools.*.cache_control.scope"),
+    ("prompt-caching-scope-", "messages.*.content.*.cache_control.scope"),
 )
 
 
+def beta_fields(name: str) -> list[tuple[str, str]]:
+    """The rows of BETA_FIELDS that go when a beta, or a path of the body as Anthropic spells it
+    (`tools.0.custom.strict`), is refused."""
+    ends = name.split(".")[0], name.split(".")[-1]
+    betas = {beta for beta, path in BETA_FIELDS if name.startswith(beta)
+             or (path.split(".")[0], path.split(".")[-1]) == ends}
+    return [row for row in BETA_FIELDS if row[0] in betas]
+
+
 def _without(value: Any, path: list[str]) -> Any:
-    """`value` without the member a path names; `*` goes through every item of a list."""
-    if path[0] == "*" and isinstance(value, list):
-        return [_without(item, path[1:]) for item in value]
-    if not isinstance(value, dict) or path[0] not in value:
+    """`value` without the member a path names; `*` goes through every item of a list.  Words that
+    name no member are kinds of blocks, which Anthropic tells in between."""
+    if isinstance(value, list) and (path[0] == "*" or path[0].isdecimal()):
+        return [_without(item, path[1:]) if len(path) > 1 and path[0] in ("*", str(i)) else item
+                for i, item in enumerate(value)]
+    if not isinstance(value, dict):
         return value
+    if path[0] not in value or len(path) > 1 and not isinstance(value[path[0]], (dict, list)):
+        return _without(value, path[1:]) if len(path) > 1 else value
     rest = {k: v for k, v in value.items() if k != path[0]}
     if len(path) == 1:
         return rest
@@ -3756,14 +3923,27 @@ def _is_ours(block: Any, keeps_unsigned: bool) -> bool:
     return str(block.get("id") or block.get("tool_use_id") or "").startswith("srvtoolu_agp")
 
 
-def _relay_message(text: str, leaves_out: Callable[[Any], bool]) -> str:
-    """A message's JSON without the blocks that are to be left out, "" where nothing is left."""
+def _relay_message(text: str, leaves_out: Callable[[Any], bool], is_all: bool) -> str:
+    """A message's JSON without the blocks that are to be left out, "" where nothing is left.  Only
+    blocks with a mark are looked into, or all."""
     content = next((span for span in json_spans(text) if span[0] == "content"), None)
     if content is None or text[content[2]] != "[":
         return text
-    blocks = [text[at:end] for _, _, at, end in json_spans(text, content[2])]
-    kept = [block for block in blocks if not leaves_out(json.loads(block))]
-    if len(kept) == len(blocks):
+    kept, is_whole = [], True
+    for number, _, at, end in json_spans(text, content[2]):
+        if number > MOST_BLOCKS:
+            raise invalid("messages", f"a message of more than {MOST_BLOCKS} blocks")
+        block = text[at:end]
+        if is_all or _MARKS.search(block) or '"signature"' not in block and "thinking" in block:
+            value = json.loads(block)
+            if leaves_out(value):
+                is_whole = False
+                continue
+            if any(c.get("encrypted_index") == "" for c in objects_of(
+                    object_of(value).get("citations"))):    # of a search that was ours
+                block, is_whole = json_splice(block, {"citations": None}), False
+        kept.append(block)
+    if is_whole:
         return text
     return json_splice(text, {"content": "[" + ",".join(kept) + "]"}) if kept else ""
 
@@ -3800,7 +3980,7 @@ def _paired(messages: list) -> list:
     return out + [{"role": "user", "content": [missing(i) for i in calls]}] * bool(calls)
 
 
-def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> str:
+def _relay_messages(text: str, repairs: frozenset, keeps_unsigned: bool) -> str:
     """`messages` for the upstream.  Only messages with something to leave out are touched."""
     def leaves_out(block: Any) -> bool:
         return _is_ours(block, keeps_unsigned) or "thinking" in repairs and (
@@ -3810,9 +3990,7 @@ def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> 
     out, is_whole = [], "pairs" not in repairs
     for _, _, at, end in json_spans(text):
         message = text[at:end]
-        edited = message
-        if _MARKS.search(message) or "thinking" in repairs:
-            edited = _relay_message(message, leaves_out)
+        edited = _relay_message(message, leaves_out, "thinking" in repairs)
         if "system_role" in repairs and json.loads(message).get("role") == "system":
             told = "\n".join(b.text for b in _Reading(ANTHROPIC_BLOCKS).blocks(
                 json.loads(message).get("content") or "", "content") if isinstance(b, Text))
@@ -3826,59 +4004,77 @@ def _relay_messages(text: str, repairs: Iterable[str], keeps_unsigned: bool) -> 
     return text if is_whole else "[" + ",".join(out) + "]"
 
 
+def _variant_fields(model: str, body: Mapping) -> dict[str, str]:
+    """Members of the body as JSON that carry out what the model's name says about thinking."""
+    _, wish = model_variant(model)
+    forced = object_of(body.get("tool_choice")).get("type") in ("any", "tool")
+    if wish is None or (wish.is_on and (forced or body.get("temperature") not in (None, 1))):
+        return {}               # Anthropic refuses thinking beside those
+    if not wish.is_on:
+        return {"thinking": '{"type":"disabled"}'}
+    if wish.budget_tokens is None:
+        fields = {"thinking": '{"type":"adaptive"}'}
+        if wish.effort:
+            effort = {"minimal": "low"}.get(wish.effort, wish.effort)
+            fields["output_config"] = json_encode({**object_of(body.get("output_config")),
+                                                   "effort": effort})
+        return fields
+    budget, most = max(1024, wish.budget_tokens), body.get("max_tokens")
+    fields = {"thinking": json_encode({"type": "enabled", "budget_tokens": budget})}
+    if isinstance(most, int) and most <= budget:
+        fields["max_tokens"] = str(budget + most)
+    return fields
+
+
+def _relay_headers(request: Request, repairs: Iterable[str]) -> dict[str, str]:
+    headers = {"anthropic-version": "2023-06-01", **dict(request.native.headers)}
+    given = headers.pop("anthropic-beta", "")
+    betas = [b.strip() for b in given.split(",") if b.strip()]
+    dropped = [r[5:] for r in repairs if r.startswith("drop ")]
+    gone = [beta for name in dropped for beta, _ in beta_fields(name)]
+    kept = [b for b in betas if b not in dropped and not b.startswith(tuple(gone))]
+    if request.model.lower().endswith("[1m]") and "context-1m-" not in given:
+        kept.append("context-1m-2025-08-07")
+    if kept:
+        headers["anthropic-beta"] = given if kept == betas else ",".join(kept)
+    return headers
+
+
 def anthropic_relay_request(request: Request, target: Target,
                             repairs: frozenset = frozenset()) -> Rendered:
     """The client's own body and headers for an Anthropic upstream.  `repairs` of its refusals:
     `thinking`, `no_thinking`, `pairs`, `system_role`, `last_turn`, `drop <beta or path>`."""
-    native, changes = request.native, {}
-    text = native.raw.decode("utf-8")
-    headers = {"anthropic-version": "2023-06-01", **dict(native.headers)}
+    text, changes = request.native.raw.decode("utf-8"), {}
     if request.model != target.upstream_id:
         changes["model"] = quote(target.upstream_id)
-    if request.wanted != request.model:         # a variant: its wish is the owner's
-        wish = request.thinking
-        if wish.effort:
-            changes["thinking"] = '{"type":"adaptive"}'
-            changes["output_config"] = json_encode({"effort": wish.effort})
-        else:
-            changes["thinking"] = json_encode(
-                {"type": "disabled"} if not wish.is_on else {"type": "adaptive"}
-                if wish.budget_tokens is None else
-                {"type": "enabled", "budget_tokens": max(1024, wish.budget_tokens)})
-    if "no_thinking" in repairs:
-        changes["thinking"] = None
-    dropped = {r[5:] for r in repairs if r.startswith("drop ")}
-    pairs = [(beta, path) for beta, path in BETA_FIELDS
-             if any(d == path or d.startswith(beta) for d in dropped)]
-    paths = [path for _, path in pairs] + [d for d in dropped if not re.search(r"-\d{4}-", d)]
-    if _MARKS.search(text) or repairs:
-        for name, _, at, end in json_spans(text):
-            mine = [path.split(".") for path in paths if path.split(".")[0] == name]
-            if name == "messages":
-                part = text[at:end]
-                edited = _relay_messages(part, repairs,
-                                         "unsigned_thinking" in target.provider.quirks)
-                if edited is not part:
-                    changes[name] = edited
-            elif mine:
-                value = {name: json.loads(text[at:end])}
+    try:
+        if request.wanted != request.model:         # a variant: its wish is the owner's
+            changes.update(_variant_fields(request.model, json.loads(text)))
+        if "no_thinking" in repairs:
+            changes["thinking"] = None
+        dropped = [r[5:] for r in repairs if r.startswith("drop ")]
+        paths = [path.split(".") for name in dropped
+                 for path in [p for _, p in beta_fields(name)] or [name]]
+        # a thought without any signature leaves the two words out of balance; one more is the field
+        is_unsigned = text.count('"thinking":') > text.count('"signature":') + 1
+        for name, _, at, end in json_spans(text) if (
+                repairs or is_unsigned or _MARKS.search(text)) else ():
+            part = text[at:end]
+            mine = [path for path in paths if path[0] == name]
+            if mine:
+                value = {name: json.loads(part)}
                 for path in mine:
                     value = _without(value, path)
-                changes[name] = json_encode(value[name]) if name in value else None
-    if request.model.lower().endswith("[1m]") and "context-1m-" not in headers.get(
-            "anthropic-beta", ""):
-        headers["anthropic-beta"] = ",".join(filter(None, (headers.get("anthropic-beta"),
-                                                           "context-1m-2025-08-07")))
-    if "anthropic-beta" in headers:
-        betas = [b.strip() for b in headers["anthropic-beta"].split(",")]
-        kept = [b for b in betas if b not in dropped and not any(
-            b.startswith(beta) for beta, _ in pairs)]
-        if kept != betas:
-            headers["anthropic-beta"] = ",".join(kept)
-        if not kept:
-            del headers["anthropic-beta"]
-    raw = json_splice(text, changes).encode("utf-8") if changes else native.raw
-    return Rendered(raw, headers, AnswerShape())
+                part = json_encode(value[name]) if name in value else ""
+            if name == "messages" and part:
+                part = _relay_messages(part, repairs,
+                                       "unsigned_thinking" in target.provider.quirks)
+            if part != text[at:end]:
+                changes[name] = part or None
+    except RecursionError as err:
+        raise invalid("", "nested too deeply") from err
+    raw = json_splice(text, changes).encode("utf-8") if changes else request.native.raw
+    return Rendered(raw, _relay_headers(request, repairs), AnswerShape())
 
 
 # Answers
@@ -3900,7 +4096,7 @@ def scaled_tokens(count: int, window: int, limit: int) -> int:
     """Input tokens as a client with a smaller `window` is to see them: true up to half of where it
     compacts, then stretched so that it compacts ROOM_LEFT before the model's true `limit`."""
     compacts, knee = window - COMPACTS_BEFORE, (window - COMPACTS_BEFORE) // 2
-    if limit <= window or count <= knee:
+    if limit - ROOM_LEFT <= compacts or count <= knee:
         return count
     return min(int(knee + (count - knee) * (compacts - knee) / (limit - ROOM_LEFT - knee)),
                window - 3000)
@@ -4087,7 +4283,7 @@ def _parse_block(block: dict) -> list[tuple[Kind, Any]]:
                 *((Kind.CITATION, c) for c in objects_of(block.get("citations")))]
     if kind == "thinking":
         signature = block.get("signature")
-        return [(Kind.THINKING, str(block.get("thinking") or "")),
+        return [(Kind.THINKING, str(block.get("thinking") or "") or None),
                 *([(Kind.SIGNATURE, (str(signature), True))] if signature else ())]
     if kind in ("tool_use", "server_tool_use"):
         call = ToolCall(str(block.get("id") or ""), str(block.get("name") or ""),
@@ -4146,14 +4342,16 @@ class AnthropicRelay:
             return ""                   # a comment, or `[DONE]`
         if kind == "error":
             raise UpstreamFault(value)
-        text = f"event: {kind}\ndata: {data}\n\n"
+        lines = data.replace("\n", "\ndata: ")      # JSON may stand on several
+        text = f"event: {kind}\ndata: {lines}\n\n"
         if kind == "message_start":
             message = object_of(value.get("message"))
             self.counts.update(anthropic_parse_usage(message.get("usage")))
             if "model" in message:
                 span = next(s for s in json_spans(data) if s[0] == "message")
                 inner = json_splice(data[span[2]:span[3]], {"model": quote(self.state.model)})
-                text = f"event: {kind}\ndata: {data[:span[2]]}{inner}{data[span[3]:]}\n\n"
+                data = data[:span[2]] + inner + data[span[3]:]
+                text = "event: {}\ndata: {}\n\n".format(kind, data.replace("\n", "\ndata: "))
             self._held = text
             return ""
         return self._read(kind, value, text)
@@ -4168,15 +4366,16 @@ class AnthropicRelay:
             state.open_kind = None
         elif kind == "message_delta":
             self.counts.update(anthropic_parse_usage(value.get("usage")))
-            self.has_finish = bool(object_of(value.get("delta")).get("stop_reason"))
+            self.has_finish |= bool(object_of(value.get("delta")).get("stop_reason"))
         self.is_over = self.is_over or kind == "message_stop"
         self.has_content = self.has_content or kind.startswith("content_block") or self.has_finish
-        if not self.has_content:
-            return ""                   # a ping before anything else is ours to send
+        if not self.has_content or kind == "ping":
+            return ""                   # pings are ours to send: a beat must not wait for them
         state.usage = self.usage()
         if not state.begun:
+            begin = self._held or _begin_event(state, Begin(state.usage))
             state.begun = True
-            return self._held + text
+            return begin + text
         return text
 
     def usage(self) -> Usage:
@@ -4189,7 +4388,7 @@ class AnthropicRelay:
         """A whole Message, the model put back; raises ValueError or UpstreamFault."""
         text = raw.decode("utf-8")
         value = json_decode(raw)
-        if not isinstance(value, dict) or value.get("type") == "error":
+        if not isinstance(value, dict) or not isinstance(value.get("content"), list):
             raise UpstreamFault(value)
         self.counts.update(anthropic_parse_usage(value.get("usage")))
         if "model" in value:
@@ -4198,7 +4397,7 @@ class AnthropicRelay:
 
     def end(self) -> str:
         """What is missing at the upstream's end, or ProxyError where the answer is cut."""
-        if not self.has_finish:
+        if not (self.has_finish or self.is_over and self.has_content):
             raise ProxyError("cut" if self.has_content else "empty",
                              "the upstream ended its answer without a finish")
         return "" if self.is_over else _event("message_stop", {})
@@ -4380,7 +4579,7 @@ class _Contents:
                 in_order.append(self._call_part(block, pending, not has_call))
                 pending, has_call = "", True
             elif isinstance(block, Text):
-                in_order.append(self._text_part(block.text))
+                in_order.append({"text": block.text})
             elif isinstance(block, Media):
                 in_order.append({"text": f"[{block.media_type}]"})
         if self.is_claude:      # thoughts first, then texts, then calls
@@ -4388,18 +4587,14 @@ class _Contents:
         return thoughts + in_order or [{"text": "."}]
 
     def _may_sign(self, raw: str) -> bool:
-        return (self.is_thinking or not self.is_claude) and "signatures" not in self.repairs and (
+        signs = self.is_thinking if self.is_claude else self.target.model.family in (
+            "gemini3", "gemini25")
+        return signs and "signatures" not in self.repairs and (
             self.signatures.get(content_key("bad", raw)) is None)
 
     def _signed(self, part: dict, raw: str) -> dict:
         self.sent.append(raw)
         return {**part, "thoughtSignature": raw}
-
-    def _text_part(self, text: str) -> dict:
-        known = None if self.is_claude else self.signatures.get(content_key("text", text))
-        if known and is_at_home(known[0], known[1], self.target) and self._may_sign(known[2]):
-            return self._signed({"text": text}, known[2])
-        return {"text": text}
 
     def _call_part(self, call: ToolCall, pending: str, is_first: bool) -> dict:
         name = self.names[call.id] = tool_name(call.name)
@@ -4507,31 +4702,41 @@ def gemini_place_sources(text: str, grounds: list) -> list[tuple[Kind, Any]]:
         meta.update({k: v for k, v in part.items() if v})
     webs = [object_of(c.get("web")) for c in objects_of(meta.get("groundingChunks"))]
     sources = [(str(w.get("uri") or ""), str(w.get("title") or "")) for w in webs]
+    queries = meta.get("webSearchQueries")
+    queries = [q for q in queries if isinstance(q, str)] if isinstance(queries, list) else []
     pieces: list[tuple[Kind, Any]] = []
-    queries = [q for q in meta.get("webSearchQueries") or () if isinstance(q, str)]
     for n, query in enumerate(queries or [""] * bool(sources)):
         call_id = new_id("srvtoolu_agp")
+        found = tuple(dict.fromkeys(s for s in sources if s[0])) if not n else ()
         pieces += [(Kind.SERVER_CALL, ToolCall(call_id, "web_search", {"query": query})),
-                   (Kind.FOUND, Found(call_id, "web_search", tuple(sources) if not n else ()))]
+                   (Kind.FOUND, Found(call_id, "web_search", found))]
     raw, done = text.encode("utf-8", "replace"), 0
-    for row in sorted(objects_of(meta.get("groundingSupports")),
-                      key=lambda r: object_of(r.get("segment")).get("endIndex") or 0):
-        segment = object_of(row.get("segment"))
-        begin, end = segment.get("startIndex") or 0, segment.get("endIndex") or 0
-        named = [sources[i] for i in row.get("groundingChunkIndices") or ()
-                 if isinstance(i, int) and 0 <= i < len(sources)]
-        if not done <= begin < end <= len(raw) or not named:
+    cited: dict[tuple[int, int], list] = {}     # (begin, end) -> sources
+    for row in objects_of(meta.get("groundingSupports")):
+        segment, named = object_of(row.get("segment")), row.get("groundingChunkIndices")
+        begin, end = (segment.get(n) or 0 for n in ("startIndex", "endIndex"))
+        if isinstance(begin, int) and isinstance(end, int) and 0 <= begin < end <= len(raw):
+            while begin and raw[begin] & 0xC0 == 0x80:      # inside a character
+                begin -= 1
+            while end < len(raw) and raw[end] & 0xC0 == 0x80:
+                end += 1
+            cited.setdefault((begin, end), []).extend(
+                sources[i] for i in (named if isinstance(named, list) else ())
+                if isinstance(i, int) and 0 <= i < len(sources) and sources[i][0])
+    for (begin, end), named in sorted(cited.items(), key=lambda item: (item[0][1], item[0][0])):
+        if begin < done and end > done:
+            begin = done        # what overlaps is cited from where the one before ended
+        if not done <= begin < end or not named:
             continue
         if raw[done:begin].strip():
-            pieces += [(Kind.TEXT, raw[done:begin].decode("utf-8", "replace")),
-                       (Kind.BLOCK_END, None)]
+            pieces += [(Kind.TEXT, raw[done:begin].decode("utf-8")), (Kind.BLOCK_END, None)]
             done = begin
-        cited = raw[begin:end].decode("utf-8", "replace")
-        pieces += [(Kind.TEXT, raw[done:end].decode("utf-8", "replace")),
-                   *((Kind.CITATION, {"url": url, "title": title, "text": cited})
-                     for url, title in named), (Kind.BLOCK_END, None)]
+        pieces += [(Kind.TEXT, raw[done:end].decode("utf-8")),
+                   *((Kind.CITATION, {"url": url, "title": title,
+                                      "text": raw[begin:end].decode("utf-8")})
+                     for url, title in dict.fromkeys(named)), (Kind.BLOCK_END, None)]
         done = end
-    pieces.append((Kind.TEXT, raw[done:].decode("utf-8", "replace")))
+    pieces.append((Kind.TEXT, raw[done:].decode("utf-8")))
     return pieces + [(Kind.METER, {"searches": len(queries)})]
 
 
@@ -4540,9 +4745,10 @@ def _session_id(request: Request) -> str:
     return "-" + str(int(request.conversation[:16], 16) & (2 ** 63 - 1))
 
 
-def _answer_shape(request: Request, target: Target, signatures: Any,
-                  mended: Mended) -> AnswerShape:
-    """How the answer's names, ids and signatures are turned back for this client."""
+def _answer_shape(request: Request, target: Target, signatures: Any, mended: Mended,
+                  turns: list[Turn]) -> AnswerShape:
+    """How the answer's names, ids and signatures are turned back for this client.  `turns` are
+    those that were sent."""
     family, tag = _family(target.model), target.provider.signature_tag
     tools = {tool_name(tool.name): tool for tool in request.tools}
 
@@ -4559,10 +4765,24 @@ def _answer_shape(request: Request, target: Target, signatures: Any,
     def remember(key: str, raw: str) -> None:
         signatures[key] = (family, tag, raw)
 
+    def remember_text(text: str, raw: str) -> None:
+        key = content_key("text", text)
+        if signatures.get(key) is None:     # the same words keep their first signature
+            remember(key, raw)
+    last = turns[-1].blocks[-1]
+    order = last.text if isinstance(last, Text) else ""
+    prefill = order[len(GO_ON):] if order.startswith(GO_ON) and request.turns and (
+        request.turns[-1].role == "assistant") else ""
+    pick_json = None
+    if request.json_schema is not None and not prefill:
+        kind = request.json_schema.get("type")
+        pick_json = functools.partial(first_json, kind=kind if isinstance(kind, str) else "object",
+                                      in_prose=not request.tools)
+
     return AnswerShape(
         shows_thinking=request.thinking.is_on is True, thinking_text=request.thinking.shows_text,
         one_call=request.one_call, remember=remember, client_call=client_call,
-        remember_text=lambda text, raw: remember(content_key("text", text), raw) if text else None,
+        remember_text=remember_text, prefill=prefill, pick_json=pick_json,
         wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
         place_sources=gemini_place_sources if request.search else None,
         used_ids=frozenset(b.id for t in request.turns for b in t.blocks
@@ -4609,7 +4829,7 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
                 + json_encode(request.json_schema))})
     inner["generationConfig"] = config
     told = mended, tuple(contents.sent)
-    shape = _answer_shape(request, target, signatures, mended)
+    shape = _answer_shape(request, target, signatures, mended, turns)
     if not target.provider.envelope:
         return Rendered(inner, {}, shape, *told)
     if target.provider.envelope == "gemini-cli":
@@ -4655,7 +4875,7 @@ _FINISH = {         # finishReason -> (Stop | None for "nothing usable", explana
 }
 
 
-_SCAN = json.JSONDecoder(parse_constant=refuse_constant).scan_once
+_SCAN = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite).scan_once
 
 
 def gemini_parse_usage(meta: Mapping) -> dict[str, int]:
@@ -5212,7 +5432,7 @@ def model_from_id(name: str, label: str = "", **limits: int) -> Model:
                                      ("gemini-2", "gemini25")) if word in name), "gemini3")
     return Model(name, label or name, family, limits.get("context") or 200000,
                  limits.get("output") or 32000, limits.get("least") or 1024, 30976,
-                 limits.get("budget") or -1, False, "")
+                 limits.get("budget") or (16000 if family == "claude" else -1), False, "")
 
 
 def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
@@ -5224,8 +5444,11 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
     patterns = patterns or [p for p in aliases if fnmatch.fnmatchcase(wanted, p)]
     if patterns:
         return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
-    if wanted in MODELS or wanted in listed:
+    if wanted in MODELS:
         return (wanted,), False
+    exact = next((m for m in listed if m.lower() == wanted), "")
+    if exact:
+        return (exact,), False
     choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
     if not choices and (wanted.startswith("claude") or wanted in TIERS):
         choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
@@ -5239,12 +5462,17 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
     names as they are asked for, and that of alias, catalogue, known names or Claude tier.  Of
     several that fit, the first that `serves` says somebody has.  Raises ProxyError not_found."""
     accounts, listed = list(accounts), {m.id: m for m in listed}
-    wanted = wanted or name
-    bare = plain_model_name(wanted)[7:]
-    if wanted.lower().startswith("claude-") and (
-            bare.lower() in MODELS or bare in listed or any(bare in a.models for a in accounts)
-            or any(fnmatch.fnmatchcase(bare.lower(), p) for p in ALIASES)):
-        wanted = bare           # as listed for clients that keep only claude ids
+    def is_row(name: str) -> bool:
+        return name.lower() in MODELS or name in listed or any(name in a.models for a in accounts)
+    full, wanted = plain_model_name(name), wanted or name
+    if is_row(full):
+        wanted = full           # what looks like an ending is part of the name
+    for spelled in (full, plain_model_name(wanted)):
+        bare = spelled[7:]      # as listed for clients that keep only claude ids
+        if spelled.lower().startswith("claude-") and not is_row(spelled) and (is_row(bare) or any(
+                fnmatch.fnmatchcase(bare.lower(), p) for p in ALIASES)):
+            wanted = bare
+            break
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
     plain = plain_model_name(wanted)
 
@@ -5252,7 +5480,8 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
         row = MODELS.get(choice.lower()) or listed.get(choice)
         is_taken = any(choice in a.models or any(fnmatch.fnmatchcase(choice.lower(), p)
                                                  for p in a.provider.names) for a in accounts)
-        return row or (model_from_id(choice) if is_taken else None)
+        is_claude = choice.lower().startswith("claude-")
+        return row or (model_from_id(choice.lower() if is_claude else choice) if is_taken else None)
     exact = None if is_alias else known(plain)
     rows = [m for m in map(known, choices) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
@@ -7559,7 +7788,12 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"\brole\b.{1,30}not supported", (), ("system_role",)),
     Repair(r"inline.?data|\bmime|\bimage\b", ("old_media",), ()),
 ))
-LASTING_REPAIRS = ("drop ", "last_turn", "system_role", "no_budget")   # worth knowing next time
+
+def is_lasting(repair: str) -> bool:
+    """Whether every request to this upstream will need it; what one client's own fields caused is
+    nothing that others should lose."""
+    return repair in ("last_turn", "system_role", "no_budget") or (
+        repair.startswith("drop ") and bool(beta_fields(repair[5:])))
 
 
 def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
@@ -7568,7 +7802,6 @@ def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
         match = row.text.search(message)
         for step in (row.relayed if is_relayed else row.translated) if match else ():
             named = match[1] if match.re.groups else ""
-            named = re.sub(r"\.(\d+|custom)(?=\.)", lambda m: ".*" * m[1].isdigit(), named)
             if step.format(named) not in done:
                 return step.format(named)
     return ""
@@ -7609,8 +7842,20 @@ _CLIENTS_WORDS = re.compile(r"prompt is too long: \d+ tokens > \d+|exceed contex
 def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What a client of the same language is to see of an upstream's head: limits are passed on,
     never made up."""
-    return {name: value for name, value in headers.items() if name.startswith("anthropic-")
-            or name in ("request-id", "x-should-retry")}
+    return {name: value for name, value in headers.items() if re.fullmatch(r"[a-z0-9-]+", name)
+            and (name.startswith("anthropic-") or name in ("request-id", "x-should-retry"))}
+
+
+def call_headers(*sets: Mapping[str, str]) -> dict[str, str]:
+    """The head of a call: a later set's value replaces an earlier one's, whatever the spelling;
+    lists of betas are joined."""
+    out: dict[str, tuple[str, str]] = {}
+    for name, value in (item for row in sets for item in row.items()):
+        key = name.lower()
+        if key == "anthropic-beta" and key in out:
+            value = f"{out[key][1]},{value}"
+        out[key] = out.get(key, (name,))[0], value
+    return dict(out.values())
 
 
 def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str],
@@ -7647,11 +7892,10 @@ class Pipe:
                  render: Callable[[Any], str], understand: Callable[[Any], ProxyError]):
         self.splitter, self.assembler = SseSplitter(), Assembler(shape)
         self.parse_event, self.render, self.understand = parse_event, render, understand
-        prefill = short_prefill(request.turns)
         self.gate = None
-        if request.stop_sequences or prefill or 0 < request.max_tokens:
-            self.gate = TextGate(request.stop_sequences, request.max_tokens, prefill,
-                                 request.json_schema is not None, self.assembler.known_usage)
+        if request.stop_sequences or shape.prefill or 0 < request.max_tokens:
+            self.gate = TextGate(request.stop_sequences, request.max_tokens, shape.prefill,
+                                 shape.pick_json, self.assembler.known_usage)
         self.fault: ProxyError | None = None
         self.is_done = False            # the answer is over before the upstream's end
         self.skipped = 0                # events that could not be read
@@ -7659,6 +7903,8 @@ class Pipe:
     @property
     def has_content(self) -> bool:
         return self.assembler.begun
+
+    leaves_whole = False        # where it ends an answer, the upstream has more to say
 
     def usage(self) -> Usage:
         return self.assembler.known_usage()
@@ -7684,7 +7930,7 @@ class Pipe:
             self.fault = self.understand(err.body)
         except ProxyError as err:
             self.fault = err
-        except ValueError as err:
+        except (ValueError, TypeError, RecursionError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
 
@@ -7741,16 +7987,25 @@ class RelayPipe(Pipe):
         self._parts.append(data)
         return b""
 
+    leaves_whole = True
+
     def _end(self, out: list[str]) -> None:
         if not self.is_stream:
             out.append(self.machine.whole(b"".join(self._parts)).decode("utf-8"))
             return
         for event in self.splitter.end():
+            data = event.partition("data:")[2] or event
+            told = json_decode(data.encode("utf-8"))        # half an event raises: it was cut
+            if data is event and not self.machine.has_content:
+                raise UpstreamFault(told)       # an error where a stream was expected
             self._event(event, out)
-        out.append(self.machine.end())
+        if not self.is_done:
+            out.append(self.machine.end())
 
     def _event(self, event: str, out: list[str]) -> None:
-        out.append(self.machine.feed(event))
+        if not self.is_done:
+            out.append(self.machine.feed(event))
+            self.is_done = self.machine.is_over
 
 
 # Calls
@@ -7791,6 +8046,16 @@ class UpstreamAnswer:
             return b""
         return self.take(data)
 
+    def _finish_body(self) -> None:
+        """The answer is over before its body: mostly only the framing's end is left, and the
+        connection can be kept when that is here already."""
+        with contextlib.suppress(OSError, ValueError, OverflowError):   # not here: not kept
+            if not self.body.done:
+                self.connection.sock.setblocking(False)
+                self.body.feed(self.connection.sock.recv(RECV_BYTES))
+            self.is_reusable = (self.keeps_alive and self.body.done and not self.body.rest
+                                and self.pipe.leaves_whole)
+
     def take(self, data: bytes) -> bytes:
         """Output of raw bytes; b"" means the connection ended."""
         try:
@@ -7804,6 +8069,7 @@ class UpstreamAnswer:
             return out
         if self.pipe.is_done:
             self.is_done = True
+            self._finish_body()
         elif self.body.done or (not data and self.body.end()):
             out += self.pipe.end()
             self.fault = self.pipe.fault
@@ -7817,8 +8083,9 @@ class UpstreamAnswer:
 def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Config) -> tuple:
     """(connection, first bytes of the answer).  A kept connection that ends before its first byte
     is replaced by a fresh one, once."""
-    host = urllib.parse.urlsplit(call.base_url).netloc
-    lines = [f"POST {call.path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(call.body)}"]
+    base = urllib.parse.urlsplit(call.base_url)
+    lines = [f"POST {base.path.rstrip('/')}{call.path} HTTP/1.1", f"Host: {base.netloc}",
+             f"Content-Length: {len(call.body)}"]
     lines += [f"{name}: {value}" for name, value in call.headers.items()]
     if any("\r" in line or "\n" in line for line in lines):
         raise ProxyError("internal", "a header towards the upstream holds a line break")
@@ -7896,7 +8163,7 @@ def upstream_call(connections: ConnectionCache, call: Call,
                 connection = None       # no longer ours to close
             raise call.understand(status, headers, raw)
         answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive, headers)
-        out = answer.take(rest) if rest else b""
+        out = answer.take(rest) if rest or body.done else b""
         while not (call.pipe.has_content or answer.is_done or answer.fault):
             wait(connection.sock, config.idle_timeout_s)
             out += answer.read() or b""
@@ -8034,10 +8301,10 @@ class Conducting:
         self.candidates = self.services.pool.candidates(*models)
         if self.request.search is not None:
             self.candidates = self._searchers(self.candidates)
-        if self.request.refusal is not None:
+        if self.request.refusal is not None or self.request.max_tokens == 0:
             self.candidates = [c for c in self.candidates if self._is_relayed(c.provider)]
-            if not self.candidates:
-                raise self.request.refusal
+        if self.request.refusal is not None and not self.candidates:
+            raise self.request.refusal
 
     def _searchers(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those who can look at the web themselves, else the search model's; ProxyError no_search
@@ -8072,6 +8339,7 @@ class Conducting:
         refused.headers = self.last.headers if self.last else {}
         pair = fallback_for(self.used) if self.used.id in MODELS else ""
         if (not self.services.config.fallback or not pair or self.is_fallback
+                or self.request.refusal is not None
                 or refused.kind not in ("exhausted", "quota", "rate", "soft_429", "capacity")):
             raise refused
         model = MODELS[pair]
@@ -8143,7 +8411,7 @@ class Conducting:
     def _learn(self, key: tuple, attempt: Attempt) -> None:
         """A repaired request was accepted: what every request will need is kept, and so is which
         signatures were refused."""
-        lasting = frozenset(r for r in attempt.mended if r.startswith(LASTING_REPAIRS))
+        lasting = frozenset(filter(is_lasting, attempt.mended))
         self.services.learned[key] = self.services.learned.get(key, frozenset()) | lasting
         if "signatures" in attempt.mended:
             for raw in attempt.sent:
@@ -8209,10 +8477,11 @@ class Conducting:
                     dialect.render_request(request, target, services.signatures, attempt.repairs))
         attempt.sent = rendered.sent or attempt.sent
         self.record.mended, self.record.refused = rendered.mended, tuple(attempt.mended)
-        headers = {"Content-Type": "application/json",
-                   "User-Agent": user_agent(account, provider, candidate.upstream_id),
-                   "Accept-Encoding": "identity", **auth_header(provider, attempt.token),
-                   **rendered.headers, **dict(provider.headers), **dict(account.headers)}
+        headers = call_headers(
+            {"Content-Type": "application/json", "Accept-Encoding": "identity",
+             "User-Agent": user_agent(account, provider, candidate.upstream_id)},
+            auth_header(provider, attempt.token), rendered.headers, dict(provider.headers),
+            dict(account.headers))
 
         def note_limits(head: Mapping[str, str]) -> None:
             windows = read_limit_headers(head, services.clock.now())
@@ -8237,6 +8506,7 @@ class Conducting:
             shape = rendered.shape._replace(estimate_input=estimate)
             pipe = Pipe(dialect.parse_event, shape, request, render,
                         lambda body: understand(200, {}, body))
+        self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         body = rendered.body
         call = Call(attempt.hosts[0], dialect.path(target, request), headers,
@@ -8248,8 +8518,9 @@ class Conducting:
         note_limits(answer.headers)
         stream = OpenStream(answer, lease, services.connections, self.record)
         family = token_family(candidate.model)
-        stream.on_usage = lambda true: services.calibration.note(
-            candidate.model.id, lambda: estimate_tokens(request, family), true)
+        if request.refusal is None and request.search is None:      # those have more than we count
+            stream.on_usage = lambda true: services.calibration.note(
+                candidate.model.id, lambda: estimate_tokens(request, family), true)
         self._tell(lease, attempt, relayed_headers(answer.headers) if is_relayed else {})
         if is_whole:
             stream.close()
@@ -8301,26 +8572,29 @@ def count_upstream(services: Services, request: Request) -> int | None:
         if not path or not services.counting.acquire(blocking=False):
             return None             # nobody waits in line for a count
         try:
-            rendered = (dialect.relay_request(request, target) if is_relayed
-                        else dialect.render_request(request, target, services.signatures))
+            repairs = services.learned.get((provider.id, candidate.upstream_id), frozenset())
+            rendered = (dialect.relay_request(request, target, repairs) if is_relayed else
+                        dialect.render_request(request, target, services.signatures, repairs))
             body = dialect.count.wrap(rendered.body, target)
             raw = body if isinstance(body, bytes) else json_encode(body).encode("ascii")
             key = content_key(candidate.upstream_id, raw.decode("utf-8"))
-            if key not in services.counts:
-                headers = {"Content-Type": "application/json",
-                           "User-Agent": user_agent(account, provider, candidate.upstream_id),
-                           **auth_header(provider, services.tokens.access(account)),
-                           **rendered.headers, **dict(provider.headers), **dict(account.headers)}
+            count = services.counts.get(key)
+            if count is None:
+                headers = call_headers(
+                    {"Content-Type": "application/json",
+                     "User-Agent": user_agent(account, provider, candidate.upstream_id)},
+                    auth_header(provider, services.tokens.access(account)), rendered.headers,
+                    dict(provider.headers), dict(account.headers))
                 status, _, answer = simple_call(
                     services.connections, "POST", pool.hosts(provider)[0] + path, headers, raw,
                     account.proxy, COUNT_TIMEOUT_S)
-                told = object_of(json_decode(answer)).get(dialect.count.member)
-                if status != 200 or not isinstance(told, int):
+                count = object_of(json_decode(answer)).get(dialect.count.member)
+                if status != 200 or not isinstance(count, int):
                     return None
                 if len(services.counts) > 1000:
                     services.counts.clear()
-                services.counts[key] = told
-            return services.counts[key]
+                services.counts[key] = count
+            return count
         except (ProxyError, ValueError):
             return None             # the estimate will do
         finally:
@@ -8444,6 +8718,7 @@ class Exchange:
         self.more_headers: dict[str, str] = {}      # of the answer, beside the usual
         self.scale_window = 0                       # the client's, with usage_scaling
         self.model = MODELS["gemini-3-flash"]       # that is asked, as far as it is known
+        self.pipe: Any = None                       # of the call under way
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
         self.is_woken, self._waker = False, None
@@ -8491,8 +8766,10 @@ class Exchange:
                 self.downstream.send(self.frame(event) + self.last_frame())
             return
         headers: dict[str, str] = {}
-        self.more_headers.update(error.headers)
-        if error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR):
+        is_verbatim = error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR)
+        self.more_headers.update((name, value) for name, value in error.headers.items()
+                                 if is_verbatim or name.startswith("anthropic-"))
+        if is_verbatim and error.verbatim is not None:
             status, raw, _ = error.verbatim
             self.send_bytes(status, "application/json", raw)
             return
@@ -8613,7 +8890,9 @@ class Exchange:
         if self.is_open:
             out = self.keep_alive(now)
         else:       # the hold is over: open with an estimate, corrected at the end [A6]
-            begin = Begin(Usage(input_tokens=self.services.count(self.request, self.model)))
+            usage = (self.pipe.usage() if self.pipe is not None and self.pipe.is_metered else
+                     Usage(input_tokens=self.services.count(self.request, self.model)))
+            begin = Begin(usage)
             out = self.open_stream() + self.frame(self.render(begin).encode("ascii"))
             self.last_out_at = self.last_content_at = now
         if out:
@@ -9281,9 +9560,10 @@ class Handler:
             return False
         candidates = pool.candidates(*pool.models_for(request.model, config.aliases,
                                                       request.wanted))
+        is_native = [request.native is not None and request.native.dialect == c.provider.dialect
+                     for c in candidates]
         if request.max_tokens == 0:
-            return not any(request.native and request.native.dialect == c.provider.dialect
-                           for c in candidates)
+            return not any(is_native)
         # where nobody can serve, the refusal is the better answer
         return any(v.state != "stopped" for v in pool.verdicts(candidates, ()))
 
@@ -9363,14 +9643,15 @@ def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any) -> Non
     exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
     count = count_upstream(services, request)
     how = "upstream" if count is not None else "estimate"
+    candidates = services.pool.candidates(*models)
+    is_native = request.native is not None and bool(candidates) and (
+        candidates[0].provider.dialect == request.native.dialect)
     if count is None:
-        if request.refusal is not None and not any(
-                c.provider.dialect == request.native.dialect
-                for c in services.pool.candidates(*models)):
+        if request.refusal is not None and not is_native:
             raise request.refusal
         count = services.count(request, models[0])
-    exchange.send_json(200, {"input_tokens": exchange.shown_tokens(count, models[0])},
-                       {"x-agproxy-token-count": how})
+    exchange.send_json(200, {"input_tokens": count if is_native else exchange.shown_tokens(
+        count, models[0])}, {"x-agproxy-token-count": how})
 
 
 def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
@@ -10635,7 +10916,7 @@ def touch_account(services: Services, candidate: Candidate) -> None:
     """One small request, so that a quota window begins; its answer is of no interest."""
     class Nobody:
         """The client of a request that nobody waits for."""
-        route, more_headers, state = "", {}, None
+        route, more_headers, state, pipe = "", {}, None, None
 
         def wait(self, sock: Any, seconds: float) -> None:
             if not readable([sock], min(seconds, 30)):

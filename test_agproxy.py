@@ -674,7 +674,71 @@ ARGUMENTS = [   # what a model wrote, what the client gets
     ({"tree": {"n": "1", "kids": [{"n": "2", "kids": {"n": 3}}]}}, {"tree": {"n": 1, "kids": [{"n": 2, "kids": [{"n": 3}]}]}}),
     ({"names": None, "file_path": None}, {"file_path": None}), ({"unknown": "1", "map": '{"a":1}'}, {"unknown": "1", "map": {"a": 1}}),
     ({"deep": "yes", "ratio": "NaN", "file_path": True}, {"deep": "yes", "ratio": "NaN", "file_path": "true"}),
+    ({"ratio": "1e999", "FilePath": "a", "filePath": "b"}, {"ratio": "1e999", "FilePath": "a", "filePath": "b"}),
 ]
+UNIONS = [      # a schema, what is valid by it already
+    ({"oneOf": [{"properties": {"kind": {"const": "n"}, "value": {"type": "integer"}}, "required": ["kind"]},
+                {"properties": {"kind": {"const": "s"}, "value": {"type": "string"}}, "required": ["kind"]}]},
+     {"kind": "s", "value": "5"}),
+    ({"properties": {"v": {"anyOf": [{"type": "array", "items": {"type": "integer"}},
+                                     {"type": "array", "items": {"type": "string"}}]}}}, {"v": ["1", "2"]}),
+    ({"properties": {"v": {"anyOf": [{"enum": ["Default"]}, {"type": "string"}]}}}, {"v": "default"}),
+    ({"properties": {"v": {"anyOf": [{"const": True}, {"type": "string"}]}}}, {"v": "true"}),
+    ({"properties": {"路径": {"type": "string"}}}, {"备注": "x"}),
+    ({"properties": {"Content-Type": {}}, "additionalProperties": {"type": "string"}}, {"content_type": "5"}),
+    ({"properties": {"v": {"prefixItems": [{"type": "string"}], "items": {"type": "number"}}}}, {"v": ["5", 3]}),
+    ({"properties": {"v": {"$ref": "https://x/y"}}}, {"v": '{"a":1}'}),
+]
+MENDED = [      # a schema with alternatives, what a model wrote, what the client gets
+    ({"properties": {"n": {"enum": [1, 2]}, "a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["n"]}]}, {"n": "2"}, {"n": 2}),
+    ({"properties": {"n": {"anyOf": [{"type": "null"}, {"type": "integer"}]}}}, {"n": "5"}, {"n": 5}),
+    (UNIONS[0][0], {"kind": "n", "value": "5"}, {"kind": "n", "value": 5}),
+    ({"n": {"type": "integer"}}, {"n": "5"}, {"n": 5}),
+]
+
+
+@pytest.mark.parametrize("schema, given", UNIONS, ids=[str(g)[:30] for _, g in UNIONS])
+def test_arguments_that_are_valid_stay_as_they_are(schema, given):
+    assert ag.restore_arguments(given, {"type": "object", **schema}) == given
+
+
+@pytest.mark.parametrize("schema, given, expected", MENDED, ids=[str(e) for _, _, e in MENDED])
+def test_of_alternatives_the_nearest_is_meant(schema, given, expected):
+    assert ag.restore_arguments(given, schema) == expected
+
+
+def test_schemas_that_multiply_without_end_are_cut():
+    defs = {f"l{i}": {"allOf": [{"$ref": f"#/$defs/l{i + 1}"}] * 20} for i in range(8)}
+    schema = {"type": "object", "properties": {"v": {"$ref": "#/$defs/l0"}}, "$defs": defs}
+    assert ag.sim_check_schema(ag.clean_schema(schema, True), "p") is None
+    assert ag.restore_arguments({"v": "5"}, schema) == {"v": "5"}
+    only = {"properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}
+    assert "required" not in ag.clean_schema(only, False)
+
+
+JSON_TEXTS = [("```json\n{\"a\": 1}\n```", "object", '{"a": 1}'), ("As in [1], here: {\"t\":\"x\"} ok", "object", '{"t":"x"}'),
+              ('{"items":[{"a":1},{"b":2},', "object", '{"items":[{"a":1},{"b":2},'), ("see [1]", "string", "see [1]"),
+              ("the list: [1, 2]", "array", "[1, 2]"), ("[{" * 5000, "array", "[{" * 5000), ("plain", "object", "plain")]
+
+
+@pytest.mark.parametrize("text, kind, expected", JSON_TEXTS, ids=[t[:20] for t, _, _ in JSON_TEXTS])
+def test_the_wanted_json_is_found_and_never_a_fragment_of_it(text, kind, expected):
+    assert ag.first_json(text, kind) == expected
+    assert ag.first_json("Let me see [1] {}.", kind, False) == "Let me see [1] {}."
+
+
+def test_every_listed_model_is_what_its_name_says():
+    rows = {"a": "antigravity", "k": "gemini", "n": "anthropic"}
+    for names in ("a", "k", "ak", "akn"):
+        accounts = [ag.account_from_row({"name": n, "provider": rows[n], "refresh_token" if n == "a" else "api_key": "x" * 9},
+                                        ag.PROVIDERS) for n in names]
+        pool = ag.AccountPool(accounts, FakeClock(), {})
+        new = tuple(map(ag.model_from_id, ("gemini-9-pro-high", "claude-opus-5-max", "Custom-Model-low")))
+        pool.note_facts((names[0], rows[names[0]]), ag.Facts("p", "", "", (*ag.MODELS.values(), *new), 1e12))
+        for model in (*ag.MODELS.values(), *pool.listed_models()):
+            for name in {model.id, model.id if model.id.startswith("claude") else "claude-" + model.id}:
+                if pool.candidates(model):
+                    assert pool.models_for(name, {}, ag.model_variant(name)[0])[0].id == model.id, (names, name)
 
 
 @pytest.mark.parametrize("given, expected", ARGUMENTS, ids=[str(g)[:40] for g, _ in ARGUMENTS])
@@ -693,7 +757,7 @@ STEPS = [       # an upstream's words, the repairs of a translated and of a rela
      []),
     ("tools.4.custom.input_schema: JSON schema is invalid", ["core_schemas", "bare_schema 4", "bare_schemas"], []),
     ("Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header", [], ["drop effort-2025-11-24"]),
-    ("tools.0.custom.strict: Extra inputs are not permitted", ["core_schemas", "bare_schema 0"], ["drop tools.*.strict"]),
+    ("tools.0.custom.strict: Extra inputs are not permitted", ["core_schemas", "bare_schema 0"], ["drop tools.0.custom.strict"]),
     ("This model does not support assistant message prefill.", [], ["last_turn"]),
     ('messages.1: role "system" is not supported on this model', [], ["system_role"]),
     ("inlineData is too large", ["old_media"], []), ("temperature: range: 0..1", [], [])]
@@ -941,7 +1005,7 @@ def test_ids_that_are_used_again_keep_their_own_results():
     inner = rendered([U, answered(use("0")), said(result("0", "first")), answered(use("0"), use("0")),
                       said(result("0", "second"))])
     assert [next(iter(r["response"].values())) for r in responses(inner)] == [
-        "first", "no result was recorded for this call", "second"]
+        "first", "second", "no result was recorded for this call"]
     assert len({r["id"] for r in responses(inner)}) == 3
 
 
@@ -1178,7 +1242,7 @@ def test_each_thought_keeps_its_own_signature_and_none_ends_the_answer():
 def test_json_answers_are_freed_of_fences_and_prose():
     request = neutral([U], output_config={"format": {"type": "json_schema", "schema": {"type": "object"}}})
     reply = answer([chunk_of({"text": "Sure:\n```json\n{\"title\":"}), chunk_of({"text": " \"x\"}\n```"}, finish="STOP")],
-                   request=request)
+                   ag.AnswerShape(pick_json=ag.first_json), request)
     assert reply.blocks == (ag.Text('{"title": "x"}'),)
 
 
@@ -4259,6 +4323,227 @@ def test_an_anthropic_account_and_a_google_one_stand_in_for_each_other(make_prox
     assert headers["x-agproxy-account"] in "ab" and "request-id" in headers
 
 
+STARTED = {"type": "message_start", "message": {"id": "m", "type": "message", "role": "assistant", "model": "up", "content": [],
+                                                "usage": {"input_tokens": 1200, "cache_read_input_tokens": 800, "output_tokens": 1}}}
+TOLD = [{"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}},
+        {"type": "content_block_stop", "index": 0}]
+ENDED = [{"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 2}}]
+STOPPED = [{"type": "message_stop"}]
+NATIVE = ("anthropic", "claude-opus-4-8")
+HI_ALL = {"type": "message_stop"}
+STREAMS = [     # sentence, what the upstream sends, names of the events that the client sees
+    ("no framing's end after message_stop", [STARTED, *TOLD, *ENDED, *STOPPED, CUT], "start delta stop message_delta message_stop"),
+    ("silence after message_stop", [STARTED, *TOLD, *ENDED, *STOPPED, HANG], "start delta stop message_delta message_stop"),
+    ("counters after the finish", [STARTED, *TOLD, *ENDED, {"type": "message_delta", "delta": {"stop_reason": None},
+                                                            "usage": {"output_tokens": 3}}, *STOPPED],
+     "start delta stop message_delta message_delta message_stop"),
+    ("no message_stop", [STARTED, *TOLD, *ENDED], "start delta stop message_delta message_stop"),
+    ("no message_start", [*TOLD, *ENDED, *STOPPED], "start delta stop message_delta message_stop"),
+    ("an end in mid-answer", [STARTED, *TOLD], "start delta stop error"),
+    ("an error in mid-answer", [STARTED, *TOLD, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}],
+     "start delta stop error"),
+]
+
+
+@pytest.mark.parametrize("sentence, steps, names", STREAMS, ids=[r[0] for r in STREAMS])
+def test_odd_ends_of_a_relayed_stream(staged, sentence, steps, names):
+    proxy = staged(says(*steps), provider="anthropic", max_empty_retries=0)
+    _, _, events = proxy.ask(model=NATIVE[1], stream=True)
+    seen = [name.replace("content_block_", "") for name, _ in events]
+    assert seen == ["message_start", *names.split()]
+    assert events[0][1]["message"]["model"] == NATIVE[1]
+    if sentence == "no framing's end after message_stop":
+        assert "cut" not in proxy.log_text()
+
+
+@pytest.mark.parametrize("framed", ["a half event", "an event over two lines", "data only", "a comment between"])
+def test_events_are_relayed_whole_or_not_at_all(staged, framed):
+    texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in (STARTED, *TOLD, *ENDED, *STOPPED)]
+    if framed == "a half event":
+        texts = texts[:3] + ['event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"ty']
+    elif framed == "an event over two lines":
+        texts[0] = texts[0].replace('"message": {', '"message":\ndata: {')
+    elif framed == "data only":
+        texts = [t.partition("\n")[2] for t in texts]
+    else:
+        texts.insert(2, ": keep-alive\n\n")
+    proxy = staged((200, {"content-type": "text/event-stream"}, "".join(texts).encode()), provider="anthropic")
+    body = {"model": NATIVE[1], "max_tokens": 9, "stream": True, "messages": [U]}
+    events = [event.split("\n") for event in proxy.call("POST", "/v1/messages", body)[2].decode().split("\n\n")[:-1]]
+    told = [json.loads("\n".join(line[6:] for line in lines[1:])) for name, *lines in map(lambda e: [e[0], *e], events)]
+    assert [name for name, *_ in events] == ["event: " + t["type"] for t in told]
+    assert told[-1]["type"] == ("error" if framed == "a half event" else "message_stop")
+
+
+@both
+def test_an_empty_body_is_no_answer_and_costs_no_waiting(staged, no_pauses, stream):
+    for to in (G, NATIVE):
+        proxy = staged((200, {}, b""), provider=to[0], max_empty_retries=1)
+        assert proxy.ask(model=to[1], stream=stream)[0] in (502, 529)
+
+
+def test_an_error_told_with_status_200_is_an_error(staged):
+    body = {"type": "error", "error": {"type": "rate_limit_error", "message": "weekly limit, resets in 3h"}}
+    for stream in (True, False):
+        proxy = staged(refuses(200, body), provider="anthropic")
+        status, _, told = proxy.ask(model=NATIVE[1], stream=stream)
+        assert status != 200 and "weekly limit" in told["error"]["message"]
+
+
+def test_a_base_url_may_have_a_path(staged):
+    proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    row = proxy.pool.accounts[0].provider
+    for account in proxy.pool.accounts:
+        account.provider = row._replace(base_urls=(row.base_urls[0] + "/api/anthropic",))
+    proxy.pool._prepared.clear()
+    assert proxy.ask(model=NATIVE[1])[0] == 200
+    assert proxy.upstream.heard[0].path == "/api/anthropic/v1/messages"
+
+
+def test_a_limit_is_told_in_our_words_with_the_upstreams_limit_headers_only(staged):
+    proxy = staged(refuses(429, {"type": "error", "error": {"type": "rate_limit_error", "message": "m"}}, **{
+        "retry-after": "10001", "x-should-retry": "true", "request-id": "req_up", "anthropic-ratelimit-requests-remaining": "0"}),
+        provider="anthropic")
+    status, headers, body = proxy.ask(model=NATIVE[1])
+    assert (status, headers["x-should-retry"], headers["anthropic-ratelimit-requests-remaining"]) == (429, "false", "0")
+    assert headers["request-id"] == body["request_id"] != "req_up"
+
+
+def test_a_variant_keeps_what_it_does_not_name(staged):
+    good = (200, {}, b'{"type":"message","model":"m","content":[]}')
+    proxy = staged(good, provider="anthropic")
+    url = [said({"type": "image", "source": {"type": "url", "url": "https://x/y"}})]
+    shape = {"type": "json_schema", "schema": {}}
+    proxy.ask(model="claude-opus-4-8-high", messages=url, output_config={"format": shape})
+    proxy.ask(model="claude-opus-4-8(9000)", max_tokens=4096)
+    proxy.ask(model="claude-opus-4-8(minimal)", temperature=0)
+    first, second, third = (heard.body for heard in proxy.upstream.heard)
+    assert first["thinking"] == {"type": "adaptive"} and first["output_config"] == {"format": shape, "effort": "high"}
+    assert second["max_tokens"] == 9000 + 4096 and "thinking" not in third
+
+
+def test_what_is_refused_here_is_counted_without_its_images(staged):
+    proxy = staged(provider="anthropic")
+    proxy.upstream.count_answer = refuses(404, {})
+    body = {"model": NATIVE[1], "messages": [said(attached("iVBO" * 50_000), wrote("x"))], "mcp_servers": [{}]}
+    status, _, raw = proxy.call("POST", "/v1/messages/count_tokens", body)
+    assert status == 200 and 1000 < json.loads(raw)["input_tokens"] < 3000
+
+
+DROPS = [       # Anthropic's words, what goes, whether the next client loses it too
+    ("system.0.cache_control.ephemeral.scope: Extra inputs are not permitted", "system.0.cache_control.scope", True),
+    ("messages.0.content.0.text.cache_control: Extra inputs are not permitted", "messages.0.content.0.cache_control", False),
+    ("tools.0.description: Extra inputs are not permitted", "tools.0.description", False),
+    ("tools.0.custom.strict: Extra inputs are not permitted", "tools.0.strict", True)]
+
+
+@pytest.mark.parametrize("words, path, lasts", DROPS, ids=[r[1] for r in DROPS])
+def test_a_field_that_is_refused_is_taken_out_where_it_was(staged, words, path, lasts):
+    scope = {"type": "ephemeral", "scope": "global"}
+    proxy = staged(refuses(400, {"type": "error", "error": {"type": "invalid_request_error", "message": words}}),
+                   (200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    fields = {"model": NATIVE[1], "system": [wrote("s", cache_control=scope)], "messages": [said(wrote("x", cache_control=ASIDE))],
+              "tools": [tool(strict=True), tool("Other", strict=True)], "output_config": {"format": {"type": "json_schema"}}}
+    assert proxy.ask(**fields)[0] == 200
+    proxy.ask(**fields)
+
+    def has(body):
+        for word in path.split("."):
+            if not (int(word) < len(body) if isinstance(body, list) else word in body):
+                return False
+            body = body[int(word)] if isinstance(body, list) else body[word]
+        return True
+    assert [has(heard.body) for heard in proxy.upstream.heard] == [True, False, not lasts]
+    second = proxy.upstream.heard[1].body
+    assert second["tools"][1]["description"] == "d" and ("strict" in second["tools"][1]) is ("strict" not in path)
+    assert ("format" in second.get("output_config", {})) is ("strict" not in path)     # both of the beta's fields
+
+
+def test_pings_of_the_upstream_do_not_keep_a_beat_away(staged, monkeypatch):
+    monkeypatch.setattr(ag, "BEAT_EVERY_S", 0.3)
+    release = threading.Event()
+    pings = [{"type": "ping"}] * 3
+    proxy = staged(says(STARTED, *TOLD[:2], *pings, release, *TOLD[2:], *ENDED, *STOPPED), provider="anthropic")
+    body = json.dumps({"model": NATIVE[1], "max_tokens": 9, "stream": True, "messages": [U]}).encode()
+    with socket.create_connection(("127.0.0.1", proxy.port)) as sock:
+        sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        seen = b""
+        while seen.count(b'"text":""}}') < 1:
+            seen += sock.recv(65536)
+        release.set()
+        while not seen.endswith(b"0\r\n\r\n"):
+            seen += sock.recv(65536)
+    assert b"event: ping" not in seen and b"message_stop" in seen
+
+
+def test_a_stream_that_was_held_tells_the_upstreams_own_counts(staged, monkeypatch):
+    monkeypatch.setattr(ag, "HOLD_S", 0.2)
+    release = threading.Event()
+    proxy = staged(says(STARTED, release, *TOLD, *ENDED, *STOPPED), provider="anthropic")
+    timer = threading.Timer(0.8, release.set)
+    timer.start()
+    _, _, events = proxy.ask(model=NATIVE[1], stream=True)
+    timer.join()
+    usage = events[0][1]["message"]["usage"]
+    assert (usage["input_tokens"], usage["cache_read_input_tokens"]) == (1200, 800)
+    assert [n for n, _ in events].count("message_start") == 1 and events[-1][0] == "message_stop"
+
+
+def test_headers_of_the_file_and_the_client_go_out_once(staged):
+    proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    for account in proxy.pool.accounts:
+        account.headers = (("Anthropic-Version", "2024-01-01"), ("Anthropic-Beta", "mine"))
+    proxy.call("POST", "/v1/messages", {"model": NATIVE[1], "max_tokens": 9, "messages": [U]},
+               {"anthropic-beta": "theirs", "x-api-key": "client-secret"})
+    [heard] = proxy.upstream.heard
+    assert (heard.headers["anthropic-version"], heard.headers["anthropic-beta"]) == ("2024-01-01", "theirs,mine")
+    assert "client-secret" not in str(heard)
+
+
+def test_no_token_is_made_for_who_wants_none(make_proxy):
+    proxy = mixed(make_proxy)
+    assert proxy.ask(model="claude-opus-4-8", max_tokens=0)[1]["x-agproxy-account"] == "n"
+    proxy.pool.stop(proxy.pool.accounts[3], ag.ProxyError("revoked", "x"))
+    status, headers, body = proxy.ask(model="claude-opus-4-8", max_tokens=0)
+    assert status == 403 or body["usage"]["output_tokens"] == 0
+    assert [b["model"] for a, b in proxy.sim.requests if a in "ab"] == []
+
+
+ODD = [{"system": "isNewTopic", "max_tokens": "x"}, {"tools": [{**WEB_SEARCH, "allowed_domains": 5}]}, {"model": "gemini-3-flash(²)"},
+       {"messages": [noted("only a note")]}, {"messages": [answered(wrote(" "))], "output_config": {"format": {
+           "type": "json_schema", "schema": {"type": "object"}}}}, {"messages": [answered(mused("", "x"))]},
+       {"messages": [U, answered(use("a")), said(result("a")), answered(use("a"), use("a_2")), said(result("a"), result("a_2"))]}]
+
+
+@pytest.mark.parametrize("model", [G[1], C[1]])
+@pytest.mark.parametrize("fields", ODD, ids=range(len(ODD)))
+def test_odd_requests_never_break_the_proxy_or_the_service(make_proxy, model, fields):
+    proxy = make_proxy()
+    assert proxy.ask(**{"model": model, **fields})[0] in (200, 400, 404)
+    assert list(proxy.sim.refusals) == []
+
+
+def test_late_thoughts_and_signatures_open_no_block_at_the_end():
+    reply = answer([chunk_of({"text": "x"}), chunk_of({"text": "late", "thought": True, "thoughtSignature": "R1"}, finish="STOP")])
+    assert reply.blocks == (ag.Text("x"),)
+    reply = answer([chunk_of({"functionCall": {"name": "t", "args": {}}}),
+                    chunk_of({"text": "", "thought": True, "thoughtSignature": "R1"}, finish="STOP")])
+    assert kinds(reply) == ["ToolCall"]
+    assert answer([chunk_of({"text": "x"}, finish="TOOL_USE")]).finish.stop is ag.Stop.END
+
+
+def test_sources_with_odd_offsets_lose_no_letter_and_no_citation():
+    meta = {"groundingChunks": [{"web": {"uri": "u1"}}, {"retrievedContext": {}}, {"web": {"uri": "u2"}}], "webSearchQueries": "x",
+            "groundingSupports": [{"segment": {"endIndex": 6}, "groundingChunkIndices": [0]},
+                                  {"segment": {"endIndex": 6}, "groundingChunkIndices": [2, 1, "x", 9]},
+                                  {"segment": {"startIndex": 3, "endIndex": 9}, "groundingChunkIndices": [0]},
+                                  {"segment": {"endIndex": "9"}}, {"segment": {"startIndex": 99, "endIndex": 100}}]}
+    pieces = ag.gemini_place_sources("hé llö wörld", [meta])
+    assert "".join(v for k, v in pieces if k is Kind.TEXT) == "hé llö wörld"
+    assert [v["url"] for k, v in pieces if k is Kind.CITATION] == ["u1", "u2", "u1"]
+
+
 def mixed(make_proxy, **settings):
     """Google sign-ins, a key of the Gemini API and one of Anthropic in one pool."""
     return make_proxy(dict.fromkeys("abkn"), provider={"a": "sim", "b": "sim", "k": "gemini", "n": "anthropic"}, **settings)
@@ -4322,7 +4607,7 @@ def test_a_long_session_over_all_families_meets_no_refusal(make_proxy, no_pauses
     proxy = mixed(make_proxy, max_attempts=12, max_empty_retries=9)
     proxy.services.config.settings["strategy"] = "round-robin"      # the account changes with every request
     proxy.pool.settings["strategy"] = "round-robin"
-    total, models, repaired = collections.Counter(), set(), 0
+    total, models = collections.Counter(), set()
     for seed in range(3):
         counts, used = play_session(proxy, seed, 200)
         total.update(counts)
