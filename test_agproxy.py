@@ -4371,7 +4371,7 @@ def test_events_are_relayed_whole_or_not_at_all(staged, framed):
     proxy = staged((200, {"content-type": "text/event-stream"}, "".join(texts).encode()), provider="anthropic")
     body = {"model": NATIVE[1], "max_tokens": 9, "stream": True, "messages": [U]}
     events = [event.split("\n") for event in proxy.call("POST", "/v1/messages", body)[2].decode().split("\n\n")[:-1]]
-    told = [json.loads("\n".join(line[6:] for line in lines[1:])) for name, *lines in map(lambda e: [e[0], *e], events)]
+    told = [json.loads("\n".join(line[6:] for line in lines[1:])) for lines in events]
     assert [name for name, *_ in events] == ["event: " + t["type"] for t in told]
     assert told[-1]["type"] == ("error" if framed == "a half event" else "message_stop")
 
