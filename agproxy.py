@@ -3743,42 +3743,56 @@ def _plain_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
+class _Asked(NamedTuple):
+    """What tells a small request: its last message and structure."""
+    text: str           # of the last message, "" unless that is one text
+    is_string: bool     # ... given as a plain string
+    is_alone: bool      # the only message, without tools
+    is_whole: bool      # not streamed
+    thinks: bool
+    is_cli: bool        # comes from Claude Code
+    system: str
+    most: Any           # max_tokens
+    wanted: frozenset   # properties of the JSON it wants
+
+
+SMALL_REQUESTS = (      # kind, its shape as seen on the wire, versions 1.0.128 to 2.1.329
+    ("probe", lambda a: a.is_alone and a.is_whole and a.most == 1 and not a.thinks and (
+        a.text == "quota" and not a.system or a.text == "Hi" and a.is_cli)),
+    ("suggestion", lambda a: a.is_string and a.text.startswith("[SUGGESTION MODE:")),
+    ("warmup", lambda a: a.is_alone and a.is_cli and not a.is_whole and a.text == "Warmup"),
+    ("title", lambda a: a.is_alone and not a.thinks and a.wanted == {"title"}
+     and "<session>" in a.text),
+    ("topic", lambda a: a.is_alone and not a.thinks and "isNewTopic" in a.system
+     and isinstance(a.most, int) and a.most <= 512),
+    ("paths", lambda a: a.is_alone and not a.thinks and a.text.startswith("Command:")
+     and "xtract any file paths" in a.system),
+    ("summary", lambda a: a.is_alone and not a.thinks and (
+        a.text.startswith("Please write a 5-10 word title")
+        or "Summarize this coding conversation in under 50 characters" in a.system)),
+)
+
+
 def anthropic_small_request(body: Mapping, headers: Mapping[str, str]) -> str:
-    """Which of Claude Code's small requests this is, "" for a real turn.  The last message and the
-    structure count, never the history: who quotes such a request means something else.  Shapes as
-    seen on the wire, versions 1.0.128 to 2.1.329."""
+    """Which of Claude Code's small requests this is, "" for a real turn.  The history never counts:
+    who quotes such a request means something else."""
     messages = body.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or last.get("role") != "user":
+    last = object_of(messages[-1]) if isinstance(messages, list) and messages else {}
+    if last.get("role") != "user":
         return ""
-    text, system = _plain_text(last.get("content")), body.get("system") or ""
+    system = body.get("system") or ""
     told = system if isinstance(system, str) else "\n".join(
         str(b.get("text")) for b in objects_of(system))
-    is_claude_code = headers.get("user-agent", "").startswith("claude-cli/") or told.startswith(
-        ("x-anthropic-billing-header:", "You are Claude Code"))
-    is_alone = len(messages) == 1 and not body.get("tools")
-    thinks = object_of(body.get("thinking")).get("type") in ("enabled", "adaptive")
-    if body.get("max_tokens") == 1 and is_alone and not body.get("stream"):    # quota, `/model`
-        return "probe" if text == "quota" and not told or text == "Hi" and is_claude_code else ""
-    if isinstance(last.get("content"), str) and text.startswith("[SUGGESTION MODE:"):
-        return "suggestion"
-    if not is_alone or thinks:
-        return ""
-    if is_claude_code and body.get("stream") and text == "Warmup":
-        return "warmup"
-    schema = object_of(object_of(object_of(body.get("output_config")).get("format")
-                                 or body.get("output_format")).get("schema"))
-    if set(object_of(schema.get("properties"))) == {"title"} and "<session>" in text:
-        return "title"
-    most = body.get("max_tokens")
-    if "isNewTopic" in told and isinstance(most, int) and most <= 512:
-        return "topic"
-    if "xtract any file paths" in told and text.startswith("Command:"):
-        return "paths"
-    if "Summarize this coding conversation in under 50 characters" in told or text.startswith(
-            "Please write a 5-10 word title"):
-        return "summary"
-    return ""
+    config = object_of(body.get("output_config"))
+    schema = object_of(object_of(config.get("format") or body.get("output_format")).get("schema"))
+    asked = _Asked(
+        _plain_text(last.get("content")), isinstance(last.get("content"), str),
+        len(messages) == 1 and not body.get("tools"), not body.get("stream"),
+        object_of(body.get("thinking")).get("type") in ("enabled", "adaptive"),
+        headers.get("user-agent", "").startswith("claude-cli/") or told.startswith(
+            ("x-anthropic-billing-header:", "You are Claude Code")),
+        told, body.get("max_tokens"), frozenset(object_of(schema.get("properties"))))
+    return next((kind for kind, fits in SMALL_REQUESTS if fits(asked)), "")
 
 
 def _client_window(model: str, headers: Mapping[str, str]) -> int:
@@ -4694,50 +4708,63 @@ def _search_fields(wish: SearchWish, target: Target, contents: list[dict]) -> di
                        if is_hub else {}}]}
 
 
+def _cited_spans(raw: bytes, sources: list, rows: Any) -> list[tuple[int, int, list]]:
+    """(begin, end, sources) of each cited stretch of the text, in its order.  Segments are told in
+    bytes of UTF-8; ends inside a character are moved out of it."""
+    cited: dict[tuple[int, int], list] = {}
+    for row in objects_of(rows):
+        segment, named = object_of(row.get("segment")), row.get("groundingChunkIndices")
+        begin, end = (segment.get(n) or 0 for n in ("startIndex", "endIndex"))
+        if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin < end <= len(raw)):
+            continue
+        while begin and raw[begin] & 0xC0 == 0x80:
+            begin -= 1
+        while end < len(raw) and raw[end] & 0xC0 == 0x80:
+            end += 1
+        found = [sources[i] for i in (named if isinstance(named, list) else ())
+                 if isinstance(i, int) and 0 <= i < len(sources) and sources[i][0]]
+        cited.setdefault((begin, end), []).extend(found)
+    return [(begin, end, list(dict.fromkeys(found))) for (begin, end), found in
+            sorted(cited.items(), key=lambda item: (item[0][1], item[0][0])) if found]
+
+
+def _cited_text(raw: bytes, spans: Iterable[tuple]) -> list[tuple[Kind, Any]]:
+    """The text in pieces, those that rest on sources with their citations."""
+    pieces: list[tuple[Kind, Any]] = []
+    done = 0
+    for begin, end, named in spans:
+        begin = max(begin, done)        # what overlaps is cited from where the one before ended
+        if begin >= end:
+            continue
+        if raw[done:begin].strip():
+            pieces += [(Kind.TEXT, raw[done:begin].decode("utf-8")), (Kind.BLOCK_END, None)]
+            done = begin
+        cited = raw[begin:end].decode("utf-8")
+        pieces += [(Kind.TEXT, raw[done:end].decode("utf-8")),
+                   *((Kind.CITATION, {"url": url, "title": title, "text": cited})
+                     for url, title in named), (Kind.BLOCK_END, None)]
+        done = end
+    return [*pieces, (Kind.TEXT, raw[done:].decode("utf-8"))]
+
+
 def gemini_place_sources(text: str, grounds: list) -> list[tuple[Kind, Any]]:
-    """The calls and results of a search, then its text in pieces with their citations.  Segments
-    are told in bytes of UTF-8."""
+    """The calls and results of a search, then its text in pieces with their citations."""
     meta: dict = {}
     for part in grounds:
         meta.update({k: v for k, v in part.items() if v})
     webs = [object_of(c.get("web")) for c in objects_of(meta.get("groundingChunks"))]
     sources = [(str(w.get("uri") or ""), str(w.get("title") or "")) for w in webs]
+    found = tuple(dict.fromkeys(source for source in sources if source[0]))
     queries = meta.get("webSearchQueries")
     queries = [q for q in queries if isinstance(q, str)] if isinstance(queries, list) else []
     pieces: list[tuple[Kind, Any]] = []
-    for n, query in enumerate(queries or [""] * bool(sources)):
+    for n, query in enumerate(queries or [""] * bool(found)):
         call_id = new_id("srvtoolu_agp")
-        found = tuple(dict.fromkeys(s for s in sources if s[0])) if not n else ()
         pieces += [(Kind.SERVER_CALL, ToolCall(call_id, "web_search", {"query": query})),
-                   (Kind.FOUND, Found(call_id, "web_search", found))]
-    raw, done = text.encode("utf-8", "replace"), 0
-    cited: dict[tuple[int, int], list] = {}     # (begin, end) -> sources
-    for row in objects_of(meta.get("groundingSupports")):
-        segment, named = object_of(row.get("segment")), row.get("groundingChunkIndices")
-        begin, end = (segment.get(n) or 0 for n in ("startIndex", "endIndex"))
-        if isinstance(begin, int) and isinstance(end, int) and 0 <= begin < end <= len(raw):
-            while begin and raw[begin] & 0xC0 == 0x80:      # inside a character
-                begin -= 1
-            while end < len(raw) and raw[end] & 0xC0 == 0x80:
-                end += 1
-            cited.setdefault((begin, end), []).extend(
-                sources[i] for i in (named if isinstance(named, list) else ())
-                if isinstance(i, int) and 0 <= i < len(sources) and sources[i][0])
-    for (begin, end), named in sorted(cited.items(), key=lambda item: (item[0][1], item[0][0])):
-        if begin < done and end > done:
-            begin = done        # what overlaps is cited from where the one before ended
-        if not done <= begin < end or not named:
-            continue
-        if raw[done:begin].strip():
-            pieces += [(Kind.TEXT, raw[done:begin].decode("utf-8")), (Kind.BLOCK_END, None)]
-            done = begin
-        pieces += [(Kind.TEXT, raw[done:end].decode("utf-8")),
-                   *((Kind.CITATION, {"url": url, "title": title,
-                                      "text": raw[begin:end].decode("utf-8")})
-                     for url, title in dict.fromkeys(named)), (Kind.BLOCK_END, None)]
-        done = end
-    pieces.append((Kind.TEXT, raw[done:].decode("utf-8")))
-    return pieces + [(Kind.METER, {"searches": len(queries)})]
+                   (Kind.FOUND, Found(call_id, "web_search", () if n else found))]
+    raw = text.encode("utf-8", "replace")
+    spans = _cited_spans(raw, sources, meta.get("groundingSupports"))
+    return [*pieces, *_cited_text(raw, spans), (Kind.METER, {"searches": len(queries)})]
 
 
 def _session_id(request: Request) -> str:
