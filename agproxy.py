@@ -1808,21 +1808,20 @@ class SseSplitter:
             self._half = b"\r" if data.endswith(b"\r") else b""
             data = data[:len(data) - len(self._half)].replace(b"\r\n", b"\n")
             data = data.replace(b"\r", b"\n")
-        tail = self._parts[-1][-1:] if self._parts else b""
-        if not data or b"\n\n" not in tail + data:     # each byte is looked at once
+        cut = data.rfind(b"\n\n") + 2       # each byte is looked at once
+        if cut == 1 and not (self._parts and data[:1] == b"\n" == self._parts[-1][-1:]):
             if data:
                 self._parts.append(data)
                 self._size += len(data)
             if self._size > MAX_EVENT_BYTES:
                 raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
             return []
+        whole, rest = data[:cut], data[cut:]
         if self._parts:
-            data = b"".join(self._parts) + data
-        cut = data.rfind(b"\n\n") + 2
-        self._parts = [data[cut:]] if cut < len(data) else []
-        self._size = len(data) - cut
+            whole = b"".join(self._parts) + whole
+        self._parts, self._size = [rest] if rest else [], len(rest)
         # whole events only, so a character is never cut; decoded once per read
-        return self._events(data[:cut].decode("utf-8"))
+        return self._events(whole.decode("utf-8"))
 
     def end(self) -> list[str]:
         """What an upstream left without its last empty line."""
@@ -1980,6 +1979,7 @@ class ThinkingWish:
 _VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|max))\Z", re.I)
 
 
+@functools.lru_cache(maxsize=256)
 def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
     """(name, wish) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
     of the catalogue with such an ending is just that."""
@@ -3817,8 +3817,8 @@ def _search_wish(rows: Any, tools: tuple) -> SearchWish | None:
     return None
 
 
-def _parse_for_others(body: Mapping, request: Request, is_count: bool) -> Request:
-    """`request` with everything that other dialects need; ProxyError where they cannot take it."""
+def _fields_for_others(body: Mapping, model: str, is_count: bool) -> dict:
+    """Fields of the Request that other dialects need; ProxyError where they cannot take it."""
     if body.get("thread") is not None:      # the SDK's tool runner goes on without when told so
         error = invalid("thread", "threads are not supported")
         error.details = {"error_code": "thread_unsupported_request"}
@@ -3841,16 +3841,16 @@ def _parse_for_others(body: Mapping, request: Request, is_count: bool) -> Reques
     tool_choice, one_call = _tool_choice(choice, tools, offered)
     stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
     top_k = _number_at(body, "top_k", 0, 1 << 31)
-    _, wish = model_variant(request.model)
+    _, wish = model_variant(model)
     asked = _thinking(body, effort)
-    return replace(
-        request, turns=turns, system=_system(body.get("system")), tools=tools,
-        tool_choice=tool_choice, one_call=one_call, max_tokens=max_tokens,
-        temperature=_number_at(body, "temperature", 0, 2), top_p=_number_at(body, "top_p", 0, 1),
-        top_k=None if top_k is None else int(top_k),
-        stop_sequences=tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
-        thinking=replace(wish, shows_text=asked.shows_text) if wish else asked,
-        json_schema=_json_schema(body), search=_search_wish(body.get("tools"), tools))
+    return {
+        "turns": turns, "system": _system(body.get("system")), "tools": tools,
+        "tool_choice": tool_choice, "one_call": one_call, "max_tokens": max_tokens,
+        "temperature": _number_at(body, "temperature", 0, 2),
+        "top_p": _number_at(body, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
+        "stop_sequences": tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
+        "thinking": replace(wish, shows_text=asked.shows_text) if wish else asked,
+        "json_schema": _json_schema(body), "search": _search_wish(body.get("tools"), tools)}
 
 
 def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
@@ -3865,19 +3865,20 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: boo
     stream = body.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise invalid("stream", "true or false is required")
-    seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
-    request = Request(
-        model=model, turns=(), wanted=model_variant(model)[0], session=_session(body, headers),
-        agent=headers.get("x-claude-code-agent-id", ""), is_streaming=stream is True,
-        small="" if is_count else anthropic_small_request(body, headers),
-        window_tokens=_client_window(model, headers),
-        native=Native("anthropic", raw, seen, query) if raw else None)
+    refused = None
     try:
-        return _parse_for_others(body, request, is_count)
+        fields = _fields_for_others(body, model, is_count)
     except ProxyError as err:
         if not raw:
             raise
-        return replace(request, refusal=err)
+        fields, refused = {"turns": ()}, err
+    seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
+    return Request(
+        model=model, wanted=model_variant(model)[0], session=_session(body, headers),
+        agent=headers.get("x-claude-code-agent-id", ""), is_streaming=stream is True,
+        small="" if is_count else anthropic_small_request(body, headers),
+        window_tokens=_client_window(model, headers), refusal=refused,
+        native=Native("anthropic", raw, seen, query) if raw else None, **fields)
 
 
 # Relaying: a request of this dialect to an upstream of this dialect.  Only the model's name, our
@@ -7942,17 +7943,16 @@ class Pipe:
         return "input" in self.assembler.counts
 
     def feed(self, data: bytes) -> bytes:
-        return self._guarded(lambda out: [self._event(event, out)
-                                          for event in self.splitter.feed(data)])
+        return self._guarded(self._events, data)
 
     def end(self) -> bytes:
         """The upstream's end, properly framed."""
         return self._guarded(self._end)
 
-    def _guarded(self, work: Callable[[list], Any]) -> bytes:
+    def _guarded(self, work: Callable[..., None], *values: Any) -> bytes:
         out: list[str] = []
         try:
-            work(out)
+            work(out, *values)
         except UpstreamFault as err:
             self.fault = self.understand(err.body)
         except ProxyError as err:
@@ -7960,6 +7960,10 @@ class Pipe:
         except (ValueError, TypeError, RecursionError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
+
+    def _events(self, out: list[str], data: bytes) -> None:
+        for event in self.splitter.feed(data):
+            self._event(event, out)
 
     def _end(self, out: list[str]) -> None:
         for event in self.splitter.end():
@@ -9612,8 +9616,8 @@ class Handler:
             raise invalid("", f"the body is not valid JSON: {err}") from None
         request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
                                                  exchange.query)
-        if exchange.headers.get("x-agproxy-small") == "off" or (
-                request.small not in self.services.config.small_requests):
+        if request.small and (exchange.headers.get("x-agproxy-small") == "off" or
+                              request.small not in self.services.config.small_requests):
             request = replace(request, small="")
         exchange.request = request
         exchange.record.asked = request.model[:80]
