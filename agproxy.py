@@ -1194,6 +1194,9 @@ class Record:
     failures: list[str] = field(default_factory=list)   # "account: kind" of each failed try
     attempts: int = 0
     note: str = ""
+    session: str = ""           # hash of the conversation, as its requests are grouped by
+    agent: str = ""
+    parent: str = ""            # of the agent
     mended: Mapping[str, int] = field(default_factory=dict)     # repairs of the conversation
     refused: tuple = ()         # repairs that refusals asked for
     choices: list = field(default_factory=list)         # (at, reason, verdicts) of each selection
@@ -2028,7 +2031,8 @@ class Request:
     json_schema: dict | None = None     # the answer must be JSON of this schema
     search: SearchWish | None = None
     session: str = ""                   # same for all requests of one conversation
-    agent: str = ""                     # which of the session's agents asks
+    agent: str = ""                     # which of the session's agents asks, "" the main one
+    parent: str = ""                    # the agent that started it
     is_streaming: bool = False
     small: str = ""                     # which of a client's small requests it is, "" a real turn
     window_tokens: int = CLIENT_WINDOW  # what the client takes for the model's window
@@ -3875,7 +3879,8 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: boo
     seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
     return Request(
         model=model, wanted=model_variant(model)[0], session=_session(body, headers),
-        agent=headers.get("x-claude-code-agent-id", ""), is_streaming=stream is True,
+        agent=headers.get("x-claude-code-agent-id", ""),
+        parent=headers.get("x-claude-code-parent-agent-id", ""), is_streaming=stream is True,
         small="" if is_count else anthropic_small_request(body, headers),
         window_tokens=_client_window(model, headers), refusal=refused,
         native=Native("anthropic", raw, seen, query) if raw else None, **fields)

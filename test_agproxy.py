@@ -642,6 +642,19 @@ def test_our_count_is_calibrated_by_what_models_really_counted():
 
 # ── 8. Bridges ────────────────────────────────────────────────────────────
 
+def test_three_hundred_tools_are_cleaned_once_for_all_turns():
+    deep = {"type": "string"}
+    for level in range(20):
+        deep = {"type": "object", "properties": {f"l{level}": deep, "type": {"type": "integer"}, "$ref": {"enum": [1, 2]}}}
+    tools = [tool(f"mcp__server__{n}", {**deep, "description": str(n)}) for n in range(300)]
+    for model in ("gemini-3-flash", "claude-sonnet-4-6"):
+        declared_once = rendered([U], model, tools=tools)["tools"][0]["functionDeclarations"]
+        before = ag._clean_cached.cache_info()
+        assert rendered([U], model, tools=tools)["tools"][0]["functionDeclarations"] == declared_once
+        after = ag._clean_cached.cache_info()
+        assert (after.hits - before.hits, after.misses) == (300, before.misses) and len(declared_once) == 300
+
+
 VARIANTS = [("claude-sonnet-4-6(high)", "claude-sonnet-4-6", (True, None, "high")),
             ("gemini-2.5-pro(16384)", "gemini-2.5-pro", (True, 16384, "")),
             ("claude-sonnet-4-6-low[1m]", "claude-sonnet-4-6", (True, None, "low")), ("opus(off)", "opus", (False, None, "")),
