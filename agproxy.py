@@ -9939,60 +9939,55 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 _INFO = "type.googleapis.com/google.rpc.ErrorInfo"
 
 
-def sim_error(status: int, word: str, message: str, reason: str = "", retry: str = "",
+_SIM_WORDS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
+              404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
+
+
+def sim_error(status: int, message: str, reason: str = "", retry: str = "", word: str = "",
               **metadata: str) -> tuple:
     """(status, body) as Google writes errors."""
+    error = {"code": status, "message": message, "status": word or _SIM_WORDS[status]}
     details: list[dict] = []
     if reason:
         details.append({"@type": _INFO, "reason": reason, "domain": "cloudcode-pa.googleapis.com",
                         "metadata": metadata})
     if retry:
         details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": retry})
-    error = {"code": status, "message": message, "status": word,
-             **({"details": details} if details else {})}
-    return status, {"error": error}
+    return status, {"error": {**error, "details": details} if details else error}
 
 
-_SPENT = "You have exhausted your capacity on this model. Your quota will reset after 2h21m25s."
 SIM_FAULTS = {          # name -> (status, body) of a refusal; other names misbehave in the stream
-    "quota": sim_error(429, "RESOURCE_EXHAUSTED", _SPENT, "QUOTA_EXHAUSTED", "8485.8s",
+    "quota": sim_error(429, "You have exhausted your capacity on this model. Your quota will reset "
+                       "after 2h21m25s.", "QUOTA_EXHAUSTED", "8485.8s",
                        quotaResetDelay="2h21m25.831582438s"),
-    "quota_unknown": sim_error(429, "RESOURCE_EXHAUSTED", "Individual quota reached.",
-                               "QUOTA_EXHAUSTED"),
-    "rate": sim_error(429, "RESOURCE_EXHAUSTED", "Rate limited.", "RATE_LIMIT_EXCEEDED", "40s"),
-    "rate_short": sim_error(429, "RESOURCE_EXHAUSTED", "Rate limited.", "RATE_LIMIT_EXCEEDED",
-                            "0.4s"),
-    "soft": sim_error(429, "RESOURCE_EXHAUSTED",
-                      "Resource has been exhausted (e.g. check quota)."),
-    "capacity": sim_error(503, "UNAVAILABLE", "No capacity available for model on the server",
+    "quota_unknown": sim_error(429, "Individual quota reached.", "QUOTA_EXHAUSTED"),
+    "rate": sim_error(429, "Rate limited.", "RATE_LIMIT_EXCEEDED", "40s"),
+    "rate_short": sim_error(429, "Rate limited.", "RATE_LIMIT_EXCEEDED", "0.4s"),
+    "soft": sim_error(429, "Resource has been exhausted (e.g. check quota)."),
+    "capacity": sim_error(503, "No capacity available for model on the server",
                           "MODEL_CAPACITY_EXHAUSTED", "40s"),
-    "server": sim_error(500, "INTERNAL", "Internal error encountered."),
-    "503": sim_error(503, "UNAVAILABLE", "The service is currently unavailable."),
-    "auth": sim_error(401, "UNAUTHENTICATED", "Request had invalid authentication credentials."),
-    "validation": sim_error(403, "PERMISSION_DENIED", "Verify your account to continue.",
-                            "VALIDATION_REQUIRED",
+    "server": sim_error(500, "Internal error encountered."),
+    "503": sim_error(503, "The service is currently unavailable."),
+    "auth": sim_error(401, "Request had invalid authentication credentials."),
+    "validation": sim_error(403, "Verify your account to continue.", "VALIDATION_REQUIRED",
                             validation_url="https://accounts.google.com/verify"),
-    "disabled": sim_error(403, "PERMISSION_DENIED", "Gemini has been disabled in this account for "
-                          "violation of Terms of Service. You may submit an appeal."),
-    "project": sim_error(403, "PERMISSION_DENIED",
-                         "Cloud Code Private API has not been used in project P "
-                         "before or it is disabled.", "SERVICE_DISABLED"),
-    "unsupported_client": sim_error(403, "PERMISSION_DENIED", "This client is no longer supported "
-                                    "for Gemini Code Assist for individuals."),
-    "region": sim_error(400, "FAILED_PRECONDITION",
-                        "User location is not supported for the API use."),
-    "missing": sim_error(404, "NOT_FOUND", "Requested entity was not found."),
-    "version": sim_error(503, "UNAVAILABLE",
-                         "This version of Antigravity is no longer supported."),
-    "too_long": sim_error(400, "INVALID_ARGUMENT",
-                          "The input token count (1250000) exceeds the maximum "
-                          "number of tokens allowed (1048576)."),
-    "signature": sim_error(400, "INVALID_ARGUMENT", "Corrupted thought signature."),
-    "bad": sim_error(400, "INVALID_ARGUMENT", "Request contains an invalid argument."),
+    "disabled": sim_error(403, "Gemini has been disabled in this account for violation of Terms of "
+                          "Service. You may submit an appeal."),
+    "project": sim_error(403, "Cloud Code Private API has not been used in project P before or it "
+                         "is disabled.", "SERVICE_DISABLED"),
+    "unsupported_client": sim_error(403, "This client is no longer supported for Gemini Code "
+                                    "Assist for individuals."),
+    "region": sim_error(400, "User location is not supported for the API use.",
+                        word="FAILED_PRECONDITION"),
+    "missing": sim_error(404, "Requested entity was not found."),
+    "version": sim_error(503, "This version of Antigravity is no longer supported."),
+    "too_long": sim_error(400, "The input token count (1250000) exceeds the maximum number of "
+                          "tokens allowed (1048576)."),
+    "signature": sim_error(400, "Corrupted thought signature."),
+    "bad": sim_error(400, "Request contains an invalid argument."),
 }
 SIM_STREAM_FAULTS = ("stall", "cut", "empty", "malformed", "error_event", "html", "reset",
-                     "garbage",
-                     "thoughts_only", "mid_error", "mid_cut", "blocked", "safety")
+                     "garbage", "thoughts_only", "mid_error", "mid_cut", "blocked", "safety")
 _INNER_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig",
                "safetySettings", "cachedContent", "labels", "sessionId", "session_id"}
 _SCHEMA_KEYS = {"type", "description", "nullable", "enum", "items", "properties", "required"}
@@ -10484,8 +10479,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                                   "type": "authentication_error", "message": "invalid x-api-key"}})
         if url.path == "/v1beta/models":
             return self._json(200, {"models": []}) if account else self._json(*sim_error(
-                400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.",
-                "API_KEY_INVALID"))
+                400, "API key not valid. Please pass a valid API key.", "API_KEY_INVALID"))
         self._json(*SIM_FAULTS["missing"])
 
     def _consent(self, path: str, query: dict) -> None:
@@ -10664,7 +10658,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             sim_refuses(inner, model, is_enveloped))
         if refused:
             server.refusals.append(refused)
-            return self._json(*sim_error(400, "INVALID_ARGUMENT", refused))
+            return self._json(*sim_error(400, refused))
         self._stream(fault, inner, model, name, is_enveloped)
 
     def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,
