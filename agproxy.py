@@ -10191,14 +10191,17 @@ def sim_from_native(body: Mapping) -> dict:
             "systemInstruction": {"parts": [{"text": json_encode(system)}]}}
 
 
+# The scripted agent: what a prompt's verbs and names ask for, of the tools its client offers
+
 _FILE_NAME = re.compile(r"(?<![\w/])[\w./-]*\w\.\w{1,5}\b")
-
-
 _FOLDER = re.compile(r"working directory:\s*(\S+)", re.I)
-
-
+_VERBS = re.compile(r"\b(?:(?P<write>create|write|make)|(?P<run>run|execute)"
+                    r"|(?P<edit>edit|change|modify|replace)|(?P<read>read|show))\b", re.I)
 _VERB_TOOLS = {"write": ("write", "create_file"), "run": ("bash", "shell", "exec", "run"),
                "edit": ("edit", "replace"), "read": ("read", "view")}
+_SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
+_SIM_VALUES = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [],
+               "object": {}}
 
 
 def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
@@ -10210,40 +10213,25 @@ def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
     return None
 
 
-_VERBS = re.compile(r"\b(?:(create|write|make)|(run|execute)|(edit|change|modify|replace)"
-                    r"|(read|show))\b", re.I)
-
-
-_SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
-
-
 def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
     """Arguments for a tool whose schema only its client knows: by the names of its properties."""
     schema = tool.get("parameters", {})
-    meant = {
-        "path": path, "file_path": path, "filepath": path, "file": path, "filename": path,
-        "absolute_path": path, "filePath": path,
-        "content": _SIM_PROGRAM, "contents": _SIM_PROGRAM, "file_text": _SIM_PROGRAM,
-        "text": _SIM_PROGRAM,
-        "command": "python3 " + path, "cmd": "python3 " + path,
-        "old_string": "hello", "old_str": "hello", "oldString": "hello",
-        "new_string": "goodbye", "new_str": "goodbye", "newString": "goodbye"}
-    values = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [],
-              "object": {}}
+    meant = {name: value for names, value in (
+        ("path file_path filepath file filename absolute_path filePath", path),
+        ("content contents file_text text", _SIM_PROGRAM), ("command cmd", "python3 " + path),
+        ("old_string old_str oldString", "hello"), ("new_string new_str newString", "goodbye"),
+    ) for name in names.split()}
     required = schema.get("required", ())
     arguments = {}
     for name, child in schema.get("properties", {}).items():
         if name in meant and (name in required or kind):
             arguments[name] = meant[name]
         elif name in required:
-            kind_of_value = child.get("type", "string")
-            arguments[name] = child["enum"][0] if child.get("enum") else values[kind_of_value]
+            values = child.get("enum") or [_SIM_VALUES[child.get("type", "string")]]
+            arguments[name] = values[0]
     if kind == "read":
         arguments = {n: v for n, v in arguments.items() if v == path or n in required}
     return arguments
-
-
-_VERB_KINDS = ("write", "run", "edit", "read")
 
 
 def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
@@ -10260,13 +10248,11 @@ def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
     folder = _FOLDER.search(json_encode(inner).replace("\\n", "\n"))
     if folder and not path.startswith("/"):
         path = folder[1].rstrip("/\\\"") + "/" + path
-    found = [(m.start(), next(k for k, g in zip(_VERB_KINDS, m.groups()) if g))
-             for m in _VERBS.finditer(prompt)]
     steps = []
-    for at, kind in found:
-        tool = _sim_find_tool(kind, tools)
+    for verb in _VERBS.finditer(prompt):
+        tool = _sim_find_tool(verb.lastgroup, tools)
         if tool:
-            steps.append((at, tool["name"], _sim_arguments(tool, kind, path)))
+            steps.append((verb.start(), tool["name"], _sim_arguments(tool, verb.lastgroup, path)))
     used = {name for _, name, _ in steps}
     for tool in tools:
         mention = re.search(rf"\b{re.escape(tool['name'])}\b", prompt)
@@ -10288,10 +10274,9 @@ def _sim_value(schema: Mapping, prompt: str) -> Any:
     if schema.get("enum"):
         return schema["enum"][0]
     if kind == "object":
-        return {name: _sim_value(child, prompt) for name,
-                child in schema.get("properties", {}).items()}
-    return {"string": prompt[:40] or "demo", "integer": 1, "number": 1, "boolean": True,
-            "array": []}[kind]
+        return {name: _sim_value(child, prompt)
+                for name, child in schema.get("properties", {}).items()}
+    return prompt[:40] or "demo" if kind == "string" else _SIM_VALUES[kind]
 
 
 def sim_agent(inner: Mapping) -> list[list[dict]]:
@@ -10399,8 +10384,6 @@ SIM_NATIVE_FAULTS = {       # name -> (status, error type, message)
     "bad": (400, "invalid_request_error", "temperature: range: 0..1"),
 }
 
-
-# The scripted agent
 
 # The server
 
