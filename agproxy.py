@@ -10128,6 +10128,11 @@ def sim_native_signature(thought: str) -> str:
     return "Esim" + hashlib.sha256(thought.encode()).hexdigest()
 
 
+def _native_blocks(message: Mapping) -> list[dict]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
 def sim_native_refuses(body: Mapping) -> str | None:
     """Why Anthropic would answer 400 to this request, None when it would not."""
     unknown = body.keys() - _NATIVE_KEYS
@@ -10137,8 +10142,7 @@ def sim_native_refuses(body: Mapping) -> str | None:
         return "max_tokens: Field required"
     waiting: set = set()
     for at, message in enumerate(body["messages"]):
-        content = message["content"]
-        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        blocks = _native_blocks(message)
         if not blocks:
             return f"messages.{at}: content must be non-empty"
         for position, block in enumerate(blocks):
@@ -10148,15 +10152,16 @@ def sim_native_refuses(body: Mapping) -> str | None:
             if block["type"] == "thinking" and block["signature"] != sim_native_signature(
                     block["thinking"]):
                 return f"{where}: Invalid `signature` in `thinking` block"
+        if message["role"] == "system":
+            continue
         answered = {b["tool_use_id"] for b in blocks if b["type"] == "tool_result"}
-        if message["role"] != "system" and answered != waiting:
-            lost = sorted(waiting - answered or answered - waiting)
+        if waiting - answered:
             return (f"messages.{at}: `tool_use` ids were found without `tool_result` blocks "
-                    f"immediately after: {', '.join(lost)}" if waiting - answered else
-                    f"messages.{at}: unexpected `tool_use_id` found in `tool_result` blocks: "
-                    f"{', '.join(lost)}")
-        if message["role"] != "system":
-            waiting = {b["id"] for b in blocks if b["type"] == "tool_use"}
+                    f"immediately after: {', '.join(sorted(waiting - answered))}")
+        if answered - waiting:
+            return (f"messages.{at}: unexpected `tool_use_id` found in `tool_result` blocks: "
+                    f"{', '.join(sorted(answered - waiting))}")
+        waiting = {b["id"] for b in blocks if b["type"] == "tool_use"}
     return None
 
 
@@ -10165,9 +10170,10 @@ def sim_from_native(body: Mapping) -> dict:
     names: dict[str, str] = {}
     contents = []
     for message in body["messages"]:
-        content, parts = message["content"], []
-        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        for block in blocks:
+        if message["role"] == "system":
+            continue
+        parts: list[dict] = []
+        for block in _native_blocks(message):
             if block["type"] == "text":
                 parts.append({"text": block["text"]})
             elif block["type"] == "tool_use":
@@ -10178,9 +10184,8 @@ def sim_from_native(body: Mapping) -> dict:
                 told = told if isinstance(told, str) else "".join(b.get("text", "") for b in told)
                 parts.append({"functionResponse": {"name": names.get(block["tool_use_id"], ""),
                                                    "response": {"result": told}}})
-        if message["role"] != "system":
-            role = "model" if message["role"] == "assistant" else "user"
-            contents.append({"role": role, "parts": parts})
+        role = "model" if message["role"] == "assistant" else "user"
+        contents.append({"role": role, "parts": parts})
     tools = [{"name": t["name"], "parameters": t.get("input_schema") or {}}
              for t in body.get("tools", ()) if "name" in t]
     choice = object_of(body.get("tool_choice"))
@@ -10320,23 +10325,26 @@ def sim_native_answer(body: Mapping) -> dict:
         thought = "Thinking about the request."
         content.append({"type": "thinking", "thinking": thought,
                         "signature": sim_native_signature(thought)})
-    texts: list[str] = []
-    for parts in sim_agent(sim_from_native(body)):
-        for part in parts:
-            if "functionCall" in part:
-                content.append({"type": "tool_use", "id": "toolu_sim" + os.urandom(8).hex(),
-                                "name": part["functionCall"]["name"],
-                                "input": part["functionCall"]["args"]})
-            else:
-                texts.append(part["text"])
-    if texts:
-        content.append({"type": "text", "text": "".join(texts)})
-    has_call = any(b["type"] == "tool_use" for b in content)
+    parts = [part for batch in sim_agent(sim_from_native(body)) for part in batch]
+    calls = [part["functionCall"] for part in parts if "functionCall" in part]
+    content += [{"type": "tool_use", "id": "toolu_sim" + os.urandom(8).hex(),
+                 "name": call["name"], "input": call["args"]} for call in calls]
+    text = "".join(part.get("text", "") for part in parts)
+    if text:
+        content.append({"type": "text", "text": text})
     usage = {"input_tokens": len(json_encode(body)) // 4, "cache_creation_input_tokens": 7,
              "cache_read_input_tokens": 0, "output_tokens": len(json_encode(content)) // 4}
     return {"id": "msg_sim" + os.urandom(8).hex(), "type": "message", "role": "assistant",
             "model": body["model"], "content": content, "usage": usage, "stop_sequence": None,
-            "stop_reason": "tool_use" if has_call else "end_turn", "container": None}
+            "stop_reason": "tool_use" if calls else "end_turn", "container": None}
+
+
+_NATIVE_STREAMED = {        # block -> (field that is streamed, delta, its field, what a start has)
+    "text": ("text", "text_delta", "text", {"text": ""}),
+    "thinking": ("thinking", "thinking_delta", "thinking", {"thinking": "", "signature": ""}),
+    "tool_use": ("input", "input_json_delta", "partial_json", {"input": {}}),
+    "server_tool_use": ("input", "input_json_delta", "partial_json", {"input": {}}),
+}
 
 
 def sim_native_events(message: Mapping) -> Iterator[dict]:
@@ -10346,23 +10354,16 @@ def sim_native_events(message: Mapping) -> Iterator[dict]:
                                                 "usage": {**usage, "output_tokens": 1}}}
     yield {"type": "ping"}
     for index, block in enumerate(message["content"]):
-        name, word = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta"),
-                      "tool_use": ("input", "input_json_delta"),
-                      "server_tool_use": ("input", "input_json_delta")}.get(block["type"], ("", ""))
-        empty = {"thinking": "", "signature": ""} if name == "thinking" else (
-            {"text": ""} if name == "text" else {"input": {}} if name else {})
+        name, kind, key, empty = _NATIVE_STREAMED.get(block["type"], ("", "", "", {}))
         start = {k: v for k, v in block.items() if k != "citations"}
         yield {"type": "content_block_start", "index": index, "content_block": {**start, **empty}}
         text = json_encode(block["input"]) if name == "input" else block.get(name, "")
-        for at in range(0, len(text), 12):
-            yield {"type": "content_block_delta", "index": index, "delta": {
-                "type": word, "partial_json" if name == "input" else name: text[at:at + 12]}}
-        for citation in block.get("citations", ()):
-            yield {"type": "content_block_delta", "index": index, "delta": {
-                "type": "citations_delta", "citation": citation}}
+        deltas = [{"type": kind, key: text[at:at + 12]} for at in range(0, len(text), 12)]
+        deltas += [{"type": "citations_delta", "citation": c} for c in block.get("citations", ())]
         if "signature" in block:
-            yield {"type": "content_block_delta", "index": index, "delta": {
-                "type": "signature_delta", "signature": block["signature"]}}
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
         yield {"type": "content_block_stop", "index": index}
     yield {"type": "message_delta", "usage": {"output_tokens": usage["output_tokens"]},
            "delta": {"stop_reason": message["stop_reason"], "stop_sequence": None}}
