@@ -9988,6 +9988,8 @@ SIM_FAULTS = {          # name -> (status, body) of a refusal; other names misbe
 }
 SIM_STREAM_FAULTS = ("stall", "cut", "empty", "malformed", "error_event", "html", "reset",
                      "garbage", "thoughts_only", "mid_error", "mid_cut", "blocked", "safety")
+SIM_BODIES = {"html": (502, "text/html", b"<html>502 Bad Gateway</html>"),
+              "garbage": (200, "text/event-stream", b"\xff\xfe{][")}
 _INNER_KEYS = {"contents", "systemInstruction", "tools", "toolConfig", "generationConfig",
                "safetySettings", "cachedContent", "labels", "sessionId", "session_id"}
 _SCHEMA_KEYS = {"type", "description", "nullable", "enum", "items", "properties", "required"}
@@ -10402,10 +10404,6 @@ class SimAccount:
         self.onboarding = 0         # polls until a project is made for it
         self.tier = "free-tier"
 
-    def refreshed(self) -> None:
-        self.generation += 1
-        self.access_token = f"ya29.sim-{self.name}-{self.generation}"
-
 
 def sim_load(account: SimAccount, body: Mapping) -> dict:
     """loadCodeAssist: two pools give two verdicts on one account."""
@@ -10457,13 +10455,12 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if url.path == "/userinfo" and account:
             return self._json(200, {"email": account.name + "@sim.example"})
         if url.path == "/v1/models":
-            return self._json(200, {"data": [{"id": "claude-opus-4-8", "type": "model",
-                                              "display_name": "Claude Opus 4.8"}]}
-                              ) if account else self._json(401, {"type": "error", "error": {
-                                  "type": "authentication_error", "message": "invalid x-api-key"}})
+            rows = [{"id": "claude-opus-4-8", "type": "model", "display_name": "Claude Opus 4.8"}]
+            return self._json(200, {"data": rows}) if account else self._native_error("auth")
         if url.path == "/v1beta/models":
-            return self._json(200, {"models": []}) if account else self._json(*sim_error(
-                400, "API key not valid. Please pass a valid API key.", "API_KEY_INVALID"))
+            wrong = sim_error(400, "API key not valid. Please pass a valid API key.",
+                              "API_KEY_INVALID")
+            return self._json(*((200, {"models": []}) if account else wrong))
         self._json(*SIM_FAULTS["missing"])
 
     def _consent(self, path: str, query: dict) -> None:
@@ -10481,11 +10478,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                 f'{urllib.parse.urlencode({**query, "account": name}).replace("&", "&amp;")}">'
                 f'{name or "Refuse"}</a></p>' for name in (*self.server.accounts, ""))
             return self._send(200, "text/html", f"<h1>Simulated sign-in</h1>{links}".encode())
-        self.send_response(302)
-        self.send_header("Location", query.get("redirect_uri", "") + "?"
-                         + urllib.parse.urlencode(back))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self._head(302, {"Location": f"{query.get('redirect_uri', '')}?"
+                                     f"{urllib.parse.urlencode(back)}", "Content-Length": "0"})
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -10498,15 +10492,14 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             return self._json(200, {})
         account = self._account()
         body = json.loads(raw)
-        if path.startswith("/v1/messages"):
-            return self._native(account, body, path)
+        is_native = path.startswith("/v1/messages")
         if account is None:
-            return self._json(*SIM_FAULTS["auth"])
+            return self._native_error("auth") if is_native else self._json(*SIM_FAULTS["auth"])
+        if is_native:
+            return self._native(account, body, path)
         if path.endswith(":countTokens") and path.startswith("/v1beta/"):
             return self._json(200, {"totalTokens": len(json_encode(body)) // 4})
-        match = re.fullmatch(r"/v1internal:streamGenerateContent"
-                             r"|/v1beta/models/([^:]+):streamGenerateContent",
-                             path)
+        match = re.fullmatch(r"/(?:v1internal|v1beta/models/([^:]+)):streamGenerateContent", path)
         if match:
             return self._generate(account, body, match[1])
         self._json(*self._discovery(account, path.rpartition(":")[2], body))
@@ -10555,7 +10548,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                                 if a.refresh_token == form.get("refresh_token")), None)
             if account is None:
                 return 400, {"error": "invalid_grant", "error_description": "Bad Request"}
-            account.refreshed()
+            account.generation += 1
+            account.access_token = f"ya29.sim-{account.name}-{account.generation}"
             answer = {"access_token": account.access_token, "expires_in": 3599,
                       "token_type": "Bearer"}
             if server.rotates_tokens:
@@ -10564,61 +10558,78 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                 answer["refresh_token"] = account.refresh_token
             return 200, answer
 
-    def _json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
-        self._send(status, "application/json", json_encode(value).encode(), headers)
+    def _json(self, status: int, value: Any, **headers: str) -> None:
+        self._send(status, "application/json", json_encode(value).encode(), **headers)
 
-    def _send(self, status: int, content_type: str, data: bytes,
-              headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, text in {"Content-Type": content_type, **(headers or {})}.items():
-            self.send_header(name, text)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+    def _send(self, status: int, content_type: str, data: bytes, **headers: str) -> None:
+        self._head(status, {"Content-Type": content_type, "Content-Length": str(len(data)),
+                            **headers})
         self.wfile.write(data)
 
-    def _native(self, account: SimAccount | None, body: dict, path: str) -> None:
-        """Anthropic's part: messages streamed and whole, and token counts."""
-        fault, told = "auth" if account is None else "", None
+    def _head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, text in headers.items():
+            self.send_header(name, text)
+        self.end_headers()
+
+    def _send_events(self, fault: str, events: Iterable[str], headers: Mapping[str, str]) -> None:
+        """A stream of SSE, paced; one that is cut has no end."""
+        self.close_connection = fault in ("cut", "mid_cut")
         with self.server.lock:
-            if account is not None:
-                self.server.requests.append((account.name, body))
-                account.calls += 1
-                fault = account.faults.popleft() if account.faults else ""
+            self.server.open_streams += 1
+        try:
+            self._head(200, {**headers, "Transfer-Encoding": "chunked"})
+            for event in events:
+                if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
+                    return
+                self.wfile.write(chunk(event.encode()))
+            if not self.close_connection:
+                self.wfile.write(LAST_CHUNK)
+        finally:
+            with self.server.lock:
+                self.server.open_streams -= 1
+
+    def _next_fault(self, account: SimAccount, body: Mapping) -> str:
+        """What the account's present call has to suffer; the call is counted."""
+        with self.server.lock:
+            self.server.requests.append((account.name, body))
+            account.calls += 1
+            return account.faults.popleft() if account.faults else ""
+
+    def _native_error(self, fault: str, message: str = "", **headers: str) -> None:
+        status, word, told = SIM_NATIVE_FAULTS[fault]
+        self._json(status, {"type": "error", "request_id": "req_sim",
+                            "error": {"type": word, "message": message or told}}, **headers)
+
+    def _native(self, account: SimAccount, body: dict, path: str) -> None:
+        """Anthropic's part: messages streamed and whole, and token counts."""
+        fault = self._next_fault(account, body)
         if fault in SIM_NATIVE_FAULTS:
-            told = SIM_NATIVE_FAULTS[fault]
-        else:
-            refused = sim_native_refuses({"max_tokens": 1, **body} if "count" in path else body)
-            told = (400, "invalid_request_error", refused) if refused else None
-            self.server.refusals.extend([refused] * bool(refused))
-        if told:
-            return self._json(told[0], {"type": "error", "request_id": "req_sim",
-                                        "error": {"type": told[1], "message": told[2]}},
-                              {"retry-after": "3600"} if fault == "quota" else None)
+            return self._native_error(fault, **{"retry-after": "3600"} if fault == "quota" else {})
+        refused = sim_native_refuses({"max_tokens": 1, **body} if "count" in path else body)
+        if refused:
+            self.server.refusals.append(refused)
+            return self._native_error("bad", refused)
         if path.endswith("/count_tokens"):
             return self._json(200, {"input_tokens": len(json_encode(body)) // 4})
         message = sim_native_answer(body)
         if not body.get("stream"):
             return self._json(200, message)
-        self.close_connection = fault in ("cut", "mid_cut")
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.send_header("anthropic-ratelimit-requests-remaining", "41")
-        self.send_header("request-id", "req_sim")
-        self.end_headers()
+        events = (f"event: {event['type']}\ndata: {json_encode(event)}\n\n"
+                  for event in self._native_events(fault, message))
+        self._send_events(fault, events, {
+            "Content-Type": "text/event-stream; charset=utf-8", "request-id": "req_sim",
+            "anthropic-ratelimit-requests-remaining": "41"})
+
+    def _native_events(self, fault: str, message: Mapping) -> Iterator[dict]:
         for position, event in enumerate(sim_native_events(message)):
             if fault == "cut" or fault == "mid_cut" and position == 5:
                 return
             if fault == "mid_error" and position == 5:
-                event = {"type": "error", "error": {"type": "overloaded_error",
-                                                    "message": "Overloaded"}}
-            if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
+                yield {"type": "error", "error": {"type": "overloaded_error",
+                                                  "message": "Overloaded"}}
                 return
-            self.wfile.write(chunk(f"event: {event['type']}\ndata: {json_encode(event)}\n\n"
-                                   .encode()))
-            if event["type"] == "error":
-                break
-        self.wfile.write(LAST_CHUNK)
+            yield event
 
     def _generate(self, account: SimAccount, body: dict, key_model: str | None) -> None:
         server, is_enveloped = self.server, key_model is None
@@ -10627,10 +10638,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         is_cli = "user_prompt_id" in body
         model = next((m for m in MODELS.values() if name == (
             GEMINI_CLI_IDS.get(m.key_id) if is_cli else m.id if is_enveloped else m.key_id)), None)
+        fault = self._next_fault(account, body)
         with server.lock:
-            server.requests.append((account.name, body))
-            account.calls += 1
-            fault = account.faults.popleft() if account.faults else ""
             if is_cli and not account.cli_project:
                 fault = "unsupported_client"
             elif not fault and account.calls_left is not None and not is_cli:
@@ -10647,41 +10656,21 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,
                 is_enveloped: bool) -> None:
-        if fault in ("html", "garbage"):
-            data = b"<html>502 Bad Gateway</html>" if fault == "html" else b"\xff\xfe{]["
-            self.send_response(502 if fault == "html" else 200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-            return
+        if fault in SIM_BODIES:
+            return self._send(*SIM_BODIES[fault])
         if fault == "stall":
             self.server.stop_event.wait(3600)
             return
-        self.close_connection = fault in ("cut", "mid_cut", "reset")
         if fault == "reset":
+            self.close_connection = True
             return
-        with self.server.lock:
-            self.server.open_streams += 1
-        try:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
+
+        def lines() -> Iterator[str]:
             for event in self._events(fault, inner, model, name):
-                if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
-                    return
-                data = json_encode({"response": event} if is_enveloped and "error" not in event
-                                   else event)
-                self.wfile.write(chunk(b"data: " + data.encode() + b"\r\n\r\n"))
-            if not self.close_connection:
-                self.wfile.write(LAST_CHUNK)
-        except OSError:
-            with self.server.lock:
-                self.server.cancelled += 1
-            raise
-        finally:
-            with self.server.lock:
-                self.server.open_streams -= 1
+                is_wrapped = is_enveloped and "error" not in event
+                yield f"data: {json_encode({'response': event} if is_wrapped else event)}\r\n\r\n"
+
+        self._send_events(fault, lines(), {"Content-Type": "text/event-stream"})
 
     def _events(self, fault: str, inner: Mapping, model: Model | None,
                 name: str) -> Iterator[dict]:
@@ -10772,7 +10761,7 @@ class SimUpstream(http.server.ThreadingHTTPServer):
         # (account, envelope or body)
         self.requests: collections.deque = collections.deque(maxlen=500)
         self.refusals: collections.deque = collections.deque(maxlen=500)    # texts of its 400s
-        self.open_streams = self.cancelled = 0
+        self.open_streams = 0
         self.cached: dict[str, int] = {}        # session id -> tokens of its last prompt
         self.stop_event = threading.Event()
         super().__init__(("127.0.0.1", 0), SimHandler)
