@@ -8656,9 +8656,8 @@ class Downstream:
     """One client connection.  Owned by one thread or by the relay, never by both.  `buffer` holds
     bytes read past what was consumed: the beginning of a pipelined request."""
 
-    def __init__(self, sock: socket.socket, address: tuple):
-        self.sock, self.address, self.buffer = sock, str(address[0]) if address else "-", b""
-        self.is_closed, self.idle_since, self.served = False, time.monotonic(), 0
+    def __init__(self, sock: socket.socket):
+        self.sock, self.buffer, self.is_closed = sock, b"", False
 
     def receive(self, deadline: float, what: str) -> bytes:
         """Some bytes before the monotonic `deadline`, b"" at the end; or ProxyError."""
@@ -9401,7 +9400,6 @@ class Handler:
                 return
             if is_handed_over:
                 return
-            downstream.served += 1
             if not exchange.keeps_alive or self.server.is_stopping:
                 downstream.close(linger=True)
                 self.server.release(downstream)
@@ -9840,7 +9838,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        downstream = Downstream(request, client_address)
+        downstream = Downstream(request)
         with self._lock:
             is_full = len(self.connections) >= self.max_connections
             if not is_full:
