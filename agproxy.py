@@ -8793,12 +8793,12 @@ class Exchange:
 
     def send_error(self, error: ProxyError) -> None:
         """The dialect's error body; when the head is out already, its error event, then the end."""
+        if self.is_open:
+            self.downstream.send(self.frame(self.fault_event(error)) + self.last_frame())
+            return
         self.record.note = redact(f"{error.kind}: {error.message}")
         if self.is_started:
             self.keeps_alive = False
-            if self.is_open:
-                event = self.render(Fault(error)).encode("ascii")
-                self.downstream.send(self.frame(event) + self.last_frame())
             return
         headers: dict[str, str] = {}
         is_verbatim = error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR)
@@ -8822,6 +8822,12 @@ class Exchange:
 
     def render(self, delta: Any) -> str:
         return self.dialect.render_delta(self.state, delta)
+
+    def fault_event(self, error: ProxyError) -> bytes:
+        """The event that ends a stream by `error`, which is noted; the connection ends too."""
+        self.keeps_alive = False
+        self.record.note = redact(f"{error.kind}: {error.message}")
+        return self.render(Fault(error)).encode("ascii")
 
     def frame(self, data: bytes) -> bytes:
         return data if self.is_http_1_0 or not data else chunk(data)
@@ -9115,9 +9121,7 @@ class RelayedStream:
             return
         self.is_ending, self.outcome = True, error
         if error is not None:
-            self.exchange.keeps_alive = False
-            self.exchange.record.note = redact(f"{error.kind}: {error.message}")
-            out += self.exchange.render(Fault(error)).encode("ascii")
+            out += self.exchange.fault_event(error)
         last = self.exchange.frame(out) + self.exchange.last_frame()
         if last:
             self.push(last)
@@ -9651,9 +9655,7 @@ class Handler:
         exchange.record.first_byte_at = time.monotonic()
         error = answer.fault
         if error is not None:
-            exchange.keeps_alive = False
-            exchange.record.note = redact(f"{error.kind}: {error.message}")
-            out += exchange.render(Fault(error)).encode("ascii")
+            out += exchange.fault_event(error)
         is_over = answer.is_done or error is not None
         data = exchange.open_stream() + exchange.frame(out)
         try:
