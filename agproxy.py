@@ -9444,10 +9444,8 @@ class Handler:
         return Exchange(downstream, self.services, line, head.headers)
 
     def _read_body(self, exchange: Exchange, limit: int) -> None:
-        """The whole body, within its limits.  Unread bytes would be taken for a request, so every
-        error here closes the connection."""
+        """The whole body, within its limits."""
         config, headers, downstream = self.services.config, exchange.headers, self.downstream
-        keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
             raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
@@ -9477,7 +9475,7 @@ class Handler:
         except ValueError as err:
             raise invalid("", str(err)) from None
         downstream.buffer = body.rest if parts or framing else downstream.buffer
-        exchange.body, exchange.keeps_alive = b"".join(parts), keeps_alive
+        exchange.body = b"".join(parts)
 
     def _refuse_damaged(self, error: ProxyError) -> None:
         """An answer to bytes that are no request; the connection cannot be trusted after it."""
@@ -9493,12 +9491,15 @@ class Handler:
     def _answer(self, exchange: Exchange) -> bool:
         """Whether the answer was handed over to the relay."""
         is_handed_over = False
+        # an unread body would be taken for a request: until it is read, every error closes
+        keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
         try:
             route, match = self._find_route(exchange)
             self._admit(exchange, route)
             limit = self.services.config.max_body_bytes
             self._read_body(exchange, limit if route.access == "api"
                             else min(limit, MAX_PUBLIC_BODY_BYTES))
+            exchange.keeps_alive = keeps_alive
             is_handed_over = bool(route.handle(self, exchange, match))
         except ProxyError as err:
             exchange.send_error(err)
@@ -9515,12 +9516,10 @@ class Handler:
         return is_handed_over
 
     def _find_route(self, exchange: Exchange) -> tuple[Route, Any]:
-        exchange.keeps_alive, kept = False, exchange.keeps_alive    # its body is still unread
         allowed: list[str] = []
         for route in self.server.routes:
             match = route.pattern.fullmatch(exchange.path)
             if match and exchange.method in route.methods.split():
-                exchange.keeps_alive = kept
                 return route, match
             allowed += route.methods.split() if match and route.methods != "OPTIONS" else []
         if allowed:
@@ -9532,7 +9531,6 @@ class Handler:
     def _admit(self, exchange: Exchange, route: Route) -> None:
         """Key, Host and Origin.  The latter two protect a keyless loopback from web pages: any page
         can send a simple POST to it, or be rebound to its address."""
-        kept, exchange.keeps_alive = exchange.keeps_alive, False
         headers, config, server = exchange.headers, self.services.config, self.server
         origin = headers.get("origin", "")
         own = (f"http://{name}:{server.server_port}"
@@ -9556,7 +9554,6 @@ class Handler:
         is_probe = exchange.path == "/health" and not exchange.query
         if not (is_own or has_key or is_probe or not host):
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
-        exchange.keeps_alive = kept
 
     # Routes
 
