@@ -9533,24 +9533,20 @@ class Handler:
         can send a simple POST to it, or be rebound to its address."""
         headers, config, server = exchange.headers, self.services.config, self.server
         origin = headers.get("origin", "")
-        own = (f"http://{name}:{server.server_port}"
-               for name in ("127.0.0.1", "localhost", "[::1]"))
-        if origin and origin not in own:
+        loopback = ("127.0.0.1", "localhost", "[::1]")
+        if origin and origin not in [f"http://{name}:{server.server_port}" for name in loopback]:
             if origin not in config.cors_origins:
                 raise ProxyError("forbidden", "requests from this web origin are not allowed")
             exchange.cors_origin = origin
         elif headers.get("sec-fetch-site") == "cross-site":
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
-        has_key = False
-        if route.access == "api" and server.guard is not None:
+        has_key = route.access == "api" and server.guard is not None
+        if has_key:
             server.guard.check(headers, time.monotonic())
-            has_key = True
         host = headers.get("host", "").lower()
-        name, _, port = host.rpartition(":") if re.search(r":[0-9]{1,5}\Z", host) else (host, "",
-                                                                                        "")
-        names = ("127.0.0.1", "localhost", "[::1]", *config.hosts)
-        is_own = name in names and (not port or int(port) == server.server_port
-                                    or name in config.hosts)
+        name, port = re.fullmatch(r"(?s)(.*?)(?::([0-9]{1,5}))?", host).groups()
+        is_own = name in config.hosts or name in loopback and (
+            not port or int(port) == server.server_port)
         is_probe = exchange.path == "/health" and not exchange.query
         if not (is_own or has_key or is_probe or not host):
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
