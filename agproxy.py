@@ -8850,13 +8850,12 @@ class Exchange:
 
     def keep_alive(self, now: float) -> bytes:
         """What a silent stream needs at monotonic `now`: b"", a ping, or a beat."""
-        if now - self.last_content_at >= BEAT_EVERY_S:
-            self.last_content_at = self.last_out_at = now
-            return self.frame(self.dialect.keep_alive(self.state, True).encode("ascii"))
-        if now - self.last_out_at >= PING_EVERY_S:
-            self.last_out_at = now
-            return self.frame(self.dialect.keep_alive(self.state, False).encode("ascii"))
-        return b""
+        is_beat = now - self.last_content_at >= BEAT_EVERY_S
+        if not is_beat and now - self.last_out_at < PING_EVERY_S:
+            return b""
+        self.last_out_at = now
+        self.last_content_at = now if is_beat else self.last_content_at
+        return self.frame(self.dialect.keep_alive(self.state, is_beat).encode("ascii"))
 
     def shown_tokens(self, count: int, model: Model) -> int:
         """Input tokens as this client is to see them."""
@@ -9065,11 +9064,8 @@ class RelayedStream:
             self.last_in_at = time.monotonic()
             if out:
                 self.exchange.last_content_at = self.last_in_at
-            if answer.fault:
+            if answer.fault or answer.is_done:
                 self.end(answer.fault, out)
-                return
-            if answer.is_done:
-                self.end(None, out)
                 return
             self.push(self.exchange.frame(out))
             if not (isinstance(self.upstream, ssl.SSLSocket) and self.upstream.pending()):
@@ -9405,8 +9401,7 @@ class Handler:
             if is_handed_over:
                 return
             if not exchange.keeps_alive or self.server.is_stopping:
-                downstream.close(linger=True)
-                self.server.release(downstream)
+                self.server.release(downstream, linger=True)
                 return
             if not downstream.buffer and not readable([downstream.sock], KEPT_BY_THREAD_S):
                 self.server.relay.park(downstream, self.services.config.client_idle_timeout_s)
@@ -9483,8 +9478,7 @@ class Handler:
         exchange = Exchange(self.downstream, self.services, line, {"connection": "close"})
         with contextlib.suppress(ClientGone):
             exchange.send_error(error)
-        self.downstream.close(linger=True)
-        self.server.release(self.downstream)
+        self.server.release(self.downstream, linger=True)
 
     # Checking and routing
 
@@ -9860,11 +9854,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         for downstream in self.workers.overdue(now):
             self._refuse(downstream)
 
-    def release(self, downstream: Downstream) -> None:
-        """Forgets and closes a connection."""
+    def release(self, downstream: Downstream, linger: bool = False) -> None:
+        """Closes a connection; it counts until it is closed."""
+        downstream.close(linger)
         with self._lock:
             self.connections.discard(downstream)
-        downstream.close()
 
     def _work(self, downstream: Downstream) -> None:
         try:
