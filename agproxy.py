@@ -8804,7 +8804,7 @@ class Exchange:
         is_verbatim = error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR)
         self.more_headers.update((name, value) for name, value in error.headers.items()
                                  if is_verbatim or name.startswith("anthropic-"))
-        if is_verbatim and error.verbatim is not None:
+        if is_verbatim:
             status, raw, _ = error.verbatim
             self.send_bytes(status, "application/json", raw)
             return
@@ -9549,8 +9549,9 @@ class Handler:
 
     def messages(self, exchange: Exchange, match: Any) -> bool:
         request = self.parse(exchange, False)
-        if self._answers_locally(exchange, request):
-            return self._reply_locally(exchange, request)
+        if self._answers_locally(request):
+            self._reply_locally(exchange, request)
+            return False
         if request.small and self.services.config.background_model:
             name = self.services.config.background_model
             request = replace(request, model=name, wanted=model_variant(name)[0])
@@ -9564,7 +9565,8 @@ class Handler:
             answer = self._no_search(request, err)
         if isinstance(answer, tuple):
             return self._stream(exchange, *answer)
-        return self._reply_whole(exchange, answer)
+        self._reply_whole(exchange, answer)
+        return False
 
     def _no_search(self, request: Request, error: ProxyError) -> Reply:
         """A search that nobody can do: an error of its tool, never an empty success."""
@@ -9576,7 +9578,7 @@ class Handler:
                       Found(call_id, name, (), "unavailable"), Text(error.message)),
                      Finish(Stop.END, usage))
 
-    def _answers_locally(self, exchange: Exchange, request: Request) -> bool:
+    def _answers_locally(self, request: Request) -> bool:
         """Whether a request needs no model: probes, warm-ups, and what asks for no token; an
         upstream of its own language fills its cache by the latter."""
         config, pool = self.services.config, self.services.pool
@@ -9592,16 +9594,15 @@ class Handler:
         # where nobody can serve, the refusal is the better answer
         return any(v.state != "stopped" for v in pool.verdicts(candidates, ()))
 
-    def _reply_locally(self, exchange: Exchange, request: Request) -> bool:
+    def _reply_locally(self, exchange: Exchange, request: Request) -> None:
         kind = request.small or "warmup"
         exchange.more_headers["x-agproxy-local"] = kind
         exchange.record.note = f"answered locally: {kind}"
         self.services.meters.add(saved=1)
-        usage = Usage(input_tokens=estimate_tokens(request), output_tokens=min(
-            1, request.max_tokens))
+        usage = Usage(estimate_tokens(request), output_tokens=min(1, request.max_tokens))
         stop = Stop.LENGTH if request.max_tokens < 2 else Stop.END
         blocks = (Text("OK"),) if request.max_tokens else ()
-        return self._reply_whole(exchange, Reply(blocks, Finish(stop, usage)))
+        self._reply_whole(exchange, Reply(blocks, Finish(stop, usage)))
 
     def parse(self, exchange: Exchange, is_count: bool) -> Request:
         try:
@@ -9621,20 +9622,16 @@ class Handler:
             exchange.scale_window = config.client_window_tokens or request.window_tokens
         return request
 
-    def _reply_whole(self, exchange: Exchange, reply: Reply | bytes) -> bool:
+    def _reply_whole(self, exchange: Exchange, reply: Reply | bytes) -> None:
         exchange.record.first_byte_at = time.monotonic()
         if isinstance(reply, bytes):
             exchange.send_bytes(200, "application/json", reply)
-            return False
-        message = exchange.dialect.render_reply(exchange.state, reply)
-        if not (exchange.request and exchange.request.is_streaming):
-            exchange.send_json(200, message)
-            return False
-        # a stream that needs no upstream
-        out = "".join(map(exchange.render, deltas_of(reply))).encode("ascii")
-        head = exchange.open_stream()
-        exchange.downstream.send(head + exchange.frame(out) + exchange.last_frame())
-        return False
+        elif exchange.request.is_streaming:     # a stream that needs no upstream
+            out = "".join(map(exchange.render, deltas_of(reply))).encode("ascii")
+            head = exchange.open_stream()
+            exchange.downstream.send(head + exchange.frame(out) + exchange.last_frame())
+        else:
+            exchange.send_json(200, exchange.dialect.render_reply(exchange.state, reply))
 
     def _stream(self, exchange: Exchange, stream: OpenStream, out: bytes) -> bool:
         """Sends what is there; an answer that is still going on is handed over."""
