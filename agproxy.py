@@ -10999,21 +10999,21 @@ def server_url(server: ProxyServer) -> str:
     return f"http://{host}:{server.server_port}"
 
 
-def needs_account(args: argparse.Namespace) -> str:
-    """What to do when no account can serve, "" when one can."""
+def lacks_account(args: argparse.Namespace) -> bool:
+    """Whether no account can serve; what to do about it is said."""
     if args.demo:
-        return ""
+        return False
     path = config_path(args.accounts, os.environ)
-    config = load_config(path, {}, os.environ, recovers=True)
-    if any(row.get("enabled", True) for row in config.accounts):
-        return ""
-    if config.accounts:
-        return (f"All {len(config.accounts)} accounts are disabled; "
-                "python3 agproxy.py accounts enable NAME")
-    return (f"No account in {path}. Add one:\n"
-            "    python3 agproxy.py accounts add --provider gemini      an API key\n"
-            "    python3 agproxy.py accounts add                        a Google sign-in\n"
-            "or try everything without an account: python3 agproxy.py serve --demo")
+    accounts = load_config(path, {}, os.environ, recovers=True).accounts
+    if any(row.get("enabled", True) for row in accounts):
+        return False
+    say(f"All {len(accounts)} accounts are disabled; python3 agproxy.py accounts enable NAME"
+        if accounts else
+        f"No account in {path}. Add one:\n"
+        "    python3 agproxy.py accounts add --provider gemini      an API key\n"
+        "    python3 agproxy.py accounts add                        a Google sign-in\n"
+        "or try everything without an account: python3 agproxy.py serve --demo")
+    return True
 
 
 def raise_descriptor_limit() -> None:
@@ -11029,9 +11029,7 @@ def raise_descriptor_limit() -> None:
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    missing = needs_account(args)
-    if missing:
-        say(missing)
+    if lacks_account(args):
         return 4
     raise_descriptor_limit()
     out = open(args.log_file, "a", encoding="utf-8") if args.log_file else sys.stdout
@@ -11069,9 +11067,7 @@ def command_serve(args: argparse.Namespace) -> int:
 def command_run(args: argparse.Namespace) -> int:
     """The client's own exit code; the proxy lives exactly as long as the client."""
     import shutil
-    missing = needs_account(args)
-    if missing:
-        say(missing)
+    if lacks_account(args):
         return 4
     client = shutil.which(args.client)
     if not client:
@@ -11095,7 +11091,7 @@ def command_models(args: argparse.Namespace) -> int:
     with offline(args) as found:
         pool = found.pool
     if not any(account.enabled for account in pool.accounts):
-        say(needs_account(args))
+        lacks_account(args)
         return 4
     for model in (*MODELS.values(), *pool.listed_models()):
         labels = dict.fromkeys(c.account.label for c in pool.candidates(model))
@@ -11198,7 +11194,7 @@ def chosen_accounts(found: Services, name: str | None) -> list[Account]:
     if not found.pool.accounts:
         raise ConfigError("there is no account yet; `accounts add` adds one")
     if not chosen:
-        names = ", ".join(a.label for a in found.pool.accounts) or "none"
+        names = ", ".join(a.label for a in found.pool.accounts)
         raise ConfigError(f"no account {name}; there are: {names}")
     return chosen
 
@@ -11236,15 +11232,14 @@ def account_add(args: argparse.Namespace) -> int:
     config = load_config(path, {}, os.environ)
     provider = config.providers.get(args.provider)
     if provider is None or not provider.base_urls:
-        raise ConfigError(f"--provider: one of "
-                          f"{', '.join(p for p, r in config.providers.items() if r.base_urls)} "
-                          f"is required, not {args.provider}")
+        known = ", ".join(p for p, r in config.providers.items() if r.base_urls)
+        raise ConfigError(f"--provider: one of {known} is required, not {args.provider}")
     connections, cells = ConnectionCache(Clock(), os.environ), {}
     row = {"name": args.name, "provider": provider.id, "project": args.project}
     is_key = provider.auth != "oauth"
     if args.refresh_token if is_key else args.key:
-        raise ConfigError(f"{provider.id} takes {'a key: --key -' if is_key else 'a sign-in, or '}"
-                          f"{'' if is_key else '--refresh-token -'}")
+        wanted = "a key: --key -" if is_key else "a sign-in, or --refresh-token -"
+        raise ConfigError(f"{provider.id} takes {wanted}")
     if is_key:
         row["api_key"] = read_secret(args.key, f"API key for {provider.id}: ")
         agree(provider)
@@ -11269,9 +11264,9 @@ def account_add(args: argparse.Namespace) -> int:
 
 
 def account_list(args: argparse.Namespace) -> int:
-    if not args.demo and not load_config(config_path(args.accounts, os.environ), {},
-                                         os.environ).accounts:
-        say(needs_account(args))
+    path = "" if args.demo else config_path(args.accounts, os.environ)
+    if path and not load_config(path, {}, os.environ).accounts:
+        lacks_account(args)
         return 4
     show_readings(args, None, 0 if args.demo else 1e9)
     return 0
@@ -11426,9 +11421,7 @@ def command_accounts(args: argparse.Namespace) -> int:
 
 def command_quota(args: argparse.Namespace) -> int:
     """What is left, read now where nobody read it lately; 5 when nothing is."""
-    missing = needs_account(args)
-    if missing:
-        say(missing)
+    if lacks_account(args):
         return 4
     while True:
         code = show_readings(args, None, 60)
