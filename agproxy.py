@@ -10869,11 +10869,12 @@ CLIENT_ENVIRONMENT = {      # variables a client is started with; {url} and {key
 _WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "example")
 
 
-def say(text: str = "") -> None:
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:          # an old code page
-        print(text.encode("ascii", "replace").decode("ascii"), flush=True)
+def say(*lines: str) -> None:
+    for line in lines:
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:          # an old code page
+            print(line.encode("ascii", "replace").decode("ascii"), flush=True)
 
 
 def warn(text: str) -> None:
@@ -11051,8 +11052,8 @@ def command_serve(args: argparse.Namespace) -> int:
         say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
         say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                      for a, state in server.services.pool.states()))
-        for policy in sorted({a.provider.policy for a in server.services.pool.accounts} - {""}):
-            say(f"terms     {policy}")
+        policies = {a.provider.policy for a in server.services.pool.accounts} - {""}
+        say(*(f"terms     {policy}" for policy in sorted(policies)))
         key = "$PROXY_API_KEY" if config.api_key else "agproxy"
         say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
         if server.services.simulator:
@@ -11199,10 +11200,6 @@ def chosen_accounts(found: Services, name: str | None) -> list[Account]:
     return chosen
 
 
-def is_ascii_terminal() -> bool:
-    return "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
-
-
 def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float = 0) -> int:
     """Reads facts and quota of the account of that name, or all, where they are older; prints them.
     The exit code says whether any can serve."""
@@ -11221,8 +11218,8 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
     if args.json:
         say(json.dumps({"accounts": report}, indent=2).replace("Infinity", "null"))
     else:
-        for line in status_lines(report, now, is_ascii_terminal(), args.models):
-            say(line)
+        is_ascii = "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
+        say(*status_lines(report, now, is_ascii, args.models))
     return 0 if any(row["state"] in ("ready", "soft-limited", "resting") for row in report) else 5
 
 
@@ -11428,7 +11425,7 @@ def command_quota(args: argparse.Namespace) -> int:
         if not args.watch:
             return code
         time.sleep(60)
-        say()
+        say("")
 
 
 def command_why(args: argparse.Namespace) -> int:
@@ -11448,15 +11445,11 @@ def command_why(args: argparse.Namespace) -> int:
         f"status {row['status']}  {row['total_ms']} ms  {row['note']}".rstrip())
     for choice in row["choices"]:
         say(f"  {time.strftime('%H:%M:%S', time.localtime(choice['at']))}  "
-            f"{choice['reason'] or 'nobody could be chosen'}")
-        for line in sheet_lines(choice["sheet"]):
-            say(line)
-    for failure in row["failures"]:
-        say(f"  failed  {failure}")
-    for repair in row.get("refused", ()):
-        say(f"  mended  after a refusal: {repair}")
-    for what, count in row.get("mended", {}).items():
-        say(f"  mended  {what}{f' ({count} times)' if count > 1 else ''}")
+            f"{choice['reason'] or 'nobody could be chosen'}", *sheet_lines(choice["sheet"]))
+    say(*(f"  failed  {failure}" for failure in row["failures"]))
+    say(*(f"  mended  after a refusal: {repair}" for repair in row.get("refused", ())))
+    say(*(f"  mended  {what}{f' ({count} times)' if count > 1 else ''}"
+          for what, count in row.get("mended", {}).items()))
     return 0
 
 
@@ -11466,9 +11459,7 @@ def command_explain(args: argparse.Namespace) -> int:
         model = found.pool.resolve(args.model, found.config.aliases)
         chosen, reason, sheet = found.pool.explain(found.pool.candidates(model))
         now = found.clock.now()
-    say(f"{args.model} -> {model.id} ({model.label})")
-    for line in sheet_lines(sheet_rows(sheet, now)):
-        say(line)
+    say(f"{args.model} -> {model.id} ({model.label})", *sheet_lines(sheet_rows(sheet, now)))
     if chosen is None:
         say(refusal(args.model, sheet, now, None).message)
         return 5 if sheet else 4
@@ -11485,8 +11476,8 @@ def rooms(path: str) -> list[tuple[int, int, str]]:
 
 
 def command_map(args: argparse.Namespace) -> int:
-    for line, number, title in rooms(os.path.abspath(__file__)):
-        say(f"{number:>3}. {title:32} line {line}")
+    say(*(f"{number:>3}. {title:32} line {line}"
+          for line, number, title in rooms(os.path.abspath(__file__))))
     return 0
 
 
