@@ -10861,11 +10861,6 @@ def sheet_lines(sheet: Iterable[Mapping]) -> list[str]:
 
 DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
 DEMO_PACE_S = 0.02
-CLIENT_ENVIRONMENT = {      # variables a client is started with; {url} and {key} are filled in
-    "claude": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}"},
-    "": {"ANTHROPIC_BASE_URL": "{url}", "ANTHROPIC_AUTH_TOKEN": "{key}",
-         "ANTHROPIC_API_KEY": "{key}"},
-}
 _WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "example")
 
 
@@ -10990,8 +10985,10 @@ def offline(args: argparse.Namespace) -> contextlib.AbstractContextManager[Servi
 
 
 def client_variables(client: str, url: str, key: str) -> dict[str, str]:
-    rows = CLIENT_ENVIRONMENT.get(os.path.basename(client), CLIENT_ENVIRONMENT[""])
-    return {name: value.format(url=url, key=key or "agproxy") for name, value in rows.items()}
+    """What a client is started with; claude takes the key as a token only."""
+    row = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": key or "agproxy"}
+    more = {} if os.path.basename(client) == "claude" else {"ANTHROPIC_API_KEY": key or "agproxy"}
+    return {**row, **more}
 
 
 def server_url(server: ProxyServer) -> str:
@@ -11080,8 +11077,7 @@ def command_run(args: argparse.Namespace) -> int:
             environment = {**os.environ, **client_variables(args.client, server_url(server), key)}
             signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C belongs to the client
             child = subprocess.Popen([client, *args.arguments], env=environment)
-            if hasattr(signal, "SIGTERM"):
-                signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+            signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
             code = child.wait()
             server.services.config.settings["drain_s"] = 1.0    # nobody is left to wait for
     return code if code >= 0 else 128 - code
@@ -11157,11 +11153,11 @@ def browser_login(args: argparse.Namespace, provider: Provider,
     threading.Thread(target=read_pasted, name="paste", daemon=True).start()
     deadline = time.monotonic() + LOGIN_WAIT_S
     try:
-        while True:
+        answer: dict = {}
+        while not answer:
             code = login.wait(max(0.1, deadline - time.monotonic()))
             try:
                 answer = login.exchange(code, connections)
-                break
             except ProxyError as err:
                 if "that code" not in err.message:
                     raise
@@ -11249,10 +11245,9 @@ def account_add(args: argparse.Namespace) -> int:
         answer, cells = browser_login(args, provider, connections)
         row["refresh_token"], row["email"] = answer["refresh_token"], oauth_email(
             provider, answer, connections)
-    if cells:
-        provider = provider._replace(**cells)
     row = {k: v for k, v in row.items() if v}
-    check_credential(row, {**config.providers, provider.id: provider}, connections)
+    check_credential(row, {**config.providers, provider.id: provider._replace(**cells)},
+                     connections)
     name, is_new = store_account(path, row, cells)
     say(f"{'added' if is_new else 'signed in again'}: {name}")
     code = show_readings(args, name)
