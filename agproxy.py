@@ -8705,11 +8705,11 @@ class Downstream:
 
 _REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
             403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
-            408: b"Request Timeout",
-            413: b"Content Too Large", 414: b"URI Too Long", 415: b"Unsupported Media Type",
-            429: b"Too Many Requests", 431: b"Request Header Fields Too Large",
-            500: b"Internal Server Error", 502: b"Bad Gateway", 503: b"Service Unavailable",
-            504: b"Gateway Timeout", 529: b"Overloaded"}
+            408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
+            415: b"Unsupported Media Type", 429: b"Too Many Requests",
+            431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
+            502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
+            529: b"Overloaded"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -8840,11 +8840,11 @@ class Exchange:
         if self.is_open:
             return b""
         self.is_open = True
-        if self.is_http_1_0:
-            self.keeps_alive = False
         fields = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
                   "x-accel-buffering": "no"}
-        if not self.is_http_1_0:
+        if self.is_http_1_0:
+            self.keeps_alive = False
+        else:
             fields["transfer-encoding"] = "chunked"
         return self.head_bytes(200, fields)
 
@@ -8932,8 +8932,7 @@ class Exchange:
         else:       # the hold is over: open with an estimate, corrected at the end [A6]
             usage = (self.pipe.usage() if self.pipe is not None and self.pipe.is_metered else
                      Usage(input_tokens=self.services.count(self.request, self.model)))
-            begin = Begin(usage)
-            out = self.open_stream() + self.frame(self.render(begin).encode("ascii"))
+            out = self.open_stream() + self.frame(self.render(Begin(usage)).encode("ascii"))
             self.last_out_at = self.last_content_at = now
         if out:
             self.downstream.send(out)
@@ -9611,13 +9610,13 @@ class Handler:
             raise invalid("", f"the body is not valid JSON: {err}") from None
         request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
                                                  exchange.query)
-        if request.small and (exchange.headers.get("x-agproxy-small") == "off" or
-                              request.small not in self.services.config.small_requests):
+        config = self.services.config
+        if request.small and (exchange.headers.get("x-agproxy-small") == "off"
+                              or request.small not in config.small_requests):
             request = replace(request, small="")
         exchange.request = request
         exchange.record.asked = request.model[:80]
         exchange.state = exchange.dialect.answer_state(request.model)
-        config = self.services.config
         if config.usage_scaling:
             exchange.scale_window = config.client_window_tokens or request.window_tokens
         return request
@@ -9860,8 +9859,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _work(self, downstream: Downstream) -> None:
         try:
             Handler(self, downstream).run()
-        except ClientGone:
-            self.release(downstream)
         except Exception as err:        # a thread's top: log, close this connection, go on
             self.services.log.line("worker: %s", short_trace(err))
             self.release(downstream)
@@ -10665,8 +10662,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             cached = min(self.server.cached.get(session, 0), prompt)
             self.server.cached[session] = prompt
         usage = {"promptTokenCount": prompt, "cachedContentTokenCount": cached,
-                 "candidatesTokenCount": 0,
-                 "thoughtsTokenCount": 0}
+                 "candidatesTokenCount": 0, "thoughtsTokenCount": 0}
 
         def event(parts: list[dict], finish: str = "") -> dict:
             usage["candidatesTokenCount"] += sum(1 + len(json_encode(p)) // 8 for p in parts)
