@@ -9384,7 +9384,6 @@ class Handler:
         """Requests of this connection until it idles (back to the relay), is handed over, ends."""
         downstream = self.downstream
         while not downstream.is_closed:
-            exchange = None
             try:
                 exchange = self._read_request()
                 if exchange is None:
