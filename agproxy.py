@@ -5591,14 +5591,6 @@ class Ask:
     place: Any = None           # the Account that keeps a place for it
 
 
-class Binding(NamedTuple):
-    """Where a conversation's prompt cache is warm: its home, and who serves while that rests."""
-    home: tuple             # (account, pool)
-    home_at: float
-    guest: tuple
-    guest_at: float
-
-
 def is_stated(error: ProxyError) -> bool:
     """Whether the upstream itself said until when this candidate is limited."""
     return error.delay_s is not None and error.kind in ("quota", "rate")
@@ -5962,20 +5954,18 @@ class Bindings:
     cache has gone cold.  The pool's lock guards it."""
 
     def __init__(self):
+        # (session, model) -> ((account, pool), when it served last) of home and perhaps guest
         self._items: collections.OrderedDict = collections.OrderedDict()
 
     def of(self, session: str, model: str, now: float, keep_s: float) -> list[tuple[tuple, float]]:
-        """((account, pool), when it served last) of home and guest while they are remembered."""
-        binding = self._items.get((session, model)) if session else None
-        return [(pair, at) for pair, at in ((binding.home, binding.home_at),
-                                            (binding.guest, binding.guest_at))
-                if pair and now - at < keep_s] if binding else []
+        """Home and guest, each with the time it served last, while they are remembered."""
+        return [(pair, at) for pair, at in self._items.get((session, model), ())
+                if now - at < keep_s]
 
     def bind(self, session: str, model: str, pair: tuple, now: float, keep_s: float) -> None:
         old = self._items.pop((session, model), None)
-        is_home = old is None or old.home == pair or now - old.home_at >= keep_s
-        self._items[session, model] = (Binding(pair, now, (), 0.0) if is_home
-                                       else old._replace(guest=pair, guest_at=now))
+        is_home = old is None or old[0][0] == pair or now - old[0][1] >= keep_s
+        self._items[session, model] = ((pair, now),) if is_home else (old[0], (pair, now))
         if len(self._items) > 5000:
             self._items.popitem(last=False)
 
