@@ -5432,18 +5432,18 @@ def upstream_id(model: Model, provider: Provider) -> str:
     return model.id if model.on_cloud_code else ""
 
 
-def account_serves(account: Account, model: Model, provider: Provider | None = None,
-                   facts: Facts | None = None) -> str:
+def account_serves(account: Account, model: Model, provider: Provider,
+                   facts: Facts | None) -> str:
     """The upstream id of `model` in this pool of the account, "" when it does not serve it."""
-    provider = provider or account.provider
     if account.models and model.id not in account.models:
         return ""
+    served = upstream_id(model, provider)
     if provider.catalogue == "as asked":        # its list leaves aliases out
-        return upstream_id(model, provider) or (model.id if model.id in account.models else "")
+        return served or (model.id if model.id in account.models else "")
     listed = {m.id for m in facts.models} if facts else ()
-    served = upstream_id(model, provider) or (
-        model.id if provider is account.provider and (
-            model.id in account.models or model.id in listed) else "")
+    if not served and provider is account.provider and (
+            model.id in account.models or model.id in listed):
+        served = model.id
     return served if not listed or served in listed else ""
 
 
@@ -6106,17 +6106,18 @@ class AccountPool:
         key = tuple(model.id for model in models)
         with self._lock:
             if key not in self._prepared:
-                found: dict[tuple, Candidate] = {}
-                for place, model in enumerate(models):
-                    for account in self.accounts:
-                        for provider in account.providers:
-                            pair = account.name, provider.id
-                            served = account_serves(account, model, provider,
-                                                    self.readings.facts.get(pair))
-                            if served and pair not in found:
-                                found[pair] = Candidate(account, provider, model, served, place)
-                self._prepared[key] = sorted(found.values(), key=lambda c: c.rank)
+                found = [self._candidate(account, provider, models)
+                         for account in self.accounts for provider in account.providers]
+                self._prepared[key] = sorted(filter(None, found), key=lambda c: c.rank)
             return self._prepared[key]
+
+    def _candidate(self, account: Account, provider: Provider, models: tuple) -> Candidate | None:
+        facts = self.readings.facts.get((account.name, provider.id))
+        for place, model in enumerate(models):
+            served = account_serves(account, model, provider, facts)
+            if served:
+                return Candidate(account, provider, model, served, place)
+        return None
 
     def models_for(self, name: str, aliases: Mapping[str, tuple], wanted: str = "") -> tuple:
         """The models a client's name means here; raises ProxyError not_found."""
