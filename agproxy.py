@@ -5314,7 +5314,6 @@ class Account:
     token_expires_at: float = 0.0           # epoch seconds
     failure: tuple | None = None            # (monotonic time, ProxyError) of its last refresh
     spent: set = field(default_factory=set)     # refresh tokens that were rotated: never again
-    _hashed: tuple = ("", "")               # (secret, its hash)
 
     @property
     def label(self) -> str:
@@ -5330,20 +5329,21 @@ class Account:
         """Requests at a time, 0 is no limit."""
         return min(filter(None, (self.max_in_flight, self.ramp)), default=0)
 
+    @property
+    def is_full(self) -> bool:
+        return 0 < self.places <= self.in_flight + self.reserved
+
     def soft_limit_of(self, settings: Mapping[str, Any]) -> float:
         return settings.get("soft_limit", 0.0) if self.soft_limit is None else self.soft_limit
 
     @property
     def secret_hash(self) -> str:
         """Tells this credential from another one, where the secret itself must not stand."""
-        if self._hashed[0] != self.secret:
-            self._hashed = self.secret, hashlib.sha256(self.secret.encode()).hexdigest()[:12]
-        return self._hashed[1]
+        return hashlib.sha256(self.secret.encode()).hexdigest()[:12]
 
     @property
     def stop_keys(self) -> tuple:
-        """Keys of rests that last until a person acts: on the vendor's page, or by a new sign-in,
-        which is another credential."""
+        """Keys of rests until a person acts: on the vendor's page, or by another credential."""
         return ("stop", self.name), ("login", self.name, self.secret_hash)
 
 
@@ -5356,15 +5356,13 @@ def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account
     """An Account of a validated row of accounts.json."""
     credential = next((name for name in CREDENTIALS if row.get(name)), "")
     provider = providers[row["provider"]]
+    given = {name: row[name] for name in ("project", "enabled", "priority", "max_in_flight",
+                                          "soft_limit", "proxy", "user_agent") if name in row}
     return Account(
-        name=row["name"], provider=provider, credential=credential, secret=row.get(credential, ""),
-        pools=tuple(providers[p] for p in provider.pools), project=row.get("project", ""),
-        enabled=row.get("enabled", True),
-        priority=row.get("priority", 0), weight=float(row.get("weight", 1)),
-        models=tuple(row.get("models", ())), max_in_flight=row.get("max_in_flight", 0),
-        soft_limit=row.get("soft_limit"), proxy=row.get("proxy", ""),
-        user_agent=row.get("user_agent", ""),
-        headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()))
+        row["name"], provider, credential, row.get(credential, ""),
+        pools=tuple(providers[p] for p in provider.pools), weight=float(row.get("weight", 1)),
+        models=tuple(row.get("models", ())),
+        headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()), **given)
 
 
 LOOK_AGAIN = "to be looked at again"    # in place of an absence that a person cleared
@@ -5419,12 +5417,15 @@ class Candidate:
         self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
 
 
+def _is_named(name: str, provider: Provider) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in provider.names)
+
+
 def upstream_id(model: Model, provider: Provider) -> str:
     """The id `provider` knows the model by, "" where it does not serve it."""
     if provider.catalogue == "as asked":
-        name = model.id.lower()
-        return model.id.replace("-thinking", "") if any(
-            fnmatch.fnmatchcase(name, p) for p in provider.names) else ""
+        is_named = _is_named(model.id.lower(), provider)
+        return model.id.replace("-thinking", "") if is_named else ""
     if provider.catalogue == "key_id":
         return model.key_id
     if provider.catalogue == "cli_id":
@@ -5479,13 +5480,11 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
         return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
     if wanted in MODELS:
         return (wanted,), False
-    exact = next((m for m in listed if m.lower() == wanted), "")
-    if exact:
-        return (exact,), False
-    choices = next((c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)), ())
-    if not choices and (wanted.startswith("claude") or wanted in TIERS):
-        choices = next((c for word, c in TIERS.items() if word in wanted), TIERS["sonnet"])
-    return choices, False
+    choices = [(m,) for m in listed if m.lower() == wanted]
+    choices += [c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)]
+    if wanted.startswith("claude") or wanted in TIERS:
+        choices += [c for word, c in TIERS.items() if word in wanted] + [TIERS["sonnet"]]
+    return next(iter(choices), ()), False
 
 
 def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
@@ -5507,21 +5506,21 @@ def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str,
             wanted = bare
             break
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
-    plain = plain_model_name(wanted)
 
     def known(choice: str) -> Model | None:
-        row = MODELS.get(choice.lower()) or listed.get(choice)
-        is_taken = any(choice in a.models or any(fnmatch.fnmatchcase(choice.lower(), p)
-                                                 for p in a.provider.names) for a in accounts)
-        is_claude = choice.lower().startswith("claude-")
-        return row or (model_from_id(choice.lower() if is_claude else choice) if is_taken else None)
-    exact = None if is_alias else known(plain)
+        lower = choice.lower()
+        row = MODELS.get(lower) or listed.get(choice)
+        is_taken = any(choice in a.models or _is_named(lower, a.provider) for a in accounts)
+        return row or (model_from_id(lower if lower.startswith("claude-") else choice)
+                       if is_taken else None)
+    exact = None if is_alias else known(plain_model_name(wanted))
     rows = [m for m in map(known, choices) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
     if exact is not None and (found is None or serves(exact)):
         # the same family may stand in where other accounts serve it under another name
-        return (exact,) + ((found,) if found and found.family == exact.family == "claude"
-                           and found.id != exact.id and serves(found) else ())
+        stands_in = found and found.family == exact.family == "claude" and (
+            found.id != exact.id and serves(found))
+        return (exact, found) if stands_in else (exact,)
     if found is not None:
         return (found,)
     near = difflib.get_close_matches(normal_model_name(wanted), list(MODELS), 3, 0.0)
@@ -5547,6 +5546,10 @@ class Rest:
     message: str
     changed_at: float = 0.0     # the newer of two processes' versions holds
     seen_empty: bool = False    # a quota reading agreed with it: a later one may lift it
+
+    @property
+    def is_stated_quota(self) -> bool:
+        return self.is_stated and self.kind == "quota"
 
     def holds(self, now: float) -> bool:
         """Whether it is in force; one from the future (the clock was set back) is void."""
@@ -5615,8 +5618,8 @@ def measured(account: Account, now: float) -> tuple[float, float]:
 
 
 def score(candidate: Candidate, view: View, windows: list[Window], now: float) -> tuple:
-    """The terms of the hybrid score, each ready to be shown; () for other strategies.  What does
-    not qualify (health, allowance or quota too low) is taken last, by a term of its own."""
+    """The terms of the hybrid score, () for other strategies.  What does not qualify (health,
+    allowance or quota too low) is taken last, by a term of its own."""
     settings, account = view.settings, candidate.account
     if settings.get("strategy") != "hybrid":
         return ()
@@ -5624,8 +5627,8 @@ def score(candidate: Candidate, view: View, windows: list[Window], now: float) -
     least = min((w.fraction for w in windows), default=None)
     idle_s = min(3600.0, max(0.0, now - account.used_at)) if account.used_at else 3600.0
     is_fresh = now - account.used_at > FIVE_HOURS_S
-    is_last = health < HEALTH_LEAST or tokens < 1 or (least is not None
-                                                      and least <= QUOTA_CRITICAL)
+    is_last = health < HEALTH_LEAST or tokens < 1 or (
+        least is not None and least <= QUOTA_CRITICAL)
     return (("fresh", settings["hybrid_fresh"] * is_fresh),
             ("health", settings["hybrid_health"] * health),
             ("tokens", settings["hybrid_tokens"] * tokens / BURST_TOKENS * 100),
@@ -5671,13 +5674,13 @@ def judge(candidate: Candidate, view: View, tried: Iterable, now: float) -> Verd
         last = max(spent, key=lambda w: w.reset_at)
         return Verdict(candidate, "stated", last.reset_at,
                        f"no quota is left in its {last.window} window ({last.scope})")
+    until, reason = (resting[-1].until, resting[-1].message) if resting else (0, "was tried")
     if candidate in tried:
-        return Verdict(candidate, "tried", resting[-1].until if resting else 0,
-                       resting[-1].message if resting else "was tried")
-    if account.places and account.in_flight + account.reserved >= account.places:
+        return Verdict(candidate, "tried", until, reason)
+    if account.is_full:
         return Verdict(candidate, "busy", now + 5, f"serves {account.in_flight} requests already")
     if resting:
-        return Verdict(candidate, "guessed", resting[-1].until, resting[-1].message)
+        return Verdict(candidate, "guessed", until, reason)
     terms = score(candidate, view, windows, now)
     least = min((w.fraction for w in windows), default=1.0)
     soft = account.soft_limit_of(view.settings)
@@ -5689,22 +5692,19 @@ def judge(candidate: Candidate, view: View, tried: Iterable, now: float) -> Verd
 
 # Strategies
 
-def choose_sticky(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
+def _not_last(verdict: Verdict, last: str, virtual: float) -> bool:
     """The account that served last, until it is limited; then the next in order."""
-    return next((v for v in sheet if v.candidate.account.name == last), sheet[0])
+    return verdict.candidate.account.name != last
 
 
-def choose_best(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
-    return max(sheet, key=lambda v: v.score)
-
-
-def choose_in_turn(sheet: list[Verdict], last: str, virtual: float) -> Verdict:
+def _had_least(verdict: Verdict, last: str, virtual: float) -> float:
     """Start-time fair queueing: who had least by its weight; a long absence earns no burst."""
-    return min(sheet, key=lambda v: max(virtual, v.candidate.account.served))
+    return max(virtual, verdict.candidate.account.served)
 
 
-STRATEGIES = {"sticky": choose_sticky, "fill-first": choose_sticky, "hybrid": choose_best,
-              "round-robin": choose_in_turn, "weighted": choose_in_turn}
+STRATEGIES = {      # the first line of the sheet with the least key is chosen
+    "sticky": _not_last, "fill-first": _not_last, "hybrid": lambda verdict, *_: -verdict.score,
+    "round-robin": _had_least, "weighted": _had_least}
 
 
 def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, probing: Iterable,
@@ -5716,13 +5716,15 @@ def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, pro
     usable = [v for v in sheet if v.state == "usable"] or [v for v in sheet if v.state == "soft"]
     if usable:
         told = f"{len(usable)} of {len(sheet)} usable"
-        best = min(v.candidate.rank for v in usable)
+        rank = min(v.candidate.rank for v in usable)
+        # a warm cache does not outweigh an account of lower priority
+        warm = {v.candidate.pair: v for v in usable if v.candidate.rank[0] == rank[0]}
         for pair in bound:
-            for v in usable:        # a warm cache does not outweigh an account of lower priority
-                if v.candidate.pair == pair and v.candidate.rank[0] == best[0]:
-                    return v, f"{strategy}; its conversation's account; {told}"
-        first = [v for v in usable if v.candidate.rank == best]
-        return STRATEGIES[strategy](first, last, virtual), f"{strategy}; {told}"
+            if pair in warm:
+                return warm[pair], f"{strategy}; its conversation's account; {told}"
+        first = [v for v in usable if v.candidate.rank == rank]
+        best = min(first, key=lambda v: STRATEGIES[strategy](v, last, virtual))
+        return best, f"{strategy}; {told}"
     guessed = [v for v in sheet if v.state == "guessed"]
     is_tested = any(v.candidate.key in probing for v in guessed)
     if guessed and not is_tested and not any(v.state == "busy" for v in sheet):
@@ -5825,33 +5827,29 @@ class Rests:
         failures = 1
         if old and old.kind == error.kind and now - old.failed_at < 3600:
             failures = old.failures + (now - old.failed_at > 2)
-        ladder = GUESSED_REST_S[error.rule.rest]
-        stated = is_stated(error)
+        ladder, stated = GUESSED_REST_S[error.rule.rest], is_stated(error)
+        rest_s = ladder[min(failures, len(ladder)) - 1]
         if stated:
             rest_s = max(1.0, error.delay_s) + 1.0      # grace: clocks differ
-        else:
-            rest_s = ladder[min(failures, len(ladder)) - 1]
-            if error.rule.rest == "capacity":
-                rest_s = jitter(rest_s, 0.1)    # so that waiting requests do not return at once
+        elif error.rule.rest == "capacity":
+            rest_s = jitter(rest_s, 0.1)        # so that waiting requests do not return at once
         if old and old.is_stated and old.until > now + rest_s * stated:
             return          # a stated limit is not shortened, and not by a guess at all
         self.set(key, Rest(error.kind, now + rest_s, stated, failures, now, error.message))
 
     def widen(self, candidate: Candidate) -> None:
         """Two models of a quota group limited until the same moment share one allowance."""
-        one = self.items.get(candidate.key)
-        if not one or not one.is_stated or one.kind != "quota":
+        one, group = self.items.get(candidate.key), candidate.keys[3]
+        if not one or not one.is_stated_quota:
             return
         for key, rest in list(self.items.items()):
-            if (key[:3] == candidate.key[:3] and key != candidate.key and rest.is_stated
-                    and rest.kind == "quota" and abs(rest.until - one.until) < 3
-                    and key[3] in MODELS
-                    and quota_group(MODELS[key[3]], candidate.provider) == candidate.keys[3][3]):
-                self.set(candidate.keys[3], replace(one))
+            if (key[:3] == candidate.key[:3] and key != candidate.key and rest.is_stated_quota
+                    and abs(rest.until - one.until) < 3 and key[3] in MODELS
+                    and quota_group(MODELS[key[3]], candidate.provider) == group[3]):
+                self.set(group, replace(one))
 
     def succeeded(self, candidate: Candidate, began_at: float, now: float) -> None:
-        """Ends guesses older than the success and what is over, with its count of failures; what
-        was stated, or is newer, stays."""
+        """Ends guesses older than the success, and what is over; what was stated stays."""
         for key in candidate.keys if self.items else ():
             rest = self.items.get(key)
             if rest and rest.until and (rest.until <= now or (not rest.is_stated
@@ -5881,8 +5879,7 @@ class Rests:
 
 
 class Readings:
-    """What upstreams told about accounts: facts of their pools, quota windows with their history.
-    The pool's lock guards it."""
+    """What upstreams told of accounts' pools: facts, quota windows.  The pool's lock guards it."""
 
     def __init__(self, clock: Clock, state: State | None):
         self.state = state
@@ -5913,17 +5910,18 @@ class Readings:
             if self._take(*pair, window) and self.state is not None:
                 self.state.put("quotas", *pair, *window)
 
+    def windows(self, pair: tuple) -> list[Window]:
+        return [w for row in self.quotas.get(pair, {}).values() for w in row.values()]
+
     def left(self, pair: tuple, scopes: Iterable[str], since: float) -> float | None:
         """The least fraction that readings after `since` show for these scopes."""
-        readings = self.quotas.get(pair, {})
-        return min((w.fraction for scope in scopes for w in readings.get(scope, {}).values()
-                    if w.fraction is not None and w.at > since), default=None)
+        return min((w.fraction for w in self.windows(pair) if w.scope in scopes
+                    and w.fraction is not None and w.at > since), default=None)
 
     def report(self, pair: tuple, stale_s: float, now: float) -> list[dict]:
         """The windows of a pool as JSON, with how fast each goes."""
         rows = []
-        for window in sorted(w for row in self.quotas.get(pair, {}).values()
-                             for w in row.values()):
+        for window in sorted(self.windows(pair)):
             trend, per_h, empty_s = burn_rate(
                 self.points.get((*pair, window.scope, window.window), ()), window.reset_at, now)
             is_over = 0 < window.reset_at <= now
@@ -5991,13 +5989,14 @@ class Queue:
             account.reserved -= 1
         return account
 
-    def hand_over(self, account: Account) -> None:
+    def hand_over(self, account: Account | None) -> None:
         """Keeps the account's free places for who waits: who can go nowhere else first, then agents
-        in turn, first come first."""
+        in turn, first come first.  None is no account, and nothing to hand over."""
+        if account is None:
+            return
         while self.waiting:
             waiting = [a for a, accounts in self.waiting.items() if account in accounts]
-            if not waiting or (account.places and
-                               account.in_flight + account.reserved >= account.places):
+            if not waiting or account.is_full:
                 return
             ask = min(waiting, key=lambda a: (len(self.waiting[a]) > 1, self._turns[a.agent],
                                               a.arrived_at))
@@ -6069,8 +6068,7 @@ class AccountPool:
         self.replace(accounts, settings)
 
     def replace(self, accounts: Iterable[Account], settings: Mapping[str, Any]) -> None:
-        """Takes over an edited accounts file.  An account with the same name, provider and kind of
-        credential goes on as it was; leases of the others run out."""
+        """Takes over an edited accounts file; leases of accounts that are gone run out."""
         with self._lock:
             known = {a.name: a for a in self.accounts}
             out = [self._go_on(known.get(account.name), account) for account in accounts]
@@ -6081,7 +6079,7 @@ class AccountPool:
             self.settings, self._prepared = settings, {}
 
     def _go_on(self, old: Account | None, edited: Account) -> Account:
-        """The account with its state, as edited."""
+        """The account as edited, with its state if provider and kind of credential are the same."""
         if old is None or (old.provider.id, old.credential) != (edited.provider.id,
                                                                 edited.credential):
             if edited.name in self._used:
@@ -6101,8 +6099,7 @@ class AccountPool:
     # Choosing
 
     def candidates(self, *models: Model) -> list[Candidate]:
-        """Who serves the models, each pool with the first that it serves; the first pool of all
-        accounts before the second of any."""
+        """Who serves the models, each pool with the first that it serves, by rank."""
         key = tuple(model.id for model in models)
         with self._lock:
             if key not in self._prepared:
@@ -6150,18 +6147,18 @@ class AccountPool:
             if home is not None:        # a warm cache is worth a moment
                 chosen, sheet = None, tuple(
                     v for v in sheet if v is home or v.state not in ("usable", "soft", "busy"))
-            if chosen is not None:
-                is_full = self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30)
-                lease = None if is_full else self._lend(chosen, sheet, ask, reason, now)
-            else:
+            is_full = self.in_flight >= self.settings.get("max_upstream_calls", 1 << 30)
+            lease = None
+            if chosen is None:
                 self.queue.add(ask, tuple(v.candidate.account for v in sheet if v.state == "busy"),
                                self.clock.monotonic())
-            if kept is not None:
-                self.queue.hand_over(kept)
-        if chosen is not None and lease is None:
-            raise ProxyError("full", "too many upstream calls are in flight", 1)
-        if chosen is not None:
+            elif not is_full:
+                lease = self._lend(chosen, sheet, ask, reason, now)
+            self.queue.hand_over(kept)
+        if lease is not None:
             return Choice(lease, None, sheet, reason)
+        if chosen is not None:
+            raise ProxyError("full", "too many upstream calls are in flight", 1)
         if home is not None:
             left_s = ask.arrived_at + HOME_WAIT_S - self.clock.monotonic()
             return Choice(None, max(0.05, left_s), sheet, "waits for its conversation's account")
@@ -6178,9 +6175,7 @@ class AccountPool:
     def leave(self, ask: Ask) -> None:
         """The request is over: it waits no longer, and gives back a place kept for it."""
         with self._lock:
-            kept = self.queue.drop(ask)
-            if kept is not None:
-                self.queue.hand_over(kept)
+            self.queue.hand_over(self.queue.drop(ask))
 
     def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
         """A dry run: (what would be chosen, why, the score sheet)."""
@@ -6203,11 +6198,10 @@ class AccountPool:
             return tuple(judge(c, view, tried, now) for c in candidates)
 
     def _choose(self, sheet: tuple, ask: Ask, now: float) -> tuple[Verdict | None, str]:
-        strategy = self.settings.get("strategy", "sticky")
         model = sheet[0].candidate.model.id if sheet else ""
         bound = [pair for pair, _ in self._bound(ask, model, now)]
-        return choose(sheet, strategy, self._last.get(model, ""), bound, self._probing,
-                      self._virtual)
+        return choose(sheet, self.settings.get("strategy", "sticky"), self._last.get(model, ""),
+                      bound, self._probing, self._virtual)
 
     def _bound(self, ask: Ask, model: str, now: float) -> list[tuple[tuple, float]]:
         if self.settings.get("strategy") == "round-robin":
@@ -6232,9 +6226,9 @@ class AccountPool:
         account.health, account.tokens = measured(account, now)
         account.tokens, account.measured_at = max(0.0, account.tokens - 1), now
         previous, self._last[model] = self._last.get(model), account.name
-        left = [v.state for v in sheet if v.candidate.account.name == previous]
-        if left and previous != account.name and now - account.used_at > 60 and not any(
-                state in ("usable", "soft", "busy") for state in left):
+        left = {v.state for v in sheet if v.candidate.account.name == previous}
+        if left and previous != account.name and now - account.used_at > 60 and (
+                left.isdisjoint(("usable", "soft", "busy"))):
             account.ramp = RAMP_START       # the storm that spent the last one does not spend it
         account.used_at = now
         weight = account.weight if self.settings.get("strategy") == "weighted" else 1.0
@@ -6336,18 +6330,17 @@ class AccountPool:
         """Ends the account's stop, and every other rest and absence of it; how many."""
         with self._lock:
             now = self.clock.now()
-            keys = [k for k in account.stop_keys if self.rests.stands(k, now)]
+            keys, absent = [k for k in account.stop_keys if self.rests.stands(k, now)], []
             if not stops_only:
-                keys += [key for key, _ in self.rests.of(account.name, self.clock.now())]
-                for pair, facts in list(self.readings.facts.items()):
-                    if pair[0] == account.name and facts.absent:
-                        keys.append(pair)
-                        self.readings.note_facts(pair, facts._replace(
-                            absent=LOOK_AGAIN, at=self.clock.now()))
+                keys += [key for key, _ in self.rests.of(account.name, now)]
+                absent = [(pair, facts) for pair, facts in self.readings.facts.items()
+                          if pair[0] == account.name and facts.absent]
             for key in keys:
                 self.rests.end(key)
+            for pair, facts in absent:
+                self.readings.note_facts(pair, facts._replace(absent=LOOK_AGAIN, at=now))
             self._recover({account.name})
-            return len(keys)
+            return len(keys) + len(absent)
 
     def take_over(self) -> None:
         """What other processes learned.  Called by the state's thread; reads without the lock."""
@@ -6371,8 +6364,8 @@ class AccountPool:
                 self.rests.keep(key, rest)
             for pair, facts in self.readings.facts.items():
                 self.readings.note_facts(pair, facts)
-            for pair, scopes in self.readings.quotas.items():
-                for window in (w for row in scopes.values() for w in row.values()):
+            for pair in self.readings.quotas:
+                for window in self.readings.windows(pair):
                     self.state.put("quotas", *pair, *window)
 
     def facts(self, pair: tuple) -> Facts | None:
@@ -6391,8 +6384,8 @@ class AccountPool:
         with self._lock:
             self.readings.note_windows(pair, windows)
             for key, rest in self.rests.of(pair[0], now):
-                if key[0] not in ("candidate", "group") or key[2] != pair[1] or not (
-                        rest.is_stated and rest.kind == "quota"):
+                if not rest.is_stated_quota or key[0] not in ("candidate", "group") or (
+                        key[2] != pair[1]):
                     continue
                 scopes, model, provider = {key[3], "account"}, MODELS.get(key[3]), ids.get(pair[1])
                 if model and provider:
@@ -6436,12 +6429,11 @@ class AccountPool:
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
     """Each candidate, why it was passed over, and when it is free."""
-    lines = []
-    for v in verdicts:
+    def line(v: Verdict) -> str:
         until = f", free in {human_s(v.until - now)}" if now < v.until < float("inf") else ""
-        lines.append(f"{v.candidate.account.label} ({v.candidate.provider.id}): "
-                     f"{v.reason or v.state}{until}")
-    return "; ".join(lines)
+        return (f"{v.candidate.account.label} ({v.candidate.provider.id}): "
+                f"{v.reason or v.state}{until}")
+    return "; ".join(map(line, verdicts))
 
 
 def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) -> ProxyError:
