@@ -6478,17 +6478,19 @@ def refusal(asked: str, verdicts: tuple, now: float, last: ProxyError | None) ->
 # [O7] An account that was never used reports a reset one window ahead: no limit.
 
 
+def _client_variable(provider: Provider) -> str:
+    return f"AGPROXY_{provider.id.upper().replace('-', '_')}_CLIENT"
+
+
 def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """(client id, secret) pairs that may have issued this provider's refresh tokens, the likeliest
     first: environment, accounts file, the list other programs read.  This program ships none."""
-    found = []
-    prefix = "AGPROXY_" + provider.id.upper().replace("-", "_")
-    for name in (prefix + "_CLIENT", "GOOGLE_CLIENT"):
-        found.append((environ.get(name + "_ID", ""), environ.get(name + "_SECRET", "")))
-    if provider.client_id:
-        found.append((resolve_secret(provider.client_id) if ":" in provider.client_id
-                      else provider.client_id, resolve_secret(provider.client_secret)
-                      if provider.client_secret else ""))
+    found = [(environ.get(name + "_ID", ""), environ.get(name + "_SECRET", ""))
+             for name in (_client_variable(provider), "GOOGLE_CLIENT")]
+    own_id, own_secret = provider.client_id, provider.client_secret
+    if own_id:
+        found.append((resolve_secret(own_id) if ":" in own_id else own_id,
+                      resolve_secret(own_secret) if own_secret else ""))
     for entry in environ.get("ANTIGRAVITY_OAUTH_CLIENTS", "").split(";"):
         parts = [p.strip() for p in entry.split("|")]
         found.append((parts[1], parts[2]) if len(parts) > 2 else ("", ""))
@@ -6498,9 +6500,9 @@ def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[
 
 
 def no_client(provider: Provider) -> ProxyError:
-    variable = "AGPROXY_" + provider.id.upper().replace("-", "_") + "_CLIENT_ID"
+    variable = _client_variable(provider)
     return ProxyError("no_secret", f"no OAuth client is known for {provider.id}: install its own "
-                      f"program and sign in with `accounts add`, or set {variable} and the same "
+                      f"program and sign in with `accounts add`, or set {variable}_ID and the same "
                       "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
                       f"client_id and client_secret in providers.{provider.id}")
 
@@ -6585,9 +6587,8 @@ def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionC
 def user_agent(account: Account, provider: Provider, model: str = "") -> str:
     """The pool's fixed User-Agent with this machine's system in Go's naming."""
     system = {"win32": "windows"}.get(sys.platform, sys.platform)
-    machine = os.environ.get("PROCESSOR_ARCHITECTURE", "")
-    if hasattr(os, "uname"):
-        machine = os.uname().machine
+    machine = os.uname().machine if hasattr(os, "uname") else os.environ.get(
+        "PROCESSOR_ARCHITECTURE", "")
     arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
     text = account.user_agent if provider is account.provider else ""
     return (text or provider.user_agent).replace("{os}", system).replace("{arch}", arch).replace(
@@ -6598,9 +6599,8 @@ def auth_header(provider: Provider, token: str) -> dict[str, str]:
     """How the upstream wants to see a key or an access token."""
     if not token:
         return {}               # a server of one's own
-    if provider.auth != "bearer" and provider.auth != "oauth":
-        return {provider.auth: token}
-    return {"Authorization": "Bearer " + token}
+    is_bearer = provider.auth in ("bearer", "oauth")
+    return {"Authorization": "Bearer " + token} if is_bearer else {provider.auth: token}
 
 
 class Flights:
@@ -6614,26 +6614,23 @@ class Flights:
         with self._lock:
             flight = self._under_way.get(key)
             is_mine = flight is None
-            if is_mine:
-                flight = self._under_way[key] = [threading.Event(), None, None]
-        if not is_mine:
-            if not flight[0].wait(6 * TOKEN_TIMEOUT_S):
-                raise ProxyError("token_endpoint", "the token endpoint does not answer")
-            if flight[2] is not None:
-                raise flight[2]
-            return flight[1]
-        try:
-            flight[1] = call()
-            return flight[1]
-        except ProxyError as err:
-            flight[2] = err
-            raise
-        finally:
-            if flight[1] is None and flight[2] is None:
-                flight[2] = ProxyError("token_endpoint", "the token could not be fetched")
-            with self._lock:
-                del self._under_way[key]
-            flight[0].set()
+            if is_mine:     # the error is for who waits while the call fails in an unforeseen way
+                flight = self._under_way[key] = [threading.Event(), None, ProxyError(
+                    "token_endpoint", "the token could not be fetched")]
+        if is_mine:
+            try:
+                flight[1:] = call(), None
+            except ProxyError as err:
+                flight[2] = err
+            finally:
+                with self._lock:
+                    del self._under_way[key]
+                flight[0].set()
+        elif not flight[0].wait(6 * TOKEN_TIMEOUT_S):
+            raise ProxyError("token_endpoint", "the token endpoint does not answer")
+        if flight[2] is not None:
+            raise flight[2]
+        return flight[1]
 
 
 class Tokens:
@@ -6671,13 +6668,12 @@ class Tokens:
 
     def _renew(self, account: Account, refused: str, life_s: float, is_shared: bool) -> str:
         """Asks without the account's lock, then publishes token or failure."""
-        failure: ProxyError | None = None
+        failure = None
         try:
             if account.credential == "refresh_token":
                 token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
             else:
-                token = resolve_secret(account.secret) if account.secret else ""
-                expires_at = 0.0
+                token, expires_at = resolve_secret(account.secret) if account.secret else "", 0.0
                 if token == refused:
                     raise ProxyError("revoked", "the credential is not accepted; put a new one "
                                      "into accounts.json")
@@ -6685,15 +6681,14 @@ class Tokens:
                 account.access_token, account.token_expires_at = token, expires_at
             return token
         except ConfigError as err:
-            failure = ProxyError("no_secret", f"its secret cannot be had: {err}")
-            raise failure from err
+            raise ProxyError("no_secret", f"its secret cannot be had: {err}") from err
         except ProxyError as err:
-            failure = err
+            if err.kind == "token_endpoint":    # others stop the account: no need to repeat them
+                failure = self.clock.monotonic(), err
             raise
         finally:
-            is_passing = failure is not None and failure.kind == "token_endpoint"
-            with account.lock:      # what does not pass stops the account: no need to repeat it
-                account.failure = (self.clock.monotonic(), failure) if is_passing else None
+            with account.lock:
+                account.failure = failure
 
     def _shared_refresh(self, account: Account, refused: str, life_s: float,
                         is_shared: bool) -> tuple[str, float]:
@@ -6933,13 +6928,13 @@ def read_quota(account: Account, provider: Provider, token: str, project: str,
     """(readings, the account's catalogue or ()) of one pool, by its free calls.  What an answer
     does not tell stays unknown; raises ProxyError when the main call is refused."""
     body, now = {"project": project} if project else {}, tokens.clock.now()
+    def ask(method: str) -> dict:
+        return cloud_call(account, provider, token, method, body, tokens, QUOTA_TIMEOUT_S)
     if provider.envelope == "gemini-cli":
-        answer = cloud_call(account, provider, token, "retrieveUserQuota", body, tokens,
-                            QUOTA_TIMEOUT_S)
+        buckets = objects_of(ask("retrieveUserQuota").get("buckets"))
         return [_window(str(row["modelId"]), str(row.get("tokenType") or "quota").lower(), row, now)
-                for row in objects_of(answer.get("buckets")) if row.get("modelId")], ()
-    answer = cloud_call(account, provider, token, "fetchAvailableModels", body, tokens,
-                        QUOTA_TIMEOUT_S)
+                for row in buckets if row.get("modelId")], ()
+    answer = ask("fetchAvailableModels")
     listed = {name: object_of(row) for name, row in object_of(
         answer.get("models") or object_of(answer.get("response")).get("models")).items()
         if name.startswith(("gemini-", "claude-", "gpt-"))}
@@ -6948,8 +6943,7 @@ def read_quota(account: Account, provider: Provider, token: str, project: str,
     windows = [_window(name, "model", row["quotaInfo"], now) for name, row in listed.items()
                if isinstance(row.get("quotaInfo"), dict)]
     with contextlib.suppress(ProxyError):       # the only source of weekly limits, but a later one
-        answer = cloud_call(account, provider, token, "retrieveUserQuotaSummary", body, tokens,
-                            QUOTA_TIMEOUT_S)
+        answer = ask("retrieveUserQuotaSummary")
         groups = objects_of(object_of(answer.get("quotaSummary") or answer).get("groups"))
         for bucket in (b for g in groups for b in objects_of(g.get("buckets"))):
             name = str(bucket.get("bucketId") or bucket.get("displayName") or "").lower()
@@ -6982,28 +6976,30 @@ def _header_reset_at(headers: Mapping[str, str], name: str, now: float) -> float
     return now + in_s if in_s is not None else parse_timestamp(told) or 0.0
 
 
+def _header_window(headers: Mapping[str, str], name: str, now: float) -> Window | None:
+    for pattern, meaning, limit, reset in _LIMIT_HEADERS:
+        match = pattern.fullmatch(name)
+        if match:
+            break
+    if not match or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", headers[name]):
+        return None
+    reset_at, value = _header_reset_at(headers, match.expand(reset), now), float(headers[name])
+    left = 1 - value / 100 if meaning == "percent" else 1 - value
+    if meaning == "left":
+        most = headers.get(match.expand(limit), "")
+        if not re.fullmatch(r"[1-9][0-9]{0,11}", most) or reset_at < now + 3600:
+            return None
+        left = value / int(most)
+    return Window("account", _WINDOW_WORDS.get(match[2], match[2]), max(0.0, min(1.0, left)),
+                  reset_at, now)
+
+
 def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
     """Readings from the limit headers of the Anthropic, OpenAI and Codex families.  Windows of
     minutes are left out: they say nothing of what is left to the account."""
-    windows = []
-    for name, value in headers.items():
-        for pattern, meaning, limit, reset in _LIMIT_HEADERS if "limit" in name or (
-                name.startswith("x-codex")) else ():
-            match = pattern.fullmatch(name)
-            if not match or not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", value):
-                continue
-            reset_at = _header_reset_at(headers, match.expand(reset), now)
-            if meaning == "left":
-                most = headers.get(match.expand(limit), "")
-                if not re.fullmatch(r"[1-9][0-9]{0,11}", most) or reset_at < now + 3600:
-                    break
-                left = float(value) / int(most)
-            else:
-                left = 1 - float(value) / (100 if meaning == "percent" else 1)
-            windows.append(Window("account", _WINDOW_WORDS.get(match[2], match[2]),
-                                  max(0.0, min(1.0, left)), reset_at, now))
-            break
-    return windows
+    told = [_header_window(headers, name, now) for name in headers
+            if "limit" in name or name.startswith("x-codex")]
+    return [window for window in told if window]
 
 
 _LISTS = {      # dialect -> path of its free list, the list's member, more headers
@@ -7054,21 +7050,21 @@ def oauth_email(provider: Provider, answer: Mapping, connections: ConnectionCach
 
 def browser_hint(environ: Mapping[str, str]) -> str:
     """What to do where no browser can be opened here; "" on a desktop."""
-    if environ.get("SSH_CONNECTION") or environ.get("SSH_TTY"):
-        return ("This is an SSH session: open the link on your own machine.  Its last page will "
-                "not load there; paste its address here.  Or forward the port first: "
+    def is_set(*names: str) -> bool:
+        return any(environ.get(name) for name in names)
+    elsewhere = ("open the link on your own machine.  Its last page will not load there; paste its "
+                 "address here.")
+    perhaps = "If its last page does not load, paste its address here."
+    if is_set("SSH_CONNECTION", "SSH_TTY"):
+        return (f"This is an SSH session: {elsewhere}  Or forward the port first: "
                 "ssh -L {port}:localhost:{port} ...")
-    if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv") or environ.get(
-            "KUBERNETES_SERVICE_HOST") or environ.get("CODESPACES"):
-        return ("This is a container: open the link on your own machine.  Its last page will not "
-                "load there; paste its address here.")
-    if environ.get("WSL_DISTRO_NAME"):
-        return ("This is WSL: open the link in a browser on Windows.  If its last page does not "
-                "load, paste its address here.")
-    if sys.platform.startswith("linux") and not (environ.get("DISPLAY")
-                                                 or environ.get("WAYLAND_DISPLAY")):
-        return ("No screen is attached: open the link in any browser.  If its last page does not "
-                "load, paste its address here.")
+    if is_set("KUBERNETES_SERVICE_HOST", "CODESPACES") or any(
+            map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))):
+        return f"This is a container: {elsewhere}"
+    if is_set("WSL_DISTRO_NAME"):
+        return f"This is WSL: open the link in a browser on Windows.  {perhaps}"
+    if sys.platform.startswith("linux") and not is_set("DISPLAY", "WAYLAND_DISPLAY"):
+        return f"No screen is attached: open the link in any browser.  {perhaps}"
     return ""
 
 
@@ -7355,23 +7351,23 @@ def antigravity_credentials(path: str) -> dict:
 def _import_row(row: dict, provider: str) -> dict | None:
     """One account of another program's file, of whatever shape, as a row of ours; None where it is
     another vendor's, or only a short-lived token."""
-    token = object_of(row.get("token"))
-    if "type" in row or "provider" in row:
-        provider = {"gemini": "gemini-cli"}.get(row["type"], row["type"]) if "type" in row else (
-            row["provider"])
+    def first(*values: Any) -> str:
+        return next((v for v in values if isinstance(v, str) and v), "")
+    token, email, proxy = object_of(row.get("token")), row.get("email"), row.get("proxy_url")
+    provider = row.get("type", row.get("provider", provider))
+    if provider == "gemini" and "type" in row:
+        provider = "gemini-cli"
     out: dict = {"provider": provider}
-    if isinstance(row.get("email"), str) and row["email"]:
-        out["email"] = row["email"]
+    if first(email):
+        out["email"] = email
     if row.get("enabled") is False or row.get("disabled") is True:
         out["enabled"] = False
-    if isinstance(row.get("proxy_url"), str) and row["proxy_url"]:
-        out["proxy"] = row["proxy_url"]
+    if first(proxy):
+        out["proxy"] = proxy
     if provider not in ("antigravity", "gemini-cli"):
-        key = row.get("apiKey")
-        return {**out, "api_key": key} if isinstance(key, str) and key and "type" not in row else (
-            None)
-    secret = next((v for v in (row.get("refresh_token"), row.get("refreshToken"),
-                               token.get("refresh_token")) if isinstance(v, str) and v), "")
+        key = "" if "type" in row else first(row.get("apiKey"))
+        return {**out, "api_key": key} if key else None
+    secret = first(row.get("refresh_token"), row.get("refreshToken"), token.get("refresh_token"))
     secret, _, rest = secret.partition("|")         # token|project|managed project
     project = next((p for p in (
         row.get("projectId"), row.get("project_id"), token.get("project_id"),
@@ -7439,18 +7435,14 @@ def known_client(provider: Provider, environ: Mapping[str, str]) -> dict:
 def sort_imports(rows: list[dict], config: Config) -> tuple[list[dict], int]:
     """(rows that are new here, how many are known): by secret, also one that is only referred to,
     and by provider and e-mail address.  Rows of unknown providers are in neither."""
-    def secret_of(row: Mapping) -> str:
+    def marks_of(row: Mapping) -> set:
         secret = next((str(row[c]) for c in CREDENTIALS if row.get(c)), "")
         with contextlib.suppress(ConfigError):      # it cannot be read now: compared as it stands
-            return resolve_secret(secret) if secret.startswith(("env:", "file:")) else secret
-        return secret
-    seen = {secret_of(row) for row in config.accounts} | {
-        (row["provider"], row["email"]) for row in config.accounts if row.get("email")}
-    new, known = [], 0
+            secret = resolve_secret(secret) if secret.startswith(("env:", "file:")) else secret
+        return {secret, (row["provider"], row["email"])} if row.get("email") else {secret}
+    new, known, seen = [], 0, set().union(*map(marks_of, config.accounts))
     for row in rows:
-        marks = {secret_of(row)}
-        if row.get("email"):
-            marks.add((row["provider"], row["email"]))
+        marks = marks_of(row)
         if marks & seen:
             known += 1
         elif row["provider"] in config.providers:
