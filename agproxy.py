@@ -5709,9 +5709,8 @@ STRATEGIES = {      # the first line of the sheet with the least key is chosen
 
 def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, probing: Iterable,
            virtual: float = 0.0) -> tuple[Verdict | None, str]:
-    """Pure: (the line of the sheet to act on or None, why).  `last` is the account that served this
-    model last, `bound` the (account, pool) pairs of the conversation in order of preference,
-    `virtual` the fair-queueing time."""
+    """Pure: (the line of the sheet to act on or None, why).  `last` served this model last, `bound`
+    are the conversation's (account, pool) pairs, the best first, `virtual` fair-queueing time."""
     sheet = list(sheet)
     usable = [v for v in sheet if v.state == "usable"] or [v for v in sheet if v.state == "soft"]
     if usable:
@@ -5867,14 +5866,15 @@ class Rests:
     def take(self, rows: Iterable[tuple]) -> set[str]:
         """Takes over what is newer on disk; accounts whose stop or stated limit was ended there."""
         cleared = set()
-        for text, *row, changed_at in rows:
+        for text, kind, until, stated, *row in rows:
             with contextlib.suppress(ValueError, TypeError):    # not of our making
-                key = tuple(json_decode(text.encode()))
-                old = self.items.get(key)
-                if old is None or old.changed_at < changed_at:
-                    if old and old.is_stated and old.holds(self.clock.now()) and not row[1]:
-                        cleared.add(key[1])
-                    self.items[key] = Rest(row[0], row[1], bool(row[2]), *row[3:], changed_at)
+                key, new = tuple(json_decode(text.encode())), Rest(kind, until, bool(stated), *row)
+                old = self.items.setdefault(key, new)
+                if old.changed_at >= new.changed_at:
+                    continue
+                if old.is_stated and old.holds(self.clock.now()) and not until:
+                    cleared.add(key[1])
+                self.items[key] = new
         return cleared
 
 
@@ -5893,9 +5893,9 @@ class Readings:
     def take_facts(self, rows: Iterable[tuple]) -> None:
         """Takes over what is newer on disk."""
         for account, pool, *told, models, at in rows:
-            with contextlib.suppress(ValueError, TypeError):    # another version's catalogue
-                known = self.facts.get((account, pool))
-                if known is None or known.at < at:
+            known = self.facts.get((account, pool))
+            if known is None or known.at < at:
+                with contextlib.suppress(ValueError, TypeError):    # another version's catalogue
                     listed = tuple(Model(*row) for row in json_decode(models.encode()))
                     self.facts[account, pool] = Facts(*told, listed, at)
 
@@ -5947,9 +5947,8 @@ class Readings:
 
 
 class Bindings:
-    """Where conversations' prompt caches are warm.  The account that serves one stays its home;
-    another that serves while the home rests is its guest, and becomes the home when the home's
-    cache has gone cold.  The pool's lock guards it."""
+    """Where conversations' prompt caches are warm; the pool's lock guards it.  Who serves one is
+    its home; who serves while that rests is a guest, the home once the home's cache is cold."""
 
     def __init__(self):
         # (session, model) -> ((account, pool), when it served last) of home and perhaps guest
@@ -6563,9 +6562,8 @@ def oauth_post(provider: Provider, fields: Mapping[str, str], connections: Conne
 
 
 def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionCache) -> dict:
-    """The token endpoint's answer: {"access_token", "expires_in", "refresh_token"?}.  Every client
-    that is configured is tried [O2].  Raises ProxyError revoked when a person must act,
-    token_endpoint for what passes."""
+    """{"access_token", "expires_in", "refresh_token"?} as answered; every client is tried [O2].
+    Raises ProxyError revoked when a person must act, token_endpoint for what passes."""
     pairs = list(dict.fromkeys(pair for provider in account.providers
                                for pair in oauth_clients(provider, connections.environ)))
     if not pairs:
@@ -6634,9 +6632,8 @@ class Flights:
 
 
 class Tokens:
-    """Access tokens: each refreshed once, however many threads and processes wait for it.  A
-    refresh holds the account's lock file; beside it the access token is kept, 0600, so that the
-    next process and the next start need none."""
+    """Access tokens: each refreshed once, however many threads and processes wait.  A refresh holds
+    the account's lock file; beside it the token is kept, 0600, for the next process and start."""
 
     def __init__(self, connections: ConnectionCache, clock: Clock,
                  understand: Callable[[int, Mapping, bytes, float], ProxyError], path: str = "",
@@ -6770,8 +6767,7 @@ class Tokens:
 
 def cloud_call(account: Account, provider: Provider, token: str, method: str, body: Any,
                tokens: Tokens, timeout_s: float = TOKEN_TIMEOUT_S) -> dict:
-    """The answer of a small Cloud Code call, of the first host that answers at all [O6].  Raises
-    what the error answer means."""
+    """The answer of the first host that answers at all [O6]; raises what an error answer means."""
     headers = {**auth_header(provider, token), "Content-Type": "application/json",
                "User-Agent": user_agent(account, provider)}
     failure = ProxyError("network", f"{provider.id} has no base_url")
@@ -6797,8 +6793,7 @@ _NO_PROJECTS = ("", "ALL", "rising-fact-p41fc")     # the last one is shared by 
 
 
 def _project_of(answer: Mapping) -> str:
-    """The project id of an answer, which writes it as text or object.  A shared id that other
-    programs use for everybody counts as none."""
+    """The project id of an answer, which writes it as text or object; a shared one is none."""
     project = answer.get("cloudaicompanionProject")
     project = project.get("id") if isinstance(project, dict) else project
     return project if isinstance(project, str) and project not in _NO_PROJECTS else ""
@@ -6815,8 +6810,7 @@ def _tier_of(answer: Mapping) -> str:
 
 def onboard(account: Account, provider: Provider, token: str, loaded: Mapping, metadata: Mapping,
             tokens: Tokens, pause: Callable[[float], None]) -> str:
-    """The project Google makes for a new account, "" when it makes none.  The same call repeated
-    polls the operation."""
+    """The project Google makes for a new account, "" for none; the call repeated polls for it."""
     allowed = objects_of(loaded.get("allowedTiers"))
     tier = next((t for t in allowed if t.get("isDefault")), allowed[0] if allowed else {})
     body = {"tierId": str(tier.get("id") or "free-tier"), "metadata": dict(metadata)}
@@ -6831,8 +6825,8 @@ def onboard(account: Account, provider: Provider, token: str, loaded: Mapping, m
 
 
 def _absence(refused: list[dict]) -> str:
-    """Why an account without project cannot use the pool, "" where nothing stands against it.
-    Raises ProxyError validation where its owner can act."""
+    """Why an account without project cannot use the pool, "" if it can.  Raises ProxyError
+    validation where its owner can act."""
     for row in refused:
         if row.get("validationUrl") or row.get("reasonCode") == "VALIDATION_REQUIRED":
             told = row.get("validationUrl") or row.get("validationErrorMessage") or "sign in there"
@@ -7454,20 +7448,18 @@ def sort_imports(rows: list[dict], config: Config) -> tuple[list[dict], int]:
 # The keeper
 
 class AccountsFile:
-    """The accounts file under a running server: valid edits are handed to `apply`, an invalid one
-    leaves the old settings in force; rotated tokens are stored, again and again where that fails.
-    The lock guards `_unsaved`."""
+    """The accounts file under a running server: valid edits go to `apply`, an invalid one leaves
+    the old settings in force; rotated tokens are stored, again and again where that fails."""
 
     def __init__(self, path: str, flags: Mapping[str, Any], log: Log,
                  apply: Callable[[Config], None]):
         self.path, self.flags, self.log, self.apply = path, flags, log, apply
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()                       # guards _unsaved
         self._unsaved: dict[str, tuple[str, str]] = {}      # account -> (old, new)
         self._seen = self._signature()
 
     def keep_token(self, account: Account, old: str, new: str) -> None:
-        """Stores a rotated refresh token before it is used; where that fails it is used from memory
-        and stored as soon as that works."""
+        """Stores a rotated refresh token before it is used, or as soon as that works."""
         with self._lock:
             self._unsaved[account.name] = (self._unsaved.get(account.name, (old,))[0], new)
         self.save_tokens(is_first=True)
@@ -7503,11 +7495,10 @@ class AccountsFile:
         self.log.line("accounts file taken over: %s accounts", len(config.accounts))
 
     def _signature(self) -> tuple:
-        try:
+        with contextlib.suppress(OSError):      # it is gone
             stat = os.stat(self.path)
-        except OSError:
-            return ()
-        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+            return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return ()
 
 
 class Keeper:
@@ -7555,14 +7546,19 @@ class Keeper:
                     self.read(account, provider)
             if account.provider.catalogue == "as asked":
                 self.list_models(account)
-            left_s = account.token_expires_at - now
-            if now - account.used_at < 3600 and 0 < left_s < TOKEN_REFRESH_BEFORE_S * 1.5 and (
-                    now - self._renewed_at.get(account.name, 0) > 60):
-                self._renewed_at[account.name] = now
-                try:
-                    self.tokens.access(account, life_s=TOKEN_REFRESH_BEFORE_S * 1.5)
-                except ProxyError as err:
-                    self._blame(account, err)
+            self._renew(account, now)
+
+    def _renew(self, account: Account, now: float) -> None:
+        """A token of an account in use is renewed before requests have to wait for it."""
+        ahead_s, left_s = TOKEN_REFRESH_BEFORE_S * 1.5, account.token_expires_at - now
+        if (now - account.used_at >= 3600 or not 0 < left_s < ahead_s
+                or now - self._renewed_at.get(account.name, 0) <= 60):
+            return
+        self._renewed_at[account.name] = now
+        try:
+            self.tokens.access(account, life_s=ahead_s)
+        except ProxyError as err:
+            self._blame(account, err)
 
     def list_models(self, account: Account) -> None:
         """Once a day what an upstream lists, for clients that want to see names."""
@@ -7625,8 +7621,7 @@ class Keeper:
         self.log.line("%s: %s", account.label, error)
 
     def _start_windows(self, account: Account, provider: Provider, windows: list[Window]) -> None:
-        """One small request for each quota group whose 5 h window has not begun: it begins now, and
-        so ends earlier."""
+        """A small request for each group whose 5 h window has not begun, so that it ends earlier."""
         now = self.clock.now()
         for window in windows:
             key = (account.name, provider.id, window.scope)
