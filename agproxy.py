@@ -5487,13 +5487,12 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
     return next(iter(choices), ()), False
 
 
-def resolve_models(name: str, accounts: Iterable[Account], aliases: Mapping[str, tuple],
-                   serves: Callable[[Model], Any], listed: Iterable[Model] = (),
-                   wanted: str = "") -> tuple:
+def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tuple],
+                   serves: Callable[[Model], Any], models: list[Model], wanted: str) -> tuple:
     """The models a client's name means, in order of preference: the very one where a provider takes
     names as they are asked for, and that of alias, catalogue, known names or Claude tier.  Of
     several that fit, the first that `serves` says somebody has.  Raises ProxyError not_found."""
-    accounts, listed = list(accounts), {m.id: m for m in listed}
+    listed = {m.id: m for m in models}
     def is_row(name: str) -> bool:
         return name.lower() in MODELS or name in listed or any(name in a.models for a in accounts)
     full, wanted = plain_model_name(name), wanted or name
@@ -5707,11 +5706,10 @@ STRATEGIES = {      # the first line of the sheet with the least key is chosen
     "round-robin": _had_least, "weighted": _had_least}
 
 
-def choose(sheet: Iterable[Verdict], strategy: str, last: str, bound: tuple, probing: Iterable,
-           virtual: float = 0.0) -> tuple[Verdict | None, str]:
+def choose(sheet: tuple, strategy: str, last: str, bound: Iterable, probing: Iterable,
+           virtual: float) -> tuple[Verdict | None, str]:
     """Pure: (the line of the sheet to act on or None, why).  `last` served this model last, `bound`
     are the conversation's (account, pool) pairs, the best first, `virtual` fair-queueing time."""
-    sheet = list(sheet)
     usable = [v for v in sheet if v.state == "usable"] or [v for v in sheet if v.state == "soft"]
     if usable:
         told = f"{len(usable)} of {len(sheet)} usable"
@@ -5922,8 +5920,8 @@ class Readings:
         """The windows of a pool as JSON, with how fast each goes."""
         rows = []
         for window in sorted(self.windows(pair)):
-            trend, per_h, empty_s = burn_rate(
-                self.points.get((*pair, window.scope, window.window), ()), window.reset_at, now)
+            points = self.points.get((*pair, window.scope, window.window), ())
+            trend, per_h, empty_s = burn_rate(points, window.reset_at, now)
             is_over = 0 < window.reset_at <= now
             rows.append({
                 "pool": pair[1], "scope": window.scope, "window": window.window,
@@ -6330,7 +6328,7 @@ class AccountPool:
         with self._lock:
             now = self.clock.now()
             keys, absent = [k for k in account.stop_keys if self.rests.stands(k, now)], []
-            if not stops_only:
+            if not stops_only:      # an absence is looked at again
                 keys += [key for key, _ in self.rests.of(account.name, now)]
                 absent = [(pair, facts) for pair, facts in self.readings.facts.items()
                           if pair[0] == account.name and facts.absent]
@@ -6841,9 +6839,8 @@ def _absence(refused: list[dict]) -> str:
 
 def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
              pause: Callable[[float], None] = time.sleep) -> Facts:
-    """What Google says of this account in this pool: project, tier, or why it is absent.  An
-    account that never used the service is signed up first, which takes a minute at most.  Raises
-    ProxyError, validation where Google wants the owner to act."""
+    """What Google says of this account in this pool: project, tier, or why it is absent.  A new
+    account is signed up first, a minute at most.  Raises ProxyError, validation for the owner."""
     configured = account.project or tokens.connections.environ.get("GOOGLE_CLOUD_PROJECT", "")
     is_cli = provider.envelope == "gemini-cli"
     metadata = {"ideType": "IDE_UNSPECIFIED" if is_cli else "ANTIGRAVITY", "pluginType": "GEMINI"}
@@ -6867,9 +6864,9 @@ def discover(account: Account, provider: Provider, token: str, tokens: Tokens,
 
 def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Provider, token: str,
                again: bool = False, pause: Callable[[float], None] = time.sleep) -> Facts:
-    """What is known of an account's pool, asked for once a day or `again`; one asks, others wait.
-    `pause` is how the one who asks waits while Google signs the account up.  Raises ProxyError for
-    what stands in the way; what passes leaves the facts as they were."""
+    """What is known of an account's pool, asked for once a day or `again`; one asks, others wait,
+    he by `pause` while Google signs the account up.  Raises ProxyError for what stands in the way;
+    what passes leaves the facts as they were."""
     facts = pool.facts((account.name, provider.id))
     lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
     if facts and not again and facts.absent != LOOK_AGAIN and (
@@ -7073,7 +7070,7 @@ class Login:
     the sign-in waits, and pasted answers; the first good one wins, a wrong one ends nothing."""
 
     def __init__(self, provider: Provider, clients: list[tuple[str, str]],
-                 environ: Mapping[str, str], hint: str = ""):
+                 environ: Mapping[str, str]):
         import secrets
         self.provider, self.clients = provider, clients
         self._verifier, self.state = secrets.token_urlsafe(64), secrets.token_urlsafe(24)
@@ -7086,8 +7083,7 @@ class Login:
             "client_id": clients[0][0], "redirect_uri": self.redirect, "response_type": "code",
             "scope": provider.scopes, "access_type": "offline", "prompt": "consent",     # [O3]
             "state": self.state, "code_challenge_method": "S256", "code_challenge":
-            base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii"),
-            **({"login_hint": hint} if hint else {})})
+            base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii")})
 
     def take(self, text: str) -> str:
         """Takes the address of the last page, its query, or a bare code (PKCE binds that to this
@@ -7308,8 +7304,7 @@ def _token_info(value: bytes) -> str:
 
 
 def antigravity_credentials(path: str) -> dict:
-    """{"refresh_token", "email"} of Antigravity's state database, of either of its layouts; {} when
-    it holds none.  The file is opened read-only."""
+    """{"refresh_token", "email"} of either layout of Antigravity's state database, {} for none."""
     import sqlite3
     values: dict[str, bytes] = {}
     for mode in ("mode=ro", "mode=ro&immutable=1"):     # the second reads one that is locked
@@ -7343,8 +7338,8 @@ def antigravity_credentials(path: str) -> dict:
 
 
 def _import_row(row: dict, provider: str) -> dict | None:
-    """One account of another program's file, of whatever shape, as a row of ours; None where it is
-    another vendor's, or only a short-lived token."""
+    """One account of another program's file, of whatever shape, as a row of ours; None for another
+    vendor's, or a short-lived token alone."""
     def first(*values: Any) -> str:
         return next((v for v in values if isinstance(v, str) and v), "")
     token, email, proxy = object_of(row.get("token")), row.get("email"), row.get("proxy_url")
@@ -7390,13 +7385,12 @@ def _import_file(path: str) -> tuple[list[dict], int]:
     is_list = isinstance(content, list) or "accounts" in object_of(content)
     rows = objects_of(object_of(content).get("accounts", content)) if is_list else [
         object_of(content)]
-    out = []
-    for row in rows:
-        # a row of ours is taken as it is, with everything its owner set
-        is_ours = row.get("provider") in PROVIDERS and any(row.get(c) for c in CREDENTIALS) and (
+
+    def is_ours(row: dict) -> bool:     # taken as it is, with everything its owner set
+        return row.get("provider") in PROVIDERS and any(row.get(c) for c in CREDENTIALS) and (
             set(row) <= set(ACCOUNT_FIELDS))
-        out.append(dict(row) if is_ours else _import_row(row, provider))
-    return [row for row in out if row], sum(1 for row in out if row is None) if is_list else 0
+    found = [row if is_ours(row) else _import_row(row, provider) for row in rows]
+    return [row for row in found if row], found.count(None) if is_list else 0
 
 
 def import_accounts(source: str, environ: Mapping[str, str]) -> tuple[list[dict], int]:
@@ -7502,9 +7496,8 @@ class AccountsFile:
 
 
 class Keeper:
-    """Does ahead of need what requests would wait for: tokens, projects, quota readings; takes over
-    edits of the accounts file; stores rotated tokens that could not be stored.  Two threads, so
-    that a slow upstream does not hold up an edit.  Failures here cost no account its place."""
+    """Does ahead of need what requests would wait for: tokens, projects, quota readings, edits of
+    the accounts file.  Two threads, so that a slow upstream does not hold up an edit."""
 
     def __init__(self, pool: AccountPool, tokens: Tokens, reload: Callable[[], None],
                  log: Log, touch: Callable[[Candidate], None]):
@@ -7590,8 +7583,7 @@ class Keeper:
         self._read_at[key] = self.clock.now() + 5 - self.interval(account, provider)
 
     def read(self, account: Account, provider: Provider) -> ProxyError | None:
-        """Reads facts where they are due, then quota; the failure, which costs nobody his place
-        unless Google wants the owner to act."""
+        """Reads facts where they are due, then quota; the failure, where there is one."""
         key = (account.name, provider.id)
         self._read_at[key] = self.clock.now()
         token = ""
@@ -7621,7 +7613,7 @@ class Keeper:
         self.log.line("%s: %s", account.label, error)
 
     def _start_windows(self, account: Account, provider: Provider, windows: list[Window]) -> None:
-        """A small request for each group whose 5 h window has not begun, so that it ends earlier."""
+        """A small request for each group whose 5 h window has not begun: so it ends earlier."""
         now = self.clock.now()
         for window in windows:
             key = (account.name, provider.id, window.scope)
