@@ -6118,9 +6118,6 @@ class AccountPool:
         return resolve_models(name, self.accounts, aliases, self.candidates, self.listed_models(),
                               wanted)
 
-    def resolve(self, name: str, aliases: Mapping[str, tuple]) -> Model:
-        return self.models_for(name, aliases)[0]
-
     def listed_models(self) -> list[Model]:
         """Models that accounts' own catalogues name and this file does not."""
         with self._lock:
@@ -8687,6 +8684,7 @@ def request_row(record: Record, now: float) -> dict:
     """A finished request as `why` tells it; `now` is monotonic."""
     row = {name: getattr(record, name) for name in (
         "id", "client", "asked", "used", "account", "status", "attempts", "failures", "note",
+        "session", "agent", "parent",
         "refused", "input_tokens", "cached_tokens", "output_tokens")}
     row["mended"] = {what: count for what, count in record.mended.items() if count}
     row["total_ms"] = round((now - record.started_at) * 1000)
@@ -9443,8 +9441,18 @@ class Handler:
     # Checking and routing
 
     def _answer(self, exchange: Exchange) -> bool:
-        """Whether the answer was handed over to the relay."""
-        is_handed_over = False
+        """Whether the answer was handed over to the relay; else it is over, and reported."""
+        try:
+            is_handed_over = self._respond(exchange)
+        except ClientGone:
+            exchange.record.note = exchange.record.note or "client left"
+            exchange.report()
+            raise
+        if not is_handed_over:
+            exchange.report()
+        return is_handed_over
+
+    def _respond(self, exchange: Exchange) -> bool:
         # an unread body would be taken for a request: until it is read, every error closes
         keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
         try:
@@ -9454,20 +9462,16 @@ class Handler:
             self._read_body(exchange, limit if route.access == "api"
                             else min(limit, MAX_PUBLIC_BODY_BYTES))
             exchange.keeps_alive = keeps_alive
-            is_handed_over = bool(route.handle(self, exchange, match))
+            return bool(route.handle(self, exchange, match))
         except ProxyError as err:
             exchange.send_error(err)
         except ClientGone:
-            exchange.record.note = "client left"
-            exchange.report()
             raise
         except Exception as err:
             self.services.log.line("%s failed: %s", exchange.record.id, short_trace(err))
             exchange.send_error(ProxyError("internal",
                                            "the proxy failed on this request; its log says why"))
-        if not is_handed_over:
-            exchange.report()
-        return is_handed_over
+        return False
 
     def _find_route(self, exchange: Exchange) -> tuple[Route, Any]:
         allowed: list[str] = []
@@ -9576,7 +9580,9 @@ class Handler:
                               or request.small not in config.small_requests):
             request = replace(request, small="")
         exchange.request = request
-        exchange.record.asked = request.model[:80]
+        record = exchange.record
+        record.asked, record.session = request.model[:80], request.conversation[:12]
+        record.agent, record.parent = request.agent[:80], request.parent[:80]
         exchange.state = exchange.dialect.answer_state(request.model)
         if config.usage_scaling:
             exchange.scale_window = config.client_window_tokens or request.window_tokens
@@ -9640,7 +9646,8 @@ def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
         name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
         row = next((r for r in rows if r["id"] == name), None)
         if row is None:
-            model = handler.services.pool.resolve(name, handler.services.config.aliases)
+            model, *_ = handler.services.pool.models_for(
+                name, handler.services.config.aliases, model_variant(name)[0])
             row = {**anthropic_render_model(model), "id": name}
         exchange.send_json(200, row)
         return
@@ -10516,7 +10523,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
     def _send_events(self, fault: str, events: Iterable[str], headers: Mapping[str, str]) -> None:
         """A stream of SSE, paced; one that is cut has no end."""
-        self.close_connection = fault in ("cut", "mid_cut")
+        is_cut = fault in ("cut", "mid_cut")
+        self.close_connection = self.close_connection or is_cut
         with self.server.lock:
             self.server.open_streams += 1
         try:
@@ -10525,7 +10533,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                 if self.server.pace_s and self.server.stop_event.wait(self.server.pace_s):
                     return
                 self.wfile.write(chunk(event.encode()))
-            if not self.close_connection:
+            if not is_cut:
                 self.wfile.write(LAST_CHUNK)
         finally:
             with self.server.lock:
@@ -10543,9 +10551,20 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         self._json(status, {"type": "error", "request_id": "req_sim",
                             "error": {"type": word, "message": message or told}}, **headers)
 
+    def _breaks(self, fault: str) -> bool:
+        """Whether the fault is an answer that is none."""
+        if fault in SIM_BODIES:
+            self._send(*SIM_BODIES[fault])
+        elif fault == "stall":
+            self.server.stop_event.wait(3600)
+        self.close_connection = self.close_connection or fault == "reset"
+        return fault in SIM_BODIES or fault in ("stall", "reset")
+
     def _native(self, account: SimAccount, body: dict, path: str) -> None:
         """Anthropic's part: messages streamed and whole, and token counts."""
         fault = self._next_fault(account, body)
+        if self._breaks(fault):
+            return None
         if fault in SIM_NATIVE_FAULTS:
             return self._native_error(fault, **{"retry-after": "3600"} if fault == "quota" else {})
         refused = sim_native_refuses({"max_tokens": 1, **body} if "count" in path else body)
@@ -10555,6 +10574,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if path.endswith("/count_tokens"):
             return self._json(200, {"input_tokens": len(json_encode(body)) // 4})
         message = sim_native_answer(body)
+        if fault == "empty":
+            message.update(content=[], stop_reason="end_turn")
         if not body.get("stream"):
             return self._json(200, message)
         events = (f"event: {event['type']}\ndata: {json_encode(event)}\n\n"
@@ -10598,13 +10619,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,
                 is_enveloped: bool) -> None:
-        if fault in SIM_BODIES:
-            return self._send(*SIM_BODIES[fault])
-        if fault == "stall":
-            self.server.stop_event.wait(3600)
-            return
-        if fault == "reset":
-            self.close_connection = True
+        if self._breaks(fault):
             return
 
         def lines() -> Iterator[str]:
@@ -11408,10 +11423,12 @@ def command_why(args: argparse.Namespace) -> int:
 def command_explain(args: argparse.Namespace) -> int:
     """What would happen to a request for this model now: a dry run, nothing is sent."""
     with offline(args) as found:
-        model = found.pool.resolve(args.model, found.config.aliases)
-        chosen, reason, sheet = found.pool.explain(found.pool.candidates(model))
+        models = found.pool.models_for(args.model, found.config.aliases,
+                                       model_variant(args.model)[0])
+        chosen, reason, sheet = found.pool.explain(found.pool.candidates(*models))
         now = found.clock.now()
-    say(f"{args.model} -> {model.id} ({model.label})", *sheet_lines(sheet_rows(sheet, now)))
+    told = ", else ".join(f"{model.id} ({model.label})" for model in models)
+    say(f"{args.model} -> {told}", *sheet_lines(sheet_rows(sheet, now)))
     if chosen is None:
         say(refusal(args.model, sheet, now, None).message)
         return 5 if sheet else 4

@@ -1496,23 +1496,23 @@ def test_no_history_lends_above_the_cap_or_asks_who_rests_by_statement():
 def test_model_names(name, expected):
     pool = make_pool(1)
     pool.replace([*pool.accounts, ag.Account("k", ag.PROVIDERS["gemini"], "api_key", "x")], pool.settings)
-    assert pool.resolve(name, {"mi*": ("gemini-3-flash",)}).id == expected
+    assert pool.models_for(name, {"mi*": ("gemini-3-flash",)})[0].id == expected
 
 
 def test_claude_names_find_a_model_that_the_owners_keys_can_serve():
     key = ag.Account("k", ag.PROVIDERS["gemini"], "api_key", "x")
-    assert ag.AccountPool([key], FakeClock(), {}).resolve("claude-opus-4-8", {}).id == "gemini-pro-agent"
+    assert ag.AccountPool([key], FakeClock(), {}).models_for("claude-opus-4-8", {})[0].id == "gemini-pro-agent"
     pool = pooled(1)            # a sign-in whose catalogue has no Claude, but a model that is new
     new = ag.model_from_id("gemini-9-ultra", "Gemini 9", context=5000, output=600)
     pool.note_facts(("a0", "antigravity"), ag.Facts("p", "", "", (ag.MODELS["gemini-pro-agent"], new), pool.clock.at))
-    assert pool.resolve("claude-opus-4-8", {}).id == "gemini-pro-agent"
-    assert pool.resolve("gemini-9-ultra", {}).context_tokens == 5000
+    assert pool.models_for("claude-opus-4-8", {})[0].id == "gemini-pro-agent"
+    assert pool.models_for("gemini-9-ultra", {})[0].context_tokens == 5000
     assert [c.upstream_id for c in pool.candidates(new)] == ["gemini-9-ultra"]
 
 
 def test_an_unknown_model_is_answered_with_the_three_nearest():
     with pytest.raises(ag.ProxyError) as caught:
-        make_pool(1).resolve("gemini-3-flsh", {})
+        make_pool(1).models_for("gemini-3-flsh", {})
     assert caught.value.kind == "not_found" and "gemini-3-flash" in caught.value.message
     assert caught.value.message.count(",") == 2
 
