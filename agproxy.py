@@ -1501,7 +1501,7 @@ class Calibration:
         self._factors: dict[str, tuple[float, float]] = {}      # model -> (factor, since)
         self._looked_at: dict[str, float] = {}
         for key, text, at in state.rows("learned", "key LIKE 'tokens %'") if state else ():
-            with contextlib.suppress(ValueError, TypeError):    # not of our making
+            with contextlib.suppress(ValueError, TypeError, LookupError):   # not of our making
                 model, ratios = key[7:], collections.deque(json_decode(text.encode()), 50)
                 self._ratios[model], self._factors[model] = ratios, (self._median(ratios), at)
 
@@ -2533,15 +2533,20 @@ class Assembler:
             self.stop = value
 
 
-_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.S)
+def _fenced(text: str) -> str:
+    """What stands in the first fence, "" where there is none."""
+    begin = text.find("```")
+    line_end = text.find("\n", begin)
+    end = text.find("\n```", line_end)
+    is_json = text[begin + 3:line_end].strip() in ("", "json")
+    return text[line_end + 1:end] if -1 not in (begin, line_end, end) and is_json else ""
 
 
 def first_json(text: str, kind: str = "object", in_prose: bool = True) -> str:
     """The JSON value of a type inside `text`, which models like to wrap in fences or, `in_prose`,
     in words; the text itself where there is none, or where it was cut."""
     begins = {"object": "{", "array": "["}.get(kind, "")
-    fenced = _FENCED.search(text)
-    for candidate in (text, *([fenced[1]] if fenced else ())):
+    for candidate in filter(None, (text, _fenced(text))):
         with contextlib.suppress(ValueError, RecursionError):       # no JSON, or more than that
             json.loads(candidate)
             return candidate.strip()
@@ -3066,8 +3071,9 @@ class _Restoring:
 
     @staticmethod
     def alternatives(schema: Mapping) -> list:
-        return [b for word in ("anyOf", "oneOf") if isinstance(schema.get(word), list)
-                for b in schema[word] if isinstance(b, dict)]
+        return [{} if b is True else b for word in ("anyOf", "oneOf")
+                if isinstance(schema.get(word), list)
+                for b in schema[word] if b is True or isinstance(b, dict)]
 
     def fits(self, value: Any, schema: Any, depth: int = 0) -> bool:
         """Whether the value is valid, as far as types, enums, names and items tell."""
@@ -3128,7 +3134,7 @@ class _Restoring:
             return value
         schema = self.branch(value, schema)
         kinds = _types_of(schema)
-        if kinds and not is_top and not _has_type(value, kinds):
+        if "type" in schema and not is_top and kinds and not _has_type(value, kinds):
             value = _as_type(value, kinds)
         if isinstance(value, dict):
             return self._members(value, schema)
@@ -3151,6 +3157,8 @@ class _Restoring:
             if name == PLACEHOLDER and name not in properties:
                 continue
             own = _own_name(name, value, schema) if properties else name
+            if own != name and not self.fits(self.restore(item, properties[own]), properties[own]):
+                own = name
             kinds = _types_of(self.resolved(properties.get(own)))
             if item is None and kinds and "null" not in kinds and isinstance(required, list) and (
                     own not in required):
@@ -4068,15 +4076,18 @@ def anthropic_relay_request(request: Request, target: Target,
     if request.model != target.upstream_id:
         changes["model"] = quote(target.upstream_id)
     try:
-        if request.wanted != request.model:         # a variant: its wish is the owner's
+        # a variant: its wish is the owner's; unless what looks like one is the model's own name
+        name = re.sub(r"\[[^\]]*\]\Z", "", request.model.lower())
+        if request.wanted != request.model and not name.endswith(target.upstream_id.lower()):
             changes.update(_variant_fields(request.model, json.loads(text)))
         if "no_thinking" in repairs:
             changes["thinking"] = None
         dropped = [r[5:] for r in repairs if r.startswith("drop ")]
         paths = [path.split(".") for name in dropped
                  for path in [p for _, p in beta_fields(name)] or [name]]
-        # a thought without any signature leaves the two words out of balance; one more is the field
-        is_unsigned = text.count('"thinking":') > text.count('"signature":') + 1
+        # a thought without any signature leaves the two words out of balance
+        has_field = re.search(r'"thinking"\s*:\s*\{', text) is not None
+        is_unsigned = text.count('"thinking":') - has_field > text.count('"signature":')
         for name, _, at, end in json_spans(text) if (
                 repairs or is_unsigned or _MARKS.search(text)) else ():
             part = text[at:end]
@@ -4358,7 +4369,7 @@ class AnthropicRelay:
         data = "\n".join(line[5:].lstrip() for line in event.split("\n") if line[:5] == "data:")
         value = json.loads(data) if data.startswith("{") else {}
         kind = value.get("type") if isinstance(value, dict) else None
-        if not isinstance(kind, str):
+        if not isinstance(kind, str) or not kind.isidentifier():
             return ""                   # a comment, or `[DONE]`
         if kind == "error":
             raise UpstreamFault(value)
@@ -4381,7 +4392,8 @@ class AnthropicRelay:
         if kind == "content_block_start":
             words = {"text": Kind.TEXT, "thinking": Kind.THINKING}
             state.open_kind = words.get(object_of(value.get("content_block")).get("type"))
-            state.open_index = value.get("index", 0)
+            index = value.get("index")
+            state.open_index = index if isinstance(index, int) else 0
         elif kind == "content_block_stop":
             state.open_kind = None
         elif kind == "message_delta":
@@ -5493,8 +5505,17 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
     names as they are asked for, and that of alias, catalogue, known names or Claude tier.  Of
     several that fit, the first that `serves` says somebody has.  Raises ProxyError not_found."""
     listed = {m.id: m for m in models}
+    own = {m.lower(): m for m in (*listed, *(m for a in accounts for m in a.models))}
+
     def is_row(name: str) -> bool:
-        return name.lower() in MODELS or name in listed or any(name in a.models for a in accounts)
+        return name.lower() in MODELS or name.lower() in own
+
+    def known(choice: str) -> Model | None:
+        lower = choice.lower()
+        spelled = own.get(lower, lower if lower.startswith("claude-") else choice)
+        is_taken = lower in own or any(_is_named(lower, a.provider) for a in accounts)
+        return MODELS.get(lower) or listed.get(spelled) or (
+            model_from_id(spelled) if is_taken else None)
     full, wanted = plain_model_name(name), wanted or name
     if is_row(full):
         wanted = full           # what looks like an ending is part of the name
@@ -5505,13 +5526,6 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
             wanted = bare
             break
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
-
-    def known(choice: str) -> Model | None:
-        lower = choice.lower()
-        row = MODELS.get(lower) or listed.get(choice)
-        is_taken = any(choice in a.models or _is_named(lower, a.provider) for a in accounts)
-        return row or (model_from_id(lower if lower.startswith("claude-") else choice)
-                       if is_taken else None)
     exact = None if is_alias else known(plain_model_name(wanted))
     rows = [m for m in map(known, choices) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
@@ -5522,8 +5536,10 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
         return (exact, found) if stands_in else (exact,)
     if found is not None:
         return (found,)
-    near = difflib.get_close_matches(normal_model_name(wanted), list(MODELS), 3, 0.0)
-    raise ProxyError("not_found", f"model: {name} is not known; nearest are {', '.join(near)}")
+    sought = choices[0] if is_alias else wanted
+    near = difflib.get_close_matches(normal_model_name(sought), list(MODELS), 3, 0.0)
+    told = f"{name} is an alias of {sought}, which" if is_alias else name
+    raise ProxyError("not_found", f"model: {told} is not known; nearest are {', '.join(near)}")
 
 
 def fallback_for(model: Model) -> str:
@@ -6426,7 +6442,7 @@ def explain(verdicts: Iterable[Verdict], now: float) -> str:
     def line(v: Verdict) -> str:
         until = f", free in {human_s(v.until - now)}" if now < v.until < float("inf") else ""
         return (f"{v.candidate.account.label} ({v.candidate.provider.id}): "
-                f"{v.reason or v.state}{until}")
+                f"{(v.reason or v.state).rstrip('.')}{until}")
     return "; ".join(map(line, verdicts))
 
 
@@ -7799,12 +7815,17 @@ def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
     return ""
 
 
+_TYPE_STATUS = {rule.type: rule.status for rule in reversed(tuple(ERRORS.values()))}
+
+
 def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
                  counted: Callable[[], int], limit: int) -> ProxyError:
     """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
     model's window, for upstreams that say `too long` without numbers."""
     facts = parse_error(raw, headers, now)
-    status = status if status != 200 else facts.code or 500
+    if status == 200:           # an event in a stream: Google tells a code, Anthropic a type
+        word = next((r for r in facts.reasons if r.lower() in _TYPE_STATUS), "")
+        status = facts.code or _TYPE_STATUS.get(word.lower(), 500)
     reasons = " ".join(sorted(facts.reasons))
     kind = next((row.kind for row in MEANINGS if (not row.statuses or status in row.statuses)
                  and (not row.reason.pattern or row.reason.search(reasons))
@@ -7921,7 +7942,7 @@ class Pipe:
             self.fault = self.understand(err.body)
         except ProxyError as err:
             self.fault = err
-        except (ValueError, TypeError, RecursionError) as err:
+        except (ValueError, TypeError, LookupError, RecursionError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
 
@@ -7988,19 +8009,23 @@ class RelayPipe(Pipe):
         if not self.is_stream:
             out.append(self.machine.whole(b"".join(self._parts)).decode("utf-8"))
             return
-        for event in self.splitter.end():
-            data = event.partition("data:")[2] or event
-            told = json_decode(data.encode("utf-8"))        # half an event raises: it was cut
-            if data is event and not self.machine.has_content:
-                raise UpstreamFault(told)       # an error where a stream was expected
+        for event in self.splitter.end():       # without its empty line: perhaps half of one
+            data = next((line[5:] for line in event.split("\n") if line[:5] == "data:"), "")
+            if not self.machine.has_finish and data.strip() not in ("", "[DONE]"):
+                json_decode(data.encode("utf-8"))       # raises: the answer was cut
             self._event(event, out)
         if not self.is_done:
             out.append(self.machine.end())
 
     def _event(self, event: str, out: list[str]) -> None:
-        if not self.is_done:
-            out.append(self.machine.feed(event))
-            self.is_done = self.machine.is_over
+        if self.is_done:
+            return
+        if event.startswith("{") and not self.machine.has_content:
+            raise UpstreamFault(json_decode(event.encode("utf-8")))     # an error, no stream
+        out.append(self.machine.feed(event))
+        if self.machine.is_over:
+            out.append(self.machine.end())
+            self.is_done = True
 
 
 # Calls
@@ -8787,6 +8812,9 @@ class Exchange:
         """The event that ends a stream by `error`, which is noted; the connection ends too."""
         self.keeps_alive = False
         self.record.note = redact(f"{error.kind}: {error.message}")
+        if error.rule.step is Step.NEXT:
+            error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
+                               f"elsewhere: {error.message}")
         return self.render(Fault(error)).encode("ascii")
 
     def frame(self, data: bytes) -> bytes:

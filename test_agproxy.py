@@ -701,6 +701,9 @@ UNIONS = [      # a schema, what is valid by it already
     ({"properties": {"Content-Type": {}}, "additionalProperties": {"type": "string"}}, {"content_type": "5"}),
     ({"properties": {"v": {"prefixItems": [{"type": "string"}], "items": {"type": "number"}}}}, {"v": ["5", 3]}),
     ({"properties": {"v": {"$ref": "https://x/y"}}}, {"v": '{"a":1}'}),
+    ({"properties": {"filePath": {"type": "integer"}}}, {"file_path": "x"}),
+    ({"properties": {"v": {"properties": {"k": {}}}}}, {"v": '{"k":1}'}),
+    ({"properties": {"v": {"anyOf": [{"type": "array"}, True]}}}, {"v": "[1]"}),
 ]
 MENDED = [      # a schema with alternatives, what a model wrote, what the client gets
     ({"properties": {"n": {"enum": [1, 2]}, "a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["n"]}]}, {"n": "2"}, {"n": 2}),
@@ -731,7 +734,7 @@ def test_schemas_that_multiply_without_end_are_cut():
 
 JSON_TEXTS = [("```json\n{\"a\": 1}\n```", "object", '{"a": 1}'), ("As in [1], here: {\"t\":\"x\"} ok", "object", '{"t":"x"}'),
               ('{"items":[{"a":1},{"b":2},', "object", '{"items":[{"a":1},{"b":2},'), ("see [1]", "string", "see [1]"),
-              ("the list: [1, 2]", "array", "[1, 2]"), ("[{" * 5000, "array", "[{" * 5000), ("plain", "object", "plain")]
+              ("the list: [1, 2]", "array", "[1, 2]"), ("```json" + "\n" * 9000, "object", "```json" + "\n" * 9000), ("[{" * 5000, "array", "[{" * 5000), ("plain", "object", "plain")]
 
 
 @pytest.mark.parametrize("text, kind, expected", JSON_TEXTS, ids=[t[:20] for t, _, _ in JSON_TEXTS])
@@ -4354,6 +4357,9 @@ STREAMS = [     # sentence, what the upstream sends, names of the events that th
     ("no message_stop", [STARTED, *TOLD, *ENDED], "start delta stop message_delta message_stop"),
     ("no message_start", [*TOLD, *ENDED, *STOPPED], "start delta stop message_delta message_stop"),
     ("an end in mid-answer", [STARTED, *TOLD], "start delta stop error"),
+    ("an index that is none", [STARTED, {**TOLD[0], "index": None}, *ENDED, *STOPPED], "start message_delta message_stop"),
+    ("a type that would break the framing", [STARTED, *TOLD, {"type": "x\n\nevent: y"}, *ENDED, *STOPPED],
+     "start delta stop message_delta message_stop"),
     ("an error in mid-answer", [STARTED, *TOLD, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}],
      "start delta stop error"),
 ]
@@ -4370,13 +4376,16 @@ def test_odd_ends_of_a_relayed_stream(staged, sentence, steps, names):
         assert "cut" not in proxy.log_text()
 
 
-@pytest.mark.parametrize("framed", ["a half event", "an event over two lines", "data only", "a comment between"])
+@pytest.mark.parametrize("framed", ["a half event", "an event over two lines", "data only", "a comment between",
+                                    "a scrap at the end", "done at the end"])
 def test_events_are_relayed_whole_or_not_at_all(staged, framed):
     texts = [f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in (STARTED, *TOLD, *ENDED, *STOPPED)]
     if framed == "a half event":
         texts = texts[:3] + ['event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"ty']
     elif framed == "an event over two lines":
         texts[0] = texts[0].replace('"message": {', '"message":\ndata: {')
+    elif framed.endswith("at the end"):
+        texts[-1] = ": bye\n" if framed.startswith("a") else "data: [DONE]"
     elif framed == "data only":
         texts = [t.partition("\n")[2] for t in texts]
     else:
@@ -4402,6 +4411,33 @@ def test_an_error_told_with_status_200_is_an_error(staged):
         proxy = staged(refuses(200, body), provider="anthropic")
         status, _, told = proxy.ask(model=NATIVE[1], stream=stream)
         assert status != 200 and "weekly limit" in told["error"]["message"]
+
+
+@pytest.mark.parametrize("steps", [[STARTED, {"type": "ping"}, *STOPPED], STOPPED, [STARTED]], ids=["begun", "stopped", "cut"])
+def test_an_answer_of_nothing_is_asked_for_again(staged, no_pauses, steps):
+    proxy = staged(says(*steps), says(STARTED, *TOLD, *ENDED, *STOPPED), provider="anthropic")
+    assert proxy.ask(model=NATIVE[1], stream=True)[0] == 200 and len(proxy.upstream.heard) == 2
+
+
+def test_an_error_event_of_a_known_type_means_what_its_status_would(staged, no_pauses):
+    limit = {"type": "error", "error": {"type": "rate_limit_error", "message": "limit"}}
+    assert staged(says(limit), provider="anthropic").ask(model=NATIVE[1], stream=True)[0] == 429
+
+
+def test_a_name_of_its_own_is_no_variant(staged):
+    proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    for account in proxy.pool.accounts:
+        account.models = ("claude-foo-high", "My-Model-low")
+    proxy.pool._prepared.clear()
+    for name, upstream in (("claude-foo-high", "claude-foo-high"), ("MY-MODEL-LOW", "My-Model-low"),
+                           ("claude-my-model-low", "My-Model-low")):
+        assert proxy.ask(model=name)[0] == 200
+        assert proxy.upstream.heard[-1].body["model"] == upstream and "thinking" not in proxy.upstream.heard[-1].body
+    body = {"model": "claude-foo-high", "messages": [U, answered({"type": "thinking", "thinking": "x"}, wrote("y")), U]}
+    proxy.ask(**body)
+    assert proxy.upstream.heard[-1].body["messages"][1]["content"] == [wrote("y")]
+    with pytest.raises(ag.ProxyError, match="v is an alias of nope-9, which is not known"):
+        proxy.pool.models_for("v", {"v": ("nope-9",)})
 
 
 def test_a_base_url_may_have_a_path(staged):
