@@ -325,6 +325,7 @@ class Provider(NamedTuple):
     ports: tuple[int, ...] = ()     # tried in order, then any free one
     pools: tuple[str, ...] = ()     # further providers that the same sign-in may use, in order
     names: tuple[str, ...] = ()     # patterns of model names that it takes as they are asked for
+    stand_ins: tuple[str, ...] = ()     # ... with models of its own, when nobody else can serve
     quirks: tuple[str, ...] = ()    # of QUIRKS
 
 
@@ -361,7 +362,7 @@ PROVIDERS = {row.id: row for row in (
     Provider("anthropic", "anthropic", ("https://api.anthropic.com",), "x-api-key", "", "as asked",
              "agproxy/" + VERSION, names=("claude-*",)),
     Provider("zai", "anthropic", ("https://api.z.ai/api/anthropic",), "x-api-key", "", "as asked",
-             "agproxy/" + VERSION, names=("glm-*", "claude-*"),
+             "agproxy/" + VERSION, names=("glm-*",), stand_ins=("claude-*",),
              quirks=("unsigned_thinking", "no_count"),
              policy="A Z.AI Coding Plan is sold for the coding tools its documents list."),
     Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
@@ -938,7 +939,7 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
         elif cell == "headers" and isinstance(value, dict):
             row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
-        elif cell in ("names", "quirks") and isinstance(value, list) and all(
+        elif cell in ("names", "stand_ins", "quirks") and isinstance(value, list) and all(
                 isinstance(v, str) for v in value):
             warn_unknown(value, QUIRKS if cell == "quirks" else value, where + ": ")
             row = row._replace(**{cell: tuple(value)})
@@ -3422,6 +3423,8 @@ def drop_old_media(turns: list[Turn]) -> list[Turn]:
 
 IMAGE_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
                (b"%PDF", "application/pdf"))
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "image/heif",
+               "application/pdf")
 _ROLES = ("user", "assistant", "system")
 _BASE64, _URL_SAFE = re.compile(r"[A-Za-z0-9+/]+"), str.maketrans("-_", "+/")
 # Tools that Anthropic's API knows by type only; clients run them themselves.
@@ -3519,6 +3522,8 @@ def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         media_type = "image/webp"
     media_type = next((name for magic, name in IMAGE_MAGIC if start.startswith(magic)), media_type)
+    if media_type not in MEDIA_TYPES:
+        raise invalid(path + ".media_type", f"one of {', '.join(MEDIA_TYPES)} is required")
     return (Media(_text_at(media_type, path + ".media_type"), data),)
 
 
@@ -4258,8 +4263,10 @@ def anthropic_keep_alive(state: AnthropicAnswer, is_beat: bool) -> str:
     """A ping, or where that is not enough ([A5]) an empty delta of the open block."""
     if not is_beat:
         return 'event: ping\ndata: {"type":"ping"}\n\n'
-    if state.open_kind in (Kind.TEXT, Kind.THINKING):
-        return _piece_event(state, Piece(state.open_index, state.open_kind, ""))
+    kind = {Kind.CALL: Kind.ARGUMENTS, Kind.SERVER_CALL: Kind.ARGUMENTS}.get(state.open_kind,
+                                                                             state.open_kind)
+    if kind in (Kind.TEXT, Kind.THINKING, Kind.ARGUMENTS):
+        return _piece_event(state, Piece(state.open_index, kind, ""))
     return _event("message_delta", {"delta": {"stop_reason": None, "stop_sequence": None},
                                     "usage": anthropic_usage(scaled_usage(state.usage,
                                                                           state.scale))})
@@ -4390,7 +4397,8 @@ class AnthropicRelay:
     def _read(self, kind: str, value: dict, text: str) -> str:
         state = self.state
         if kind == "content_block_start":
-            words = {"text": Kind.TEXT, "thinking": Kind.THINKING}
+            words = {"text": Kind.TEXT, "thinking": Kind.THINKING, "tool_use": Kind.CALL,
+                     "server_tool_use": Kind.SERVER_CALL}
             state.open_kind = words.get(object_of(value.get("content_block")).get("type"))
             index = value.get("index")
             state.open_index = index if isinstance(index, int) else 0
@@ -5429,8 +5437,10 @@ class Candidate:
         self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
 
 
-def _is_named(name: str, provider: Provider) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) for p in provider.names)
+def _is_named(name: str, provider: Provider, is_stand_in: bool = True) -> bool:
+    """Whether the provider takes a name (lower-case) as it is."""
+    patterns = provider.names + (provider.stand_ins if is_stand_in else ())
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
 def upstream_id(model: Model, provider: Provider) -> str:
@@ -6126,7 +6136,10 @@ class AccountPool:
         for place, model in enumerate(models):
             served = account_serves(account, model, provider, facts)
             if served:
-                return Candidate(account, provider, model, served, place)
+                is_stand_in = bool(provider.stand_ins) and model.id not in account.models and (
+                    not _is_named(model.id.lower(), provider, False))
+                return Candidate(account, provider, model, served,
+                                 place + len(models) * is_stand_in)
         return None
 
     def models_for(self, name: str, aliases: Mapping[str, tuple], wanted: str = "") -> tuple:
@@ -7716,6 +7729,7 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
             r"|\bimage\b", "form"),
     # business codes of Z.AI's error bodies, mostly under 429
     Meaning((), "CODE_100[0-4]", "", "revoked"),
+    Meaning((), "CODE_1261", "", "too_long"),
     Meaning((), "CODE_(1113|1304|1308|1309|1310)", "", "quota"),
     Meaning((), "CODE_(1302|1303|1305)", "", "rate"),
     Meaning((), "CODE_1312", "", "capacity"),
@@ -8589,7 +8603,8 @@ def count_upstream(services: Services, request: Request) -> int | None:
         if verdict.state not in ("usable", "soft", "busy") or (request.refusal and not is_relayed):
             continue
         path = dialect.count.path(target)
-        if not path or not services.counting.acquire(blocking=False):
+        if not path or (provider.id, "count") in services.learned or (
+                not services.counting.acquire(blocking=False)):
             return None             # nobody waits in line for a count
         try:
             repairs = services.learned.get((provider.id, candidate.upstream_id), frozenset())
@@ -8608,6 +8623,8 @@ def count_upstream(services: Services, request: Request) -> int | None:
                 status, _, answer = simple_call(
                     services.connections, "POST", pool.hosts(provider)[0] + path, headers, raw,
                     account.proxy, COUNT_TIMEOUT_S)
+                if status == 404:       # merely compatible: not asked again
+                    services.learned[provider.id, "count"] = frozenset(("none",))
                 count = object_of(json_decode(answer)).get(dialect.count.member)
                 if status != 200 or not isinstance(count, int):
                     return None

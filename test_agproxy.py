@@ -104,11 +104,13 @@ class Proxy:
                                     ag.Calibration(clock))
         self.server = ag.ProxyServer(self.services, "127.0.0.1", 0)
         self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
 
     def stop(self):
+        stopping = threading.Thread(target=self.sim.stop)
+        stopping.start()
         self.server.drain(1)
-        self.sim.stop()
+        stopping.join()
         self.log.close()
         self.lines.close()
 
@@ -3218,7 +3220,7 @@ class Upstream(http.server.ThreadingHTTPServer):
         self.lock, self.over, self.gone = threading.Lock(), threading.Event(), threading.Event()
         super().__init__(("127.0.0.1", 0), Stage)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True).start()
 
     def inner(self, at=-1):
         """The generating request without its envelope."""
@@ -4320,6 +4322,19 @@ def test_the_window_a_client_assumes_is_known_by_its_model_beta_and_version(agen
     assert request.window_tokens == window
 
 
+def test_a_service_with_models_of_its_own_stands_in_last():
+    rows = {"z": "zai", "n": "anthropic", "g": "antigravity"}
+
+    def order(names, model):
+        accounts = [ag.account_from_row({"name": n, "provider": rows[n], "refresh_token" if n == "g" else "api_key": "x" * 9},
+                                        ag.PROVIDERS) for n in names]
+        pool = ag.AccountPool(accounts, FakeClock(), {})
+        return [c.account.name + " " + c.upstream_id for c in pool.candidates(*pool.models_for(model, {}))
+                if c.provider.id != "gemini-cli"]
+    assert order("zng", "claude-opus-4-8") == ["n claude-opus-4-8", "g claude-opus-4-6-thinking", "z claude-opus-4-8"]
+    assert order("z", "claude-opus-4-8") == ["z claude-opus-4-8"] and order("zng", "glm-4.6") == ["z glm-4.6"]
+
+
 def test_a_pool_of_both_kinds_serves_what_only_one_can_take(make_proxy):
     proxy = mixed(make_proxy)
     foreign = {"model": "claude-sonnet-4-6", "messages": [said({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})]}
@@ -4422,6 +4437,33 @@ def test_an_answer_of_nothing_is_asked_for_again(staged, no_pauses, steps):
 def test_an_error_event_of_a_known_type_means_what_its_status_would(staged, no_pauses):
     limit = {"type": "error", "error": {"type": "rate_limit_error", "message": "limit"}}
     assert staged(says(limit), provider="anthropic").ask(model=NATIVE[1], stream=True)[0] == 429
+
+
+def test_a_compatible_service_gets_its_own_unsigned_thoughts_back_and_no_counts(staged):
+    proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="zai")
+    body = {"model": "glm-4.6", "max_tokens": 9, "messages": [U, answered(mused("", "own"), mused("agp1.gtk.x", "ours"), wrote("y")), U]}
+    assert proxy.ask(**body)[0] == 200
+    assert proxy.upstream.heard[0].body["messages"][1]["content"] == [mused("", "own"), wrote("y")]
+    assert proxy.call("POST", "/v1/messages/count_tokens", body)[1]["x-agproxy-token-count"] == "estimate"
+    assert proxy.upstream.counted == []
+    proxy = staged(provider="anthropic")        # one that has no such route is asked once
+    proxy.upstream.count_answer = refuses(404, {})
+    for _ in range(3):
+        assert proxy.call("POST", "/v1/messages/count_tokens", {**body, "model": NATIVE[1]})[0] == 200
+    assert len(proxy.upstream.counted) == 1
+
+
+def test_media_that_no_model_reads_are_named(staged):
+    status, _, body = staged().ask(messages=[said(attached("aGVsbG8gd29ybGQh", "image/svg+xml"))])
+    assert status == 400 and "messages.0.content.0.source.media_type" in body["error"]["message"]
+    assert "image/png" in body["error"]["message"]
+
+
+def test_a_beat_fits_the_block_that_is_open():
+    state = ag.AnthropicAnswer("m")
+    for kind, word in ((Kind.CALL, '"partial_json":""'), (Kind.TEXT, '"text":""'), (Kind.OPAQUE, "message_delta")):
+        ag.anthropic_render_delta(state, ag.BlockStart(3, kind, "toolu_1", "Bash", {"type": "x"}))
+        assert word in ag.anthropic_keep_alive(state, True)
 
 
 def test_a_name_of_its_own_is_no_variant(staged):
