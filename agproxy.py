@@ -7811,6 +7811,7 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"inline.?data|\bmime|\bimage\b", ("old_media",), ()),
 ))
 
+
 def is_lasting(repair: str) -> bool:
     """Whether every request to this upstream will need it; what one client's own fields caused is
     nothing that others should lose."""
@@ -8264,12 +8265,22 @@ class Services:
     learned: dict = field(default_factory=dict)     # (provider, model) -> repairs it always needs
     counts: dict = field(default_factory=dict)      # content key -> tokens an upstream counted
     counting: Any = field(default_factory=lambda: threading.BoundedSemaphore(8))
+    stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
     def count(self, request: Request, model: Model) -> int:
         """Our own count of a request's input tokens for a model, as calibrated."""
         return max(1, int(estimate_tokens(request, token_family(model))
                           * self.calibration.factor(model.id)))
-    stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
+
+
+def call_head(candidate: Candidate, token: str, rendered: Rendered) -> dict[str, str]:
+    """Everything that goes into the head of a call, the owner's own headers last."""
+    account, provider = candidate.account, candidate.provider
+    return call_headers(
+        {"Content-Type": "application/json", "Accept-Encoding": "identity",
+         "User-Agent": user_agent(account, provider, candidate.upstream_id)},
+        auth_header(provider, token), rendered.headers, dict(provider.headers),
+        dict(account.headers))
 
 
 @dataclass
@@ -8287,8 +8298,8 @@ class Attempt:
 
 class Conducting:
     """One request on its way over the accounts.  `client` is who waits for it: it has
-    `wait(sock, seconds)`, `pause(seconds)`, `wake()`, `aim(tokens, is_relayed)`, `render(delta)`,
-    and takes `route` and `more_headers`."""
+    `wait(sock, seconds)`, `pause(seconds)`, `wake()`, `aim(model, is_relayed)`, `render(delta)` and
+    its dialect's `state`, and takes `pipe`, `route` and `more_headers`."""
 
     def __init__(self, services: Services, request: Request, client: Any, record: Record):
         self.services, self.request, self.client, self.record = services, request, client, record
@@ -8511,11 +8522,6 @@ class Conducting:
                     dialect.render_request(request, target, services.signatures, attempt.repairs))
         attempt.sent = rendered.sent or attempt.sent
         self.record.mended, self.record.refused = rendered.mended, tuple(attempt.mended)
-        headers = call_headers(
-            {"Content-Type": "application/json", "Accept-Encoding": "identity",
-             "User-Agent": user_agent(account, provider, candidate.upstream_id)},
-            auth_header(provider, attempt.token), rendered.headers, dict(provider.headers),
-            dict(account.headers))
 
         def note_limits(head: Mapping[str, str]) -> None:
             windows = read_limit_headers(head, services.clock.now())
@@ -8543,7 +8549,8 @@ class Conducting:
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         body = rendered.body
-        call = Call(attempt.hosts[0], dialect.path(target, request), headers,
+        call = Call(attempt.hosts[0], dialect.path(target, request),
+                    call_head(candidate, attempt.token, rendered),
                     body if isinstance(body, bytes) else json_encode(body).encode("ascii"),
                     account.proxy, pipe, understand,
                     config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
@@ -8615,11 +8622,7 @@ def count_upstream(services: Services, request: Request) -> int | None:
             key = content_key(candidate.upstream_id, raw.decode("utf-8"))
             count = services.counts.get(key)
             if count is None:
-                headers = call_headers(
-                    {"Content-Type": "application/json",
-                     "User-Agent": user_agent(account, provider, candidate.upstream_id)},
-                    auth_header(provider, services.tokens.access(account)), rendered.headers,
-                    dict(provider.headers), dict(account.headers))
+                headers = call_head(candidate, services.tokens.access(account), rendered)
                 status, _, answer = simple_call(
                     services.connections, "POST", pool.hosts(provider)[0] + path, headers, raw,
                     account.proxy, COUNT_TIMEOUT_S)
