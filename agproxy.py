@@ -2580,6 +2580,7 @@ class TextGate:
         self.done = False
         self._tail, self._tokens = "", 0.0
         self._said: list[str] = []
+        self._look_at, self._counted = self.budget, 0.0
         self._longest = max(map(len, self.sequences), default=0)
 
     def feed(self, deltas: list) -> list:
@@ -2595,6 +2596,16 @@ class TextGate:
                 if not self.done:
                     out.append(delta)
         return out
+
+    def _is_runaway(self) -> bool:
+        """Whether there is far more text than was asked for.  The quick guess is high for indented
+        text; the better one, which costs more, is taken where that is above the budget."""
+        if self._tokens <= self._look_at:
+            return False
+        self._counted += text_tokens("".join(self._said), "gemini")
+        self._said = []
+        self._look_at = self._tokens + max(self.budget / 8, self.budget - self._counted)
+        return self._counted > self.budget
 
     def _text(self, index: int, text: str, out: list, is_last: bool) -> None:
         text, self._tail = self._tail + text, ""
@@ -2625,10 +2636,7 @@ class TextGate:
         self._said.append(text)
         if text:
             out.append(Piece(index, Kind.TEXT, text))
-        if self._tokens > self.budget:      # the quick guess is high for indented text
-            self._tokens = min(map(text_tokens, ["".join(self._said)] * len(TOKEN_FAMILIES),
-                                   TOKEN_FAMILIES))
-        if hit or self._tokens > self.budget:
+        if hit or self._is_runaway():
             self.done = True
             out.append(BlockEnd(index))
             usage = self.usage()
@@ -6082,7 +6090,8 @@ class AccountPool:
         self.bindings, self.queue = Bindings(), Queue()
         self._probing: set[tuple] = set()                   # keys of candidates under test
         self._virtual = 0.0
-        self._prepared: dict[tuple, list] = {}              # candidates by model ids
+        # candidates by model ids, and models by names: as long as accounts and facts stay
+        self._prepared: dict[tuple, Any] = {}
         # account -> (last use, health, burst tokens), as it was last stored
         self._used = {row[0]: row[1:] for row in state.rows("used")} if state else {}
         if state is not None:
@@ -6144,8 +6153,17 @@ class AccountPool:
 
     def models_for(self, name: str, aliases: Mapping[str, tuple], wanted: str = "") -> tuple:
         """The models a client's name means here; raises ProxyError not_found."""
-        return resolve_models(name, self.accounts, aliases, self.candidates, self.listed_models(),
-                              wanted)
+        key = name, wanted, frozenset(aliases.items())
+        with self._lock:
+            found, prepared = self._prepared.get(key), self._prepared
+        if found is None:
+            found = resolve_models(name, self.accounts, aliases, self.candidates,
+                                   self.listed_models(), wanted)
+            with self._lock:        # what was learned meanwhile has begun another table
+                prepared[key] = found
+                if len(prepared) > 1000:        # clients make up names
+                    prepared.clear()
+        return found
 
     def listed_models(self) -> list[Model]:
         """Models that accounts' own catalogues name and this file does not."""
