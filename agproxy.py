@@ -114,7 +114,7 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "background_model": Setting("", "", "serves those that need a model; empty: the one asked for"),
     "search_model": Setting("gemini-3-flash", "", "searches the web for models that cannot"),
     "tool_hardening": Setting(False, "", "name each tool's parameters in its description too"),
-    "usage_scaling": Setting(False, "", "report tokens by the window a client assumes, see Long sessions"),
+    "usage_scaling": Setting(False, "", "report tokens by the window a client assumes: see above"),
     "client_window_tokens": Setting(0, "", "that window; 0 guesses it from model, beta and client"),
     "max_attempts": Setting(4, "", "tries per request that mark no account"),
     "max_empty_retries": Setting(2, "", "repeats after an empty answer"),
