@@ -92,6 +92,7 @@ class Setting(NamedTuple):
     about: str          # one line for the README
 
 
+SMALL_KINDS = ("probe", "warmup", "title", "topic", "paths", "summary", "suggestion")
 SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "host": Setting("127.0.0.1", "BIND_ADDRESS", "address to listen on"),
     "port": Setting(8080, "PORT", "port to listen on; 0 takes any free one"),
@@ -108,9 +109,7 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "hybrid_tokens": Setting(5.0, "", "... per percent of its burst allowance"),
     "hybrid_quota": Setting(3.0, "", "... per percent of quota left"),
     "hybrid_idle": Setting(0.1, "", "... per second since its last use, an hour at most"),
-    "small_requests": Setting(("probe", "warmup", "title", "topic", "paths", "summary",
-                               "suggestion"), "",
-                              "Claude Code's small requests that are recognised"),
+    "small_requests": Setting(SMALL_KINDS, "", "Claude Code's small requests that are recognised"),
     "background_model": Setting("", "", "serves those that need a model; empty: the one asked for"),
     "search_model": Setting("gemini-3-flash", "", "searches the web for models that cannot"),
     "tool_hardening": Setting(False, "", "name each tool's parameters in its description too"),
@@ -860,6 +859,8 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
         value = value.split(",") if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ConfigError(f"{where}: a list of names is required")
+        if name == "small_requests" and not set(value) <= {*SMALL_KINDS, ""}:
+            raise ConfigError(f"{where}: of {', '.join(SMALL_KINDS)} only, not {value!r}")
         return tuple(v.strip() for v in value if v.strip())
     if isinstance(default, bool):
         word = str(value).lower()
@@ -5546,6 +5547,9 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
     exact = None if is_alias else known(plain_model_name(wanted))
     rows = [m for m in map(known, choices) if m is not None]
+    if choices and not is_alias and choices[0] not in (plain_model_name(wanted), *listed):
+        # a Claude name where accounts serve nothing but models of their own
+        rows += [m for m in map(known, own.values()) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
     if exact is not None and (found is None or serves(exact)):
         # the same family may stand in where other accounts serve it under another name
@@ -6166,10 +6170,18 @@ class AccountPool:
         return found
 
     def listed_models(self) -> list[Model]:
-        """Models that accounts' own catalogues name and this file does not."""
+        """Models that accounts or their upstreams' lists name and this file does not."""
         with self._lock:
-            return list({m.id: m for facts in self.readings.facts.values() for m in facts.models
-                         if m.id not in MODELS}.values())
+            told = [m for facts in self.readings.facts.values() for m in facts.models]
+            told += [model_from_id(m) for account in self.accounts for m in account.models]
+            return list({m.id: m for m in reversed(told) if m.id not in MODELS}.values())
+
+    def offers(self) -> list[tuple[Model, list[Candidate]]]:
+        """What is served by name; who takes any name is asked for none of the catalogue."""
+        rows = [(model, [c for c in self.candidates(model) if c.account.models
+                         or "*" not in c.provider.names or model.id not in MODELS])
+                for model in (*MODELS.values(), *self.listed_models())]
+        return [(model, candidates) for model, candidates in rows if candidates]
 
     def view(self) -> View:
         return View(self.rests.items, self.readings.facts, self.readings.quotas, self.settings)
@@ -6713,7 +6725,7 @@ class Tokens:
                 token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
             else:
                 token, expires_at = resolve_secret(account.secret) if account.secret else "", 0.0
-                if token == refused:
+                if refused and token == refused:
                     raise ProxyError("revoked", "the credential is not accepted; put a new one "
                                      "into accounts.json")
             with account.lock:
@@ -7056,12 +7068,14 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         answer = object_of(json_decode(raw))
     except ValueError:
         answer = {}
-    if status == 404 and account.provider.catalogue == "as asked":
+    if status in (200, 404, 405, 501) and member not in answer and (
+            account.provider.catalogue == "as asked"):
         return ()               # a server that is merely compatible
     if status != 200 or member not in answer:
         message = object_of(answer.get("error")).get("message") or f"status {status}, no model list"
-        raise ProxyError("revoked" if status in (400, 401, 403) else "server",
-                         f"the key was not accepted: {redact(str(message))}")
+        is_refused = status in (400, 401, 403)
+        told = "the key was not accepted" if is_refused else "its models could not be listed"
+        raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message))}")
     return tuple(model_from_id(row["id"], str(row.get("display_name") or ""))
                  for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
                  and row["id"] not in MODELS)
@@ -8398,6 +8412,9 @@ class Conducting:
     def _refuse(self, verdicts: tuple) -> None:
         """The end, unless the model's pair may serve instead: one hop, no chains."""
         now = self.services.clock.now()
+        if not verdicts and self.services.pool.accounts and not self.request.max_tokens == 0:
+            raise ProxyError("not_found", f"model: no account serves {self.request.model}; run "
+                             "`python3 agproxy.py models` to see which account serves what")
         refused = refusal(self.request.model, verdicts, now, self.last)
         refused.headers = self.last.headers if self.last else {}
         pair = fallback_for(self.used) if self.used.id in MODELS else ""
@@ -9582,8 +9599,8 @@ class Handler:
         if self._answers_locally(request):
             self._reply_locally(exchange, request)
             return False
-        if request.small and self.services.config.background_model:
-            name = self.services.config.background_model
+        name = self.services.config.background_model
+        if request.small and name and self._serves(name):
             request = replace(request, model=name, wanted=model_variant(name)[0])
             exchange.record.note = f"in the background: {request.small}"
         conducting = Conducting(self.services, request, exchange, exchange.record)
@@ -9596,6 +9613,12 @@ class Handler:
         if isinstance(answer, tuple):
             return self._stream(exchange, *answer)
         self._reply_whole(exchange, answer)
+        return False
+
+    def _serves(self, name: str) -> bool:
+        pool, aliases = self.services.pool, self.services.config.aliases
+        with contextlib.suppress(ProxyError):       # nobody knows the name
+            return bool(pool.candidates(*pool.models_for(name, aliases, model_variant(name)[0])))
         return False
 
     def _no_search(self, request: Request, error: ProxyError) -> Reply:
@@ -9914,12 +9937,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def model_rows(self) -> list[dict]:
         """What /v1/models lists: each served model, under a claude- name too where it has none."""
         rows, pool = [], self.services.pool
-        for model in (*MODELS.values(), *pool.listed_models()):
-            if pool.candidates(model):
-                row = anthropic_render_model(model)
-                rows.append(row)
-                if not model.id.startswith("claude"):
-                    rows.append({**row, "id": "claude-" + model.id})
+        for model, _ in pool.offers():
+            row = anthropic_render_model(model)
+            rows.append(row)
+            if not model.id.startswith("claude"):
+                rows.append({**row, "id": "claude-" + model.id})
         return rows
 
     def drain(self, grace_s: float) -> None:
@@ -10502,8 +10524,13 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if path == "/token":
             return self._json(*self._token(dict(urllib.parse.parse_qsl(raw.decode()))))
         if path == "/sim/faults":
-            order = json.loads(raw)
-            self.server.plan(order["account"], *order["faults"])
+            try:
+                order = json.loads(raw)
+                self.server.plan(order["account"], *order["faults"])
+            except (ValueError, LookupError, TypeError):
+                return self._json(400, {"body": {"account": "one of accounts", "faults": ["..."]},
+                                        "accounts": list(self.server.accounts),
+                                        "faults": [*SIM_FAULTS, *SIM_STREAM_FAULTS]})
             return self._json(200, {})
         account = self._account()
         body = json.loads(raw)
@@ -11128,10 +11155,12 @@ def command_models(args: argparse.Namespace) -> int:
     if not any(account.enabled for account in pool.accounts):
         lacks_account(args)
         return 4
-    for model in (*MODELS.values(), *pool.listed_models()):
-        labels = dict.fromkeys(c.account.label for c in pool.candidates(model))
-        if labels:
-            say(f"{model.id:28} {model.label:26} {model.context_tokens:>9,}  {', '.join(labels)}")
+    for model, candidates in pool.offers():
+        labels = dict.fromkeys(c.account.label for c in candidates)
+        say(f"{model.id:28} {model.label:26} {model.context_tokens:>9,}  {', '.join(labels)}")
+    for account in pool.accounts:
+        if "*" in account.provider.names and not account.models:
+            say(f"{'any name':28} {'as it is asked for':26} {'':>9}  {account.label}")
     return 0
 
 
@@ -11466,6 +11495,10 @@ def command_why(args: argparse.Namespace) -> int:
     with offline(args) as found:
         wanted = ("1 ORDER BY at DESC LIMIT 1",) if args.id == "last" else ("id = ?", args.id)
         rows = found.state.rows("requests", *wanted)
+    if not rows and args.demo:
+        warn("the demo forgets its requests when it ends, and tells them to nobody else; its log "
+             "says what happened")
+        return 1
     if not rows:
         warn("no request yet" if args.id == "last" else f"no request {args.id}; its id is in the "
              "answer's request-id header, and it is remembered for 30 days")

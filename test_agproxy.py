@@ -193,7 +193,7 @@ def events_of(raw):
 
 
 def check_anthropic_stream(events):
-    """The grammar of anthropic.md 5.1; returns (blocks as text by type, stop reason or error type)."""
+    """The grammar of a Messages stream; returns (blocks as text by type, stop reason or error type)."""
     names = [n for n, _ in events]
     assert names[0] == "message_start" and names.count("message_start") == 1
     open_index, blocks = None, []
@@ -4464,6 +4464,31 @@ def test_a_beat_fits_the_block_that_is_open():
     for kind, word in ((Kind.CALL, '"partial_json":""'), (Kind.TEXT, '"text":""'), (Kind.OPAQUE, "message_delta")):
         ag.anthropic_render_delta(state, ag.BlockStart(3, kind, "toolu_1", "Bash", {"type": "x"}))
         assert word in ag.anthropic_keep_alive(state, True)
+
+
+@both
+def test_a_server_of_ones_own_needs_no_key_and_takes_every_claude_name(staged, stream):
+    proxy = staged(says(STARTED, *TOLD, *ENDED, *STOPPED) if stream else (
+        200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    url = proxy.upstream.url
+    config = ag.load_config("x", {}, {}, {"providers": {"lab": {"dialect": "anthropic", "base_url": url}},
+                                          "accounts": [{"name": "lab", "provider": "lab", "models": ["qwen3-coder"]}]})
+    proxy.pool.replace([ag.account_from_row(r, config.providers) for r in config.accounts], config.settings)
+    for name in ("qwen3-coder", "claude-opus-4-8", "opus", "haiku", "qwen3-coder(high)"):
+        assert proxy.ask(model=name, stream=stream)[0] == 200, name
+        heard = proxy.upstream.heard[-1]
+        assert heard.body["model"] == "qwen3-coder" and not {"x-api-key", "authorization"} & heard.headers.keys()
+    ids = [row["id"] for row in json.loads(proxy.call("GET", "/v1/models")[2])["data"]]
+    assert ids == ["qwen3-coder", "claude-qwen3-coder"]
+    status, _, body = proxy.ask(model="gemini-2.5-pro")
+    assert (status, body["error"]["type"]) == (404, "not_found_error")
+
+
+def test_a_background_model_that_nobody_serves_is_not_used(staged):
+    proxy = staged(background_model="nosuch")
+    assert proxy.ask(**HELPERS[0][1])[0] == 200
+    with pytest.raises(ag.ConfigError, match="small_requests"):
+        ag.load_config("x", {}, {}, {"settings": {"small_requests": ["titel"]}})
 
 
 def test_a_name_of_its_own_is_no_variant(staged):
