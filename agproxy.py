@@ -5547,8 +5547,9 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
     exact = None if is_alias else known(plain_model_name(wanted))
     rows = [m for m in map(known, choices) if m is not None]
-    if choices and not is_alias and choices[0] not in (plain_model_name(wanted), *listed):
-        # a Claude name where accounts serve nothing but models of their own
+    asked = normal_model_name(wanted)
+    if not is_alias and not is_row(wanted) and (asked.startswith("claude") or asked in TIERS):
+        # what clients ask for by default, where accounts serve nothing but models of their own
         rows += [m for m in map(known, own.values()) if m is not None]
     found = next(filter(serves, rows), rows[0] if rows else None)
     if exact is not None and (found is None or serves(exact)):

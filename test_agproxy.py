@@ -4480,8 +4480,9 @@ def test_a_server_of_ones_own_needs_no_key_and_takes_every_claude_name(staged, s
         assert heard.body["model"] == "qwen3-coder" and not {"x-api-key", "authorization"} & heard.headers.keys()
     ids = [row["id"] for row in json.loads(proxy.call("GET", "/v1/models")[2])["data"]]
     assert ids == ["qwen3-coder", "claude-qwen3-coder"]
-    status, _, body = proxy.ask(model="gemini-2.5-pro")
-    assert (status, body["error"]["type"]) == (404, "not_found_error")
+    for name in ("gemini-2.5-pro", "gemini-3-pro-preview", "gpt-oss"):
+        status, _, body = proxy.ask(model=name)
+        assert (status, body["error"]["type"]) == (404, "not_found_error")
 
 
 def test_a_background_model_that_nobody_serves_is_not_used(staged):
