@@ -3990,6 +3990,26 @@ def _relay_message(text: str, leaves_out: Callable[[Any], bool], is_all: bool) -
     return json_splice(text, {"content": "[" + ",".join(kept) + "]"}) if kept else ""
 
 
+def is_paired(turns: Iterable[Turn]) -> bool:
+    """Whether every call is answered before the model speaks again, and nothing else is."""
+    waiting: set[str] = set()
+    last_role = ""
+    for turn in turns:
+        if turn.role == "system":
+            continue
+        if turn.role == "assistant" and waiting and last_role != "assistant":
+            return False
+        last_role = turn.role
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                waiting.add(block.id)
+            elif isinstance(block, ToolResult):
+                if block.call_id not in waiting:
+                    return False
+                waiting.discard(block.call_id)
+    return not waiting
+
+
 def _paired(messages: list) -> list:
     """Messages in which every call is answered in the next turn, and nothing else is; what does not
     fit is told as text."""
@@ -4086,7 +4106,10 @@ def anthropic_relay_request(request: Request, target: Target,
                             repairs: frozenset = frozenset()) -> Rendered:
     """The client's own body and headers for an Anthropic upstream.  `repairs` of its refusals:
     `thinking`, `no_thinking`, `pairs`, `system_role`, `last_turn`, `drop <beta or path>`."""
-    text, changes = request.native.raw.decode("utf-8"), {}
+    text, changes, mended = request.native.raw.decode("utf-8"), {}, Mended()
+    if not is_paired(request.turns):        # a sure refusal, after a compaction or an interruption
+        repairs |= {"pairs"}
+        mended["results and calls paired"] += 1
     if request.model != target.upstream_id:
         changes["model"] = quote(target.upstream_id)
     try:
@@ -4119,7 +4142,7 @@ def anthropic_relay_request(request: Request, target: Target,
     except RecursionError as err:
         raise invalid("", "nested too deeply") from err
     raw = json_splice(text, changes).encode("utf-8") if changes else request.native.raw
-    return Rendered(raw, _relay_headers(request, repairs), AnswerShape())
+    return Rendered(raw, _relay_headers(request, repairs), AnswerShape(), mended)
 
 
 # Answers

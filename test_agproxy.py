@@ -4492,6 +4492,22 @@ def test_a_background_model_that_nobody_serves_is_not_used(staged):
         ag.load_config("x", {}, {}, {"settings": {"small_requests": ["titel"]}})
 
 
+PAIRS = [       # messages, whether Anthropic would take them
+    ([U, answered(use("a")), said(result("a"))], True), ([U, answered(use("a"), use("b")), said(result("b"), result("a")), U], True),
+    ([U, answered(use("a")), noted("x"), said(result("a"))], True), ([U, said(result("a"))], False), ([U, answered(use("a")), U], False),
+    ([U, answered(use("a")), said(result("a"), result("a"))], False), ([U, answered(use("a"))], False), ([U], True)]
+
+
+@pytest.mark.parametrize("messages, is_paired", PAIRS, ids=range(len(PAIRS)))
+def test_only_what_anthropic_would_refuse_is_paired_before_it_is_relayed(staged, messages, is_paired):
+    proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
+    body = {"model": NATIVE[1], "max_tokens": 9, "messages": messages}
+    assert proxy.call("POST", "/v1/messages", body)[0] == 200
+    [heard] = proxy.upstream.heard
+    assert (heard.raw == json.dumps(body).encode()) is is_paired
+    assert ag.sim_native_refuses(heard.body) is None
+
+
 def test_a_name_of_its_own_is_no_variant(staged):
     proxy = staged((200, {}, b'{"type":"message","model":"m","content":[]}'), provider="anthropic")
     for account in proxy.pool.accounts:
@@ -4729,11 +4745,10 @@ def test_a_long_session_over_all_families_meets_no_refusal(make_proxy, no_pauses
         counts, used = play_session(proxy, seed, 200)
         total.update(counts)
         models |= used
-    # what the client itself got wrong goes to Anthropic as it is, and is mended when that refuses it
-    assert all("tool_result" in text for text in proxy.sim.refusals) and models == set(EVERY_FAMILY)
+    assert list(proxy.sim.refusals) == [] and models == set(EVERY_FAMILY)
     with capsys.disabled():
-        print(f"\nlong session: {dict(total)}, mended after Anthropic "
-              f"refused it: {len(proxy.sim.refusals)}, refused elsewhere: 0")
+        print(f"\nlong session: {dict(total)}, refused by a service: "
+              f"{len(proxy.sim.refusals)}")
 
 
 def test_what_comes_from_anthropic_through_the_neutral_form_means_the_same():
