@@ -92,6 +92,7 @@ class Setting(NamedTuple):
     about: str          # one line for the README
 
 
+WINDOW_MARK = re.compile(r"\[[^\]]*\]\Z")     # `[1m]` at the end of a model's name
 SMALL_KINDS = ("probe", "warmup", "title", "topic", "paths", "summary", "suggestion")
 SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "host": Setting("127.0.0.1", "BIND_ADDRESS", "address to listen on"),
@@ -1988,8 +1989,8 @@ _VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|
 def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
     """(name, wish) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
     of the catalogue with such an ending is just that."""
-    match = _VARIANT.match(re.sub(r"\[[^\]]*\]\Z", "", name))
-    plain = name.lower().rpartition("/")[2]
+    match = _VARIANT.match(WINDOW_MARK.sub("", name))
+    plain = WINDOW_MARK.sub("", name).lower().rpartition("/")[2]
     if not match or plain in ALIASES or {plain, plain.replace("claude-", "", 1)} & MODELS.keys():
         return name, None
     base, word = match[1], (match[2] or match[3]).lower()
@@ -2040,6 +2041,10 @@ class Request:
     window_tokens: int = CLIENT_WINDOW  # what the client takes for the model's window
     native: Native | None = None
     refusal: ProxyError | None = None   # why only an upstream of its own dialect can take it
+
+    def is_native_to(self, provider: Provider) -> bool:
+        """Whether the upstream speaks the client's own language: nothing is translated then."""
+        return self.native is not None and self.native.dialect == provider.dialect
 
     @functools.cached_property
     def conversation(self) -> str:
@@ -2828,6 +2833,13 @@ def _branch_worth(branch: dict) -> int:
     return 2 if branch.get("type") == "array" or "items" in branch else 1
 
 
+def _enum_of(branches: list) -> list | None:
+    """The values of alternatives that all are enums or constants, None where one is not."""
+    rows = [b["enum"] if isinstance(b.get("enum"), list) else [b["const"]] if "const" in b else None
+            for b in branches]
+    return None if None in rows else [value for row in rows for value in row]
+
+
 def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str], bool, tuple]:
     """anyOf and oneOf become their richest branch: (schema, hints, whether null was among them,
     the references followed)."""
@@ -2844,9 +2856,8 @@ def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str]
     real = [b for b, _ in inlined]
     if not real:
         return ({"type": "string", **rest} if nullable else rest), [], nullable, refs
-    if all("const" in b or isinstance(b.get("enum"), list) for b in real):
-        values = [v for b in real for v in (b["enum"] if isinstance(b.get("enum"), list)
-                                            else [b["const"]])]
+    values = _enum_of(real)
+    if values is not None:
         return {**rest, "enum": values}, [], nullable, refs
     best, refs = max(inlined, key=lambda pair: _branch_worth(pair[0]))
     names = list(dict.fromkeys(str(b.get("type", "object" if "properties" in b else "any"))
@@ -3128,9 +3139,9 @@ class _Restoring:
 
     def nearest(self, value: Any, branches: list) -> dict:
         real = [b for b in branches if b.get("type") != "null"]
-        if all("const" in b or isinstance(b.get("enum"), list) for b in real):
-            return {"enum": [v for b in real for v in (
-                b["enum"] if isinstance(b.get("enum"), list) else [b["const"]])]}
+        values = _enum_of(real)
+        if values is not None:
+            return {"enum": values}
 
         def distance(branch: dict) -> tuple:
             kinds, rows = _types_of(branch), object_of(branch.get("properties"))
@@ -3239,6 +3250,15 @@ def unwrap_signature(text: str) -> Signature | None:
 Mended = collections.Counter        # what was mended -> how many times, as `why` shows it
 
 
+NO_RESULT = Text("no result was recorded for this call")
+NO_CALL = Text("[result of an earlier tool call]")
+
+
+def reminder(text: str) -> str:
+    """A note of the system inside a user turn, as Claude Code writes them."""
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
 def fold_system_turns(turns: Iterable[Turn], mended: Mended) -> tuple[list[str], list[Turn]]:
     """Mid-conversation system turns become reminders in the user turn they follow, or else in the
     next one; those before any user turn go to the system texts.  No Gemini upstream has a system
@@ -3259,13 +3279,13 @@ def fold_system_turns(turns: Iterable[Turn], mended: Mended) -> tuple[list[str],
         if not text.strip():
             continue
         mended["system turns folded into user turns"] += 1
-        reminder = Text(f"<system-reminder>\n{text}\n</system-reminder>")
+        note = Text(reminder(text))
         if not has_user:
             system.append(text)
         elif out[-1].role == "assistant":
-            waiting.append(reminder)
+            waiting.append(note)
         else:
-            out.append(Turn("user", (reminder,)))
+            out.append(Turn("user", (note,)))
     if waiting:
         out.append(Turn("user", tuple(waiting)))
     return system, out
@@ -3340,7 +3360,6 @@ def find_results(turns: list[Turn], mended: Mended) -> dict[str, ToolResult]:
 
 
 GO_ON = "Continue exactly after: "
-NO_RESULT = (Text("no result was recorded for this call"),)
 
 
 def pair_tool_results(turns: list[Turn], mended: Mended) -> list[Turn]:
@@ -3350,7 +3369,7 @@ def pair_tool_results(turns: list[Turn], mended: Mended) -> list[Turn]:
 
     def answers_of(calls: list[str]) -> tuple:
         mended["missing results filled in"] += sum(i not in results for i in calls)
-        return tuple(results.get(i) or ToolResult(i, NO_RESULT, True) for i in calls)
+        return tuple(results.get(i) or ToolResult(i, (NO_RESULT,), True) for i in calls)
     out: list[Turn] = []
     waiting: list[str] = []
     for turn in turns:
@@ -3368,7 +3387,7 @@ def pair_tool_results(turns: list[Turn], mended: Mended) -> list[Turn]:
                 others.append(block)
             elif block.call_id not in results:
                 mended["results without a call told as text"] += 1
-                others.append(Text("[result of an earlier tool call]"))
+                others.append(NO_CALL)
                 others.extend(block.blocks)
         if answers or others:
             out.append(Turn("user", answers + tuple(others)))
@@ -3609,9 +3628,8 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
     "search_result": _search_result,
     "tool_reference": _reference, "tool_addition": _reference, "tool_removal": _removal,
     "mid_conv_system": lambda b, path, reading: (Text(
-        "<system-reminder>\n" + "\n".join(
-            t.text for t in reading.blocks(b.get("content") or "", path) if isinstance(t, Text))
-        + "\n</system-reminder>"),),
+        reminder("\n".join(t.text for t in reading.blocks(b.get("content") or "", path)
+                           if isinstance(t, Text)))),),
     "compaction": lambda b, path, _: (Text(_text_at(b.get("content") or "", path + ".content")),),
     **dict.fromkeys(("server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
                      "code_execution_tool_result", "bash_code_execution_tool_result",
@@ -4018,7 +4036,7 @@ def _paired(messages: list) -> list:
 
     def missing(call_id: str) -> dict:
         return {"type": "tool_result", "tool_use_id": call_id, "is_error": True,
-                "content": "no result was recorded for this call"}
+                "content": NO_RESULT.text}
     for message in messages:
         content = message.get("content")
         blocks = objects_of(content) if isinstance(content, list) else [
@@ -4031,7 +4049,7 @@ def _paired(messages: list) -> list:
                     kept.append(block)
                 elif block.get("tool_use_id") not in calls:
                     told = block.get("content") or ""
-                    kept += [{"type": "text", "text": "[result of an earlier tool call]"},
+                    kept += [{"type": "text", "text": NO_CALL.text},
                              *(objects_of(told) if isinstance(told, list) else
                                [{"type": "text", "text": told}] * bool(told))]
             message, calls = {**message, "content": kept}, []
@@ -4056,8 +4074,7 @@ def _relay_messages(text: str, repairs: frozenset, keeps_unsigned: bool) -> str:
         if "system_role" in repairs and json.loads(message).get("role") == "system":
             told = "\n".join(b.text for b in _Reading(ANTHROPIC_BLOCKS).blocks(
                 json.loads(message).get("content") or "", "content") if isinstance(b, Text))
-            told = f"<system-reminder>\n{told}\n</system-reminder>" if told else ""
-            edited = json_encode({"role": "user", "content": told}) if told else ""
+            edited = json_encode({"role": "user", "content": reminder(told)}) if told else ""
         is_whole = is_whole and edited is message
         out += [edited] if edited else []
     if "last_turn" in repairs and out and json.loads(out[-1]).get("role") == "assistant":
@@ -4114,7 +4131,7 @@ def anthropic_relay_request(request: Request, target: Target,
         changes["model"] = quote(target.upstream_id)
     try:
         # a variant: its wish is the owner's; unless what looks like one is the model's own name
-        name = re.sub(r"\[[^\]]*\]\Z", "", request.model.lower())
+        name = WINDOW_MARK.sub("", request.model.lower())
         if request.wanted != request.model and not name.endswith(target.upstream_id.lower()):
             changes.update(_variant_fields(request.model, json.loads(text)))
         if "no_thinking" in repairs:
@@ -5505,7 +5522,7 @@ def account_serves(account: Account, model: Model, provider: Provider,
 def plain_model_name(name: str) -> str:
     """Without vendor prefix and `[1m]`-like endings."""
     name = re.sub(r"(?i)\A(?:models|google|anthropic|antigravity)/", "", name.strip())
-    return re.sub(r"\[[^\]]*\]\Z", "", name)
+    return WINDOW_MARK.sub("", name)
 
 
 def normal_model_name(name: str) -> str:
@@ -5541,6 +5558,18 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
     return next(iter(choices), ()), False
 
 
+def _as_listed(full: str, wanted: str, is_row: Callable[[str], bool]) -> str:
+    """The name that counts: the full one where it is a row's (what looks like an ending is part of
+    it then), without the `claude-` that other models are listed with for clients that keep no
+    other ids; else the `wanted` part."""
+    for spelled in (full, wanted):
+        bare = spelled[7:]
+        if spelled.lower().startswith("claude-") and not is_row(spelled) and (is_row(bare) or any(
+                fnmatch.fnmatchcase(bare.lower(), p) for p in ALIASES)):
+            return bare
+    return full if is_row(full) else wanted
+
+
 def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tuple],
                    serves: Callable[[Model], Any], models: list[Model], wanted: str) -> tuple:
     """The models a client's name means, in order of preference: the very one where a provider takes
@@ -5558,17 +5587,9 @@ def resolve_models(name: str, accounts: list[Account], aliases: Mapping[str, tup
         is_taken = lower in own or any(_is_named(lower, a.provider) for a in accounts)
         return MODELS.get(lower) or listed.get(spelled) or (
             model_from_id(spelled) if is_taken else None)
-    full, wanted = plain_model_name(name), wanted or name
-    if is_row(full):
-        wanted = full           # what looks like an ending is part of the name
-    for spelled in (full, plain_model_name(wanted)):
-        bare = spelled[7:]      # as listed for clients that keep only claude ids
-        if spelled.lower().startswith("claude-") and not is_row(spelled) and (is_row(bare) or any(
-                fnmatch.fnmatchcase(bare.lower(), p) for p in ALIASES)):
-            wanted = bare
-            break
+    wanted = _as_listed(plain_model_name(name), plain_model_name(wanted or name), is_row)
     choices, is_alias = _model_choices(name, wanted, aliases, listed)
-    exact = None if is_alias else known(plain_model_name(wanted))
+    exact = None if is_alias else known(wanted)
     rows = [m for m in map(known, choices) if m is not None]
     asked = normal_model_name(wanted)
     if not is_alias and not is_row(wanted) and (asked.startswith("claude") or asked in TIERS):
@@ -8323,6 +8344,11 @@ class Services:
     counting: Any = field(default_factory=lambda: threading.BoundedSemaphore(8))
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
+    def candidates(self, name: str, wanted: str = "") -> list[Candidate]:
+        """Who serves what a name means; raises ProxyError not_found."""
+        wanted = wanted or model_variant(name)[0]
+        return self.pool.candidates(*self.pool.models_for(name, self.config.aliases, wanted))
+
     def count(self, request: Request, model: Model) -> int:
         """Our own count of a request's input tokens for a model, as calibrated."""
         return max(1, int(estimate_tokens(request, token_family(model))
@@ -8403,7 +8429,7 @@ class Conducting:
         if self.request.search is not None:
             self.candidates = self._searchers(self.candidates)
         if self.request.refusal is not None or self.request.max_tokens == 0:
-            self.candidates = [c for c in self.candidates if self._is_relayed(c.provider)]
+            self.candidates = [c for c in self.candidates if self.request.is_native_to(c.provider)]
         if self.request.refusal is not None and not self.candidates:
             raise self.request.refusal
 
@@ -8413,22 +8439,17 @@ class Conducting:
         services, wish = self.services, self.request.search
 
         def able(candidates: list[Candidate]) -> list[Candidate]:
-            return [c for c in candidates if self._is_relayed(c.provider) or (
+            return [c for c in candidates if self.request.is_native_to(c.provider) or (
                 DIALECTS[c.provider.dialect].can_search or (lambda *_: False))(
                     c.model, c.provider, wish)]
         found = able(candidates)
         with contextlib.suppress(ProxyError):       # the search model may not be known here
-            found = found or able(services.pool.candidates(*services.pool.models_for(
-                services.config.search_model, services.config.aliases)))
+            found = found or able(services.candidates(services.config.search_model))
         if candidates and not found:
             raise ProxyError("no_search", f"no account here can do a {wish.tool} for "
                              f"{self.request.model}; add one with a Gemini model, or an Anthropic "
                              "key: `python3 agproxy.py accounts add`")
         return found
-
-    def _is_relayed(self, provider: Provider) -> bool:
-        native = self.request.native
-        return native is not None and native.dialect == provider.dialect
 
     def _elapsed_s(self) -> float:
         return self.services.clock.monotonic() - self.began
@@ -8526,7 +8547,8 @@ class Conducting:
         """Whether the same candidate gets one more call, after the pause or change it needs."""
         step, is_first = error.rule.step, error.kind not in attempt.seen
         if step is Step.REPAIR:
-            repair = next_repair(error.message, self._is_relayed(provider), attempt.repairs)
+            repair = next_repair(error.message, self.request.is_native_to(provider),
+                                 attempt.repairs)
             if not repair or len(attempt.mended) >= 3:
                 return False
             attempt.repairs |= {repair}
@@ -8575,7 +8597,7 @@ class Conducting:
         dialect, project = DIALECTS[provider.dialect], self._project(lease, attempt)
         target = Target(candidate.model, provider, candidate.upstream_id, project,
                         config.tool_hardening)
-        is_relayed = self._is_relayed(provider)
+        is_relayed = self.request.is_native_to(provider)
         self.client.aim(candidate.model, is_relayed)
         rendered = (dialect.relay_request(request, target, attempt.repairs) if is_relayed else
                     dialect.render_request(request, target, services.signatures, attempt.repairs))
@@ -8658,13 +8680,12 @@ class Conducting:
 def count_upstream(services: Services, request: Request) -> int | None:
     """Input tokens as an upstream of the model counts them; None where none can, is free to, or
     answers in time.  Counts are asked for by the dozen: what fails counts against nobody."""
-    config, pool = services.config, services.pool
-    candidates = pool.candidates(*pool.models_for(request.model, config.aliases, request.wanted))
-    for verdict in pool.verdicts(candidates, ()):
+    pool = services.pool
+    for verdict in pool.verdicts(services.candidates(request.model, request.wanted), ()):
         candidate = verdict.candidate
         account, provider = candidate.account, candidate.provider
         dialect = DIALECTS[provider.dialect]
-        is_relayed = request.native is not None and request.native.dialect == provider.dialect
+        is_relayed = request.is_native_to(provider)
         target = Target(candidate.model, provider, candidate.upstream_id)
         if verdict.state not in ("usable", "soft", "busy") or (request.refusal and not is_relayed):
             continue
@@ -8799,6 +8820,7 @@ def request_row(record: Record, now: float) -> dict:
 
 class Exchange:
     """One request and its answer, while its thread or the relay works on it."""
+    model = MODELS["gemini-3-flash"]        # that is asked, as far as it is known
 
     def __init__(self, downstream: Downstream, services: Services, line: RequestLine,
                  headers: dict[str, str], body: bytes = b""):
@@ -8816,7 +8838,6 @@ class Exchange:
         self.route = ""                             # why this candidate
         self.more_headers: dict[str, str] = {}      # of the answer, beside the usual
         self.scale_window = 0                       # the client's, with usage_scaling
-        self.model = MODELS["gemini-3-flash"]       # that is asked, as far as it is known
         self.pipe: Any = None                       # of the call under way
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
@@ -9620,7 +9641,9 @@ class Handler:
 
     def messages(self, exchange: Exchange, match: Any) -> bool:
         request = self.parse(exchange, False)
-        if self._answers_locally(request):
+        model = self._local_model(request)
+        if model is not None:
+            exchange.aim(model, False)
             self._reply_locally(exchange, request)
             return False
         name = self.services.config.background_model
@@ -9633,50 +9656,50 @@ class Handler:
         except ProxyError as err:
             if err.kind != "no_search":
                 raise
-            answer = self._no_search(request, err)
+            answer = self._no_search(exchange, err)
         if isinstance(answer, tuple):
             return self._stream(exchange, *answer)
         self._reply_whole(exchange, answer)
         return False
 
     def _serves(self, name: str) -> bool:
-        pool, aliases = self.services.pool, self.services.config.aliases
         with contextlib.suppress(ProxyError):       # nobody knows the name
-            return bool(pool.candidates(*pool.models_for(name, aliases, model_variant(name)[0])))
+            return bool(self.services.candidates(name))
         return False
 
-    def _no_search(self, request: Request, error: ProxyError) -> Reply:
+    def _no_search(self, exchange: Exchange, error: ProxyError) -> Reply:
         """A search that nobody can do: an error of its tool, never an empty success."""
+        request = exchange.request
         name, call_id = request.search.tool, new_id("srvtoolu_agp")
         asked = next((b.text for t in reversed(request.turns) for b in t.blocks
                       if isinstance(b, Text)), "")
-        usage = Usage(input_tokens=estimate_tokens(request), output_tokens=1)
+        usage = Usage(self.services.count(request, exchange.model), output_tokens=1)
         return Reply((ServerCall(call_id, name, {"query": asked[:200]}),
                       Found(call_id, name, (), "unavailable"), Text(error.message)),
                      Finish(Stop.END, usage))
 
-    def _answers_locally(self, request: Request) -> bool:
-        """Whether a request needs no model: probes, warm-ups, and what asks for no token; an
-        upstream of its own language fills its cache by the latter."""
-        config, pool = self.services.config, self.services.pool
+    def _local_model(self, request: Request) -> Model | None:
+        """The model in whose name a request is answered here, None where a real one is needed:
+        probes, warm-ups, and what asks for no token need none; an upstream of the client's own
+        language fills its cache by the latter."""
         if request.refusal is not None or not (request.small in ("probe", "warmup")
                                                or request.max_tokens == 0):
-            return False
-        candidates = pool.candidates(*pool.models_for(request.model, config.aliases,
-                                                      request.wanted))
-        is_native = [request.native is not None and request.native.dialect == c.provider.dialect
-                     for c in candidates]
+            return None
+        services = self.services
+        candidates = services.candidates(request.model, request.wanted)
         if request.max_tokens == 0:
-            return not any(is_native)
-        # where nobody can serve, the refusal is the better answer
-        return any(v.state != "stopped" for v in pool.verdicts(candidates, ()))
+            is_local = not any(request.is_native_to(c.provider) for c in candidates)
+        else:       # where nobody can serve, the refusal is the better answer
+            is_local = any(v.state != "stopped" for v in services.pool.verdicts(candidates, ()))
+        return (candidates[0].model if candidates else Exchange.model) if is_local else None
 
     def _reply_locally(self, exchange: Exchange, request: Request) -> None:
         kind = request.small or "warmup"
         exchange.more_headers["x-agproxy-local"] = kind
         exchange.record.note = f"answered locally: {kind}"
         self.services.meters.add(saved=1)
-        usage = Usage(estimate_tokens(request), output_tokens=min(1, request.max_tokens))
+        usage = Usage(self.services.count(request, exchange.model),
+                      output_tokens=min(1, request.max_tokens))
         stop = Stop.LENGTH if request.max_tokens < 2 else Stop.END
         blocks = (Text("OK"),) if request.max_tokens else ()
         self._reply_whole(exchange, Reply(blocks, Finish(stop, usage)))
@@ -9743,8 +9766,7 @@ def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any) -> Non
     count = count_upstream(services, request)
     how = "upstream" if count is not None else "estimate"
     candidates = services.pool.candidates(*models)
-    is_native = request.native is not None and bool(candidates) and (
-        candidates[0].provider.dialect == request.native.dialect)
+    is_native = bool(candidates) and request.is_native_to(candidates[0].provider)
     if count is None:
         if request.refusal is not None and not is_native:
             raise request.refusal
