@@ -23,6 +23,7 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
      7. Neutral form
      8. Bridges
      9. Anthropic dialect
+    10. OpenAI dialects
     11. Gemini dialect and envelope
     12. Connections
     13. Accounts
@@ -291,6 +292,9 @@ TIERS = {       # a word in a Claude name; clients ask for ids that no other ups
     "haiku": ("gemini-3-flash",),
     "sonnet": ("claude-sonnet-4-6", "gemini-3-flash-agent"),
 }
+SEARCH_TOOLS = {"web_search": "web_search_20250305", "web_fetch": "web_fetch_20250910"}
+ADAPTIVE_MODELS = (     # decide themselves how long to think; older Claudes want a budget
+    "claude-opus-4-[6-9]*", "claude-sonnet-4-[6-9]*", "claude-*-[5-9]*", "claude-[5-9]*")
 FALLBACKS = {       # with `fallback`: what serves when a model is exhausted; one hop, no chains
     "claude-opus-4-6-thinking": "gemini-pro-agent", "claude-sonnet-4-6": "gemini-3-flash",
     "gemini-pro-agent": "claude-opus-4-6-thinking", "gemini-3.1-pro-low": "claude-sonnet-4-6",
@@ -308,9 +312,10 @@ class Provider(NamedTuple):
     id: str
     dialect: str                    # key of DIALECTS (room 15)
     base_urls: tuple[str, ...]      # in order of preference
-    auth: str                       # oauth, x-goog-api-key, x-api-key, bearer
+    auth: str                       # of AUTH_KINDS; `google` takes keys and tokens of Vertex
     envelope: str                   # which Cloud Code wrapping: antigravity, gemini-cli, none
-    catalogue: str                  # how it names models: on_cloud_code, key_id, cli_id, as asked
+    catalogue: str                  # how it names models: on_cloud_code, key_id, cli_id, vertex,
+                                    # as asked
     user_agent: str                 # {os} and {arch} in Go's naming
     token_url: str = ""
     client_id: str = ""             # an OAuth client comes from the owner, never from here
@@ -327,18 +332,57 @@ class Provider(NamedTuple):
     names: tuple[str, ...] = ()     # patterns of model names that it takes as they are asked for
     stand_ins: tuple[str, ...] = ()     # ... with models of its own, when nobody else can serve
     quirks: tuple[str, ...] = ()    # of QUIRKS
+    endpoints: tuple[tuple[str, tuple[str, ...]], ...] = ()     # (dialect, base URLs) it has beside
+    variables: tuple[str, ...] = ()     # of the environment, whose key makes an account by itself
+    quota: str = ""                 # URL of a free reading of what is left
+    quota_form: str = ""            # key of QUOTA_FORMS (room 14)
+
+    def speaking(self, dialect: str) -> Provider:
+        """The row for a client of that language: with its own endpoint where the service has one,
+        so that nothing needs to be translated."""
+        urls = dict(self.endpoints).get(dialect) if dialect != self.dialect else None
+        return self._replace(dialect=dialect, base_urls=urls) if urls else self
 
 
 QUIRKS = {      # where a compatible service differs from its model, one word a difference
     "unsigned_thinking": "wants its own thinking back although no signature is on it",
     "no_count": "has no /v1/messages/count_tokens",
+    "no_search": "does not search the web by itself",
+    "no_images": "takes no images",
+    "no_cache_control": "refuses marks for its prompt cache",
+    "no_json_schema": "takes no schema for an answer, only `json_object`",
+    "no_stream_options": "refuses to tell usage in streams",
+    "no_parallel_flag": "refuses `parallel_tool_calls`",
+    "tool_choice_basic": "takes `auto` and `none` only for `tool_choice`",
+    "completion_limit": "wants `max_completion_tokens` in place of `max_tokens`",
+    "reasoning_replay": "wants the reasoning of earlier turns with calls back",
+    "inline_think": "thinks inside `<think>` in the text",
+    "no_effort": "has no switch for thinking",
+    "thinking_type": "switches thinking by `thinking: {type}`",
+    "enable_thinking": "switches thinking by `enable_thinking` and `thinking_budget`",
+    "template_thinking": "switches thinking by `chat_template_kwargs`",
+    "reasoning_object": "takes `reasoning: {effort or max_tokens}`",
 }
-DIALECT_IDS = ("gemini", "anthropic")       # that an upstream can speak
-AUTH_KINDS = ("oauth", "x-goog-api-key", "x-api-key", "bearer")
+DIALECT_IDS = ("gemini", "anthropic", "chat", "responses")      # that an upstream can speak
+AUTH_KINDS = ("oauth", "x-goog-api-key", "x-api-key", "bearer", "google")
+KEYLESS = ("ollama", "lmstudio", "vllm", "llamacpp")        # servers of one's own want no key
 
 _GOOGLE = {"auth_url": "https://accounts.google.com/o/oauth2/v2/auth",
            "token_url": "https://oauth2.googleapis.com/token",
            "userinfo_url": "https://www.googleapis.com/oauth2/v1/userinfo?alt=json"}
+_AGENT = "agproxy/" + VERSION
+
+
+def _compatible(name: str, url: str, tag: str, variable: str = "", *names: str,
+                quirks: tuple = (), quota: str = "", quota_form: str = "",
+                **endpoints: str) -> Provider:
+    """The row of a service that speaks Chat and perhaps more, with a key of its own or none."""
+    return Provider(name, "chat", (url,), "bearer", "", "as asked", _AGENT, signature_tag=tag,
+                    names=names, quirks=quirks, quota=quota, quota_form=quota_form,
+                    variables=(variable,) * bool(variable),
+                    endpoints=tuple((dialect, (u,)) for dialect, u in endpoints.items()))
+
+
 _SCOPE = "https://www.googleapis.com/auth/"
 _SCOPES = f"{_SCOPE}cloud-platform {_SCOPE}userinfo.email {_SCOPE}userinfo.profile"
 PROVIDERS = {row.id: row for row in (
@@ -358,13 +402,76 @@ PROVIDERS = {row.id: row for row in (
              policy="Google serves this sign-in to its own clients, since June 2026 with Standard "
                     "and Enterprise licences only; third-party use may cost the account."),
     Provider("gemini", "gemini", ("https://generativelanguage.googleapis.com",),
-             "x-goog-api-key", "", "key_id", "agproxy/" + VERSION, signature_tag="k"),
+             "x-goog-api-key", "", "key_id", _AGENT, signature_tag="k",
+             variables=("GEMINI_API_KEY", "GOOGLE_API_KEY")),
+    Provider("vertex", "gemini", ("https://aiplatform.googleapis.com",), "google", "", "vertex",
+             _AGENT, signature_tag="v", token_url=_GOOGLE["token_url"]),
     Provider("anthropic", "anthropic", ("https://api.anthropic.com",), "x-api-key", "", "as asked",
-             "agproxy/" + VERSION, names=("claude-*",)),
+             _AGENT, names=("claude-*",), variables=("ANTHROPIC_API_KEY",)),
+    Provider("openai", "responses", ("https://api.openai.com/v1",), "bearer", "", "as asked",
+             _AGENT, "", "", "", signature_tag="o", quirks=("completion_limit",),
+             names=("gpt-[0-9]*", "o[1-9]*", "chatgpt-*", "codex-*"),
+             endpoints=(("chat", ("https://api.openai.com/v1",)),), variables=("OPENAI_API_KEY",)),
     Provider("zai", "anthropic", ("https://api.z.ai/api/anthropic",), "x-api-key", "", "as asked",
-             "agproxy/" + VERSION, names=("glm-*",), stand_ins=("claude-*",),
-             quirks=("unsigned_thinking", "no_count"),
+             _AGENT, names=("glm-*",), stand_ins=("claude-*",), signature_tag="z",
+             quirks=("unsigned_thinking", "no_count", "no_search", "thinking_type",
+                     "reasoning_replay", "tool_choice_basic", "no_json_schema"),
+             endpoints=(("chat", ("https://api.z.ai/api/paas/v4",)),), variables=("ZAI_API_KEY",)),
+    Provider("zai-plan", "anthropic", ("https://api.z.ai/api/anthropic",), "bearer", "", "as asked",
+             _AGENT, names=("glm-*",), stand_ins=("claude-*",), signature_tag="zp",
+             quirks=("unsigned_thinking", "no_count", "no_search", "thinking_type",
+                     "reasoning_replay", "tool_choice_basic", "no_json_schema"),
+             endpoints=(("chat", ("https://api.z.ai/api/coding/paas/v4",)),
+                        ("responses", ("https://api.z.ai/api/v1",))),
+             quota="https://api.z.ai/api/monitor/usage/quota/limit", quota_form="zai",
              policy="A Z.AI Coding Plan is sold for the coding tools its documents list."),
+    _compatible("openrouter", "https://openrouter.ai/api/v1", "or", "OPENROUTER_API_KEY", "*/*",
+                anthropic="https://openrouter.ai/api", responses="https://openrouter.ai/api/v1",
+                quirks=("reasoning_object", "reasoning_replay", "no_count", "no_search"),
+                quota="https://openrouter.ai/api/v1/key", quota_form="openrouter"
+                )._replace(auth_url="https://openrouter.ai/auth",
+                           token_url="https://openrouter.ai/api/v1/auth/keys"),
+    _compatible("moonshot", "https://api.moonshot.ai/v1", "mo", "MOONSHOT_API_KEY", "kimi-*",
+                "moonshot-*", anthropic="https://api.moonshot.ai/anthropic",
+                responses="https://api.moonshot.ai/v1",
+                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_count",
+                        "no_search"),
+                quota="https://api.moonshot.ai/v1/users/me/balance", quota_form="balance"),
+    _compatible("kimi", "https://api.kimi.com/coding/v1", "ki", "KIMI_API_KEY", "kimi-for-coding*",
+                anthropic="https://api.kimi.com/coding",
+                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_count",
+                        "no_search"),
+                quota="https://api.kimi.com/coding/v1/usages", quota_form="kimi"),
+    _compatible("minimax", "https://api.minimax.io/v1", "mm", "MINIMAX_API_KEY", "minimax-*",
+                anthropic="https://api.minimax.io/anthropic",
+                responses="https://api.minimax.io/v1",
+                quirks=("reasoning_replay", "unsigned_thinking", "inline_think", "no_effort",
+                        "no_count", "no_search")),
+    _compatible("deepseek", "https://api.deepseek.com", "ds", "DEEPSEEK_API_KEY", "deepseek-*",
+                anthropic="https://api.deepseek.com/anthropic",
+                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_json_schema",
+                        "no_images", "no_count", "no_search"),
+                quota="https://api.deepseek.com/user/balance", quota_form="balance"),
+    _compatible("qwen", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qw",
+                "DASHSCOPE_API_KEY", "qwen*", "qwq*",
+                anthropic="https://dashscope-intl.aliyuncs.com/apps/anthropic",
+                responses="https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+                quirks=("enable_thinking", "no_count", "no_search")),
+    _compatible("xai", "https://api.x.ai/v1", "x", "XAI_API_KEY", "grok-*",
+                responses="https://api.x.ai/v1"),
+    _compatible("mistral", "https://api.mistral.ai/v1", "mi", "MISTRAL_API_KEY", "mistral-*",
+                "*stral-*", quirks=("no_effort", "no_stream_options")),
+    _compatible("groq", "https://api.groq.com/openai/v1", "gr", "GROQ_API_KEY"),
+    _compatible("ollama", "http://localhost:11434/v1", "ol", quirks=("no_parallel_flag",
+                                                                    "no_count", "no_search"),
+                anthropic="http://localhost:11434", responses="http://localhost:11434/v1"),
+    _compatible("lmstudio", "http://localhost:1234/v1", "lm", quirks=(
+        "no_parallel_flag", "no_count", "no_search"), responses="http://localhost:1234/v1"),
+    _compatible("vllm", "http://localhost:8000/v1", "vl",
+                quirks=("no_parallel_flag", "template_thinking"),
+                responses="http://localhost:8000/v1"),
+    _compatible("llamacpp", "http://localhost:8081/v1", "lc",
+                quirks=("no_parallel_flag", "no_effort")),
     Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
              signature_tag="s"),
 )}
@@ -778,6 +885,50 @@ def objects_of(value: Any) -> list[dict]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+# Fields of a client's body: a wrong one is refused by its path
+
+def list_at(value: Any, path: str) -> list:
+    if not isinstance(value, list):
+        raise invalid(path, "a list is required")
+    return value
+
+
+def text_at(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(path, "a string is required")
+    return value
+
+
+def dict_at(value: Any, path: str) -> dict:
+    if not isinstance(value, dict):
+        raise invalid(path, "an object is required")
+    return value
+
+
+def number_at(body: Mapping, name: str, low: float, high: float) -> float | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise invalid(name, f"a number from {low} to {high} is required")
+    return value
+
+
+def flag_at(body: Mapping, name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise invalid(name, "true or false is required")
+    return value is True
+
+
+def model_at(body: Mapping) -> str:
+    """The name of the model a client asks for."""
+    model = text_at(body.get("model"), "model")
+    if not 0 < len(model) <= MAX_MODEL_NAME:
+        raise invalid("model", f"from 1 to {MAX_MODEL_NAME} characters are required")
+    return model
+
+
 # ── 4. Config ─────────────────────────────────────────────────────────────
 # What a person decides: settings, providers, accounts, aliases.  Read from
 # accounts.json, validated field by field; secrets are resolved when asked for.
@@ -921,24 +1072,46 @@ def config_settings(stored: Mapping, flags: Mapping, environ: Mapping[str, str])
     return found
 
 
+_TAILS = {      # what base URLs are pasted with and the paths here bring themselves
+    "anthropic": r"(/v1)?(/messages)?/*\Z", "chat": r"(/chat/completions)?/*\Z",
+    "responses": r"(/responses)?/*\Z", "gemini": r"(/v1beta)?(/models)?/*\Z"}
+
+
+def _base_urls(value: Any, dialect: str, where: str) -> tuple[str, ...]:
+    urls = [value] if isinstance(value, str) else value
+    if not isinstance(urls, list) or not urls or not all(
+            isinstance(u, str) and re.fullmatch(
+                r"https?://([^/\s:@\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\S*)?", u) for u in urls):
+        raise ConfigError(f"{where}: a http(s) URL, or a list of them, is required")
+    cut = [re.sub(_TAILS.get(dialect, r"/*\Z"), "", u) for u in urls]
+    if dialect in ("chat", "responses"):        # OpenAI's own paths begin with it
+        cut = [u + "/v1" if re.fullmatch(r"https?://[^/]+", u) else u for u in cut]
+    return tuple(cut)
+
+
 def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
     """A built-in row with cells replaced, or a new row of a known dialect."""
     if not isinstance(cells, dict):
         raise ConfigError(f"providers.{name}: an object is required")
     row = known or Provider(name, "", (), "x-goog-api-key", "", "key_id", "agproxy/" + VERSION,
                             signature_tag=hashlib.sha256(name.encode()).hexdigest()[:4])
-    if known is None and cells.get("dialect") == "anthropic":
-        row = row._replace(auth="x-api-key", catalogue="as asked", names=("*",))
+    spoken = cells.get("endpoints")
+    if known is None and "dialect" not in cells and isinstance(spoken, dict) and spoken:
+        dialect = next(iter(spoken))
+        cells = {"dialect": dialect, "base_url": spoken[dialect], **cells}
+    if known is None and cells.get("dialect") in ("anthropic", "chat", "responses"):
+        row = row._replace(auth="x-api-key" if cells["dialect"] == "anthropic" else "bearer",
+                           catalogue="as asked", names=("*",))
+    dialect = str(cells.get("dialect", row.dialect))
+    if known is not None and "base_url" in cells:       # the others would still be the vendor's
+        row = row._replace(endpoints=())
     for cell, value in cells.items():
         where = f"providers.{name}.{cell}"
         if cell == "base_url":
-            urls = [value] if isinstance(value, str) else value
-            if not isinstance(urls, list) or not urls or not all(
-                    isinstance(u, str) and re.fullmatch(r"https?://[^/\s:]+(:\d{1,5})?(/\S*)?"
-                                                        r"|https?://\[[0-9a-f:]+\](:\d{1,5})?", u)
-                    for u in urls):
-                raise ConfigError(f"{where}: a http(s) URL, or a list of them, is required")
-            row = row._replace(base_urls=tuple(u.rstrip("/") for u in urls))
+            row = row._replace(base_urls=_base_urls(value, dialect, where))
+        elif cell == "endpoints" and isinstance(value, dict) and set(value) <= set(DIALECT_IDS):
+            row = row._replace(endpoints=tuple((d, _base_urls(u, d, where)) for d, u in
+                                               value.items() if d != dialect))
         elif cell == "headers" and isinstance(value, dict):
             row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
         elif cell in ("names", "stand_ins", "quirks") and isinstance(value, list) and all(
@@ -982,13 +1155,14 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
     if not providers[row["provider"]].base_urls:
         raise ConfigError(f"{where}.provider: {row['provider']} has no base_url")
     given = [name for name in CREDENTIALS if row.get(name)]
-    if not given and row["provider"] not in PROVIDERS and (
-            providers[row["provider"]].auth != "oauth"):
+    auth = providers[row["provider"]].auth
+    if not given and (row["provider"] not in PROVIDERS or row["provider"] in KEYLESS) and (
+            auth != "oauth"):
         return dict(row)            # a server of one's own may want no key
     if len(given) != 1:
         raise ConfigError(f"{where}: exactly one of {', '.join(CREDENTIALS)} is required")
     is_key = given == ["api_key"]
-    if is_key != (providers[row["provider"]].auth != "oauth"):
+    if auth != "google" and is_key != (auth != "oauth"):
         raise ConfigError(f"{where}: {row['provider']} takes "
                           f"{'a refresh_token or access_token' if is_key else 'an api_key'}")
     return dict(row)
@@ -1056,12 +1230,23 @@ def stored_accounts(stored: Mapping) -> list[tuple[str, dict]]:
             if isinstance(row, dict)] if isinstance(stored.get("accounts"), list) else []
 
 
+def environment_accounts(environ: Mapping[str, str]) -> list[dict]:
+    """An account for each provider whose key stands in the environment: where there is no file, a
+    key is enough."""
+    return [{"name": row.id, "provider": row.id, "api_key": "env:" + variable}
+            for row in PROVIDERS.values() for variable in row.variables[:1] + tuple(
+                v for v in row.variables[1:] if not environ.get(row.variables[0]))
+            if environ.get(variable)]
+
+
 def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
                 stored: dict | None = None, recovers: bool = False) -> Config:
     """The whole configuration, from `path` or from `stored`; raises ConfigError with a sentence."""
     stored = read_accounts_file(path, recovers) if stored is None else stored
     warn_unknown(stored, ("settings", "providers", "accounts", "aliases", "groups", "users",
                           "routes", "rules"), "")
+    if not stored and path:
+        stored = {"accounts": environment_accounts(environ)}
     for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
                        ("aliases", dict)):
         if not isinstance(stored.get(name, kind()), kind):
@@ -1874,10 +2059,21 @@ class Stop(enum.Enum):
     OVERFLOW = "overflow"
 
 
-STOP_WORDS = {          # neutral -> Anthropic
-    Stop.END: "end_turn", Stop.LENGTH: "max_tokens", Stop.TOOL: "tool_use",
-    Stop.SEQUENCE: "stop_sequence", Stop.REFUSAL: "refusal",
-    Stop.OVERFLOW: "model_context_window_exceeded",
+class Words(NamedTuple):
+    anthropic: str
+    chat: str
+    gemini: str
+    incomplete: str = ""        # why a Responses answer is, "" where it is complete
+
+
+STOP_WORDS = {
+    Stop.END: Words("end_turn", "stop", "STOP"),
+    Stop.LENGTH: Words("max_tokens", "length", "MAX_TOKENS", "max_output_tokens"),
+    Stop.TOOL: Words("tool_use", "tool_calls", "STOP"),
+    Stop.SEQUENCE: Words("stop_sequence", "stop", "STOP"),
+    Stop.REFUSAL: Words("refusal", "content_filter", "SAFETY", "content_filter"),
+    Stop.OVERFLOW: Words("model_context_window_exceeded", "length", "MAX_TOKENS",
+                         "max_output_tokens"),
 }
 
 
@@ -1895,6 +2091,15 @@ class Usage:
 
 # Blocks of a request
 
+IMAGE_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+               (b"%PDF", "application/pdf"))
+AUDIO_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "image/heif",
+               "application/pdf", *AUDIO_TYPES.values(), "audio/aac", "audio/ogg", "audio/flac",
+               "video/mp4", "video/webm")
+_BASE64, _URL_SAFE = re.compile(r"[A-Za-z0-9+/]+"), str.maketrans("-_", "+/")
+
+
 @dataclass(frozen=True)
 class Text:
     text: str
@@ -1902,10 +2107,68 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Note(Text):
+    """A system turn of mid-conversation that stands in a user turn."""
+
+
+@dataclass(frozen=True)
 class Media:
-    """An image or document, base64 without prefix or line breaks."""
-    media_type: str
+    """An image, document or sound: base64 without prefix or line breaks, or the `url` from which
+    an upstream that does so fetches it."""
+    media_type: str         # `image/*` where only the kind is known
     data: str
+    url: str = ""
+    name: str = ""          # of a document
+    path: str = field(default="", compare=False)    # where it stands in the client's request
+
+
+def media_of_data(data: Any, media_type: Any, path: str, name: str = "") -> Media:
+    """The Media of base64 as clients write it: with prefix, line breaks or URL-safe letters; of the
+    type that its first bytes tell, which is more often right than the declared one."""
+    data = text_at(data, path)
+    if data.startswith("data:"):
+        head, _, data = data.partition(",")
+        media_type = media_type or head[5:].partition(";")[0]
+    if any(c in data for c in "\r\n\t "):
+        data = "".join(data.split())
+    data = data.translate(_URL_SAFE).rstrip("=")
+    if not data or len(data) % 4 == 1 or not _BASE64.fullmatch(data):
+        raise invalid(path, "base64 is required")
+    data += "=" * (-len(data) % 4)
+    start = base64.b64decode(data[:32])
+    if start.startswith(b"RIFF") and start[8:12] in (b"WEBP", b"WAVE"):
+        media_type = "image/webp" if start[8:12] == b"WEBP" else "audio/wav"
+    media_type = next((kind for magic, kind in IMAGE_MAGIC if start.startswith(magic)), media_type)
+    if media_type not in MEDIA_TYPES:
+        raise invalid(path, f"of type {media_type!r}; one of {', '.join(MEDIA_TYPES)} is required")
+    return Media(media_type, data, name=name, path=path)
+
+
+def media_of_url(url: Any, media_type: str, path: str, name: str = "") -> Media:
+    """The Media that an upstream is to fetch; nothing here ever does.  Raises ProxyError for what
+    points into a private network."""
+    import ipaddress
+    parts = urllib.parse.urlsplit(text_at(url, path))
+    host = (parts.hostname or "").rstrip(".").lower()
+    if parts.scheme not in ("http", "https", "gs") or not host:
+        raise invalid(path, "a data: or http(s) URL is required")
+    with contextlib.suppress(ValueError):       # a name, no address
+        number = int(host, 0) if re.fullmatch(r"0x[0-9a-f]+|[0-9]+", host) else host
+        if not ipaddress.ip_address(number).is_global:
+            host = "localhost"
+    is_private = host == "localhost" or host.endswith((".localhost", ".local", ".internal", ".lan"))
+    if is_private or re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){1,3}",
+                                  host) and not re.fullmatch(r"([1-9][0-9]{0,2}|0)"
+                                                             r"(\.([1-9][0-9]{0,2}|0)){3}", host):
+        raise ProxyError("bad_request", f"{path}: addresses of private networks are not passed on")
+    return Media(media_type, "", url, name, path)
+
+
+def media_at(source: Any, media_type: str, path: str, name: str = "") -> Media:
+    """The Media of a URL, which may be a `data:` one."""
+    if text_at(source, path).startswith("data:"):
+        return media_of_data(source, "", path, name)
+    return media_of_url(source, media_type, path, name)
 
 
 @dataclass(frozen=True)
@@ -1963,6 +2226,7 @@ class Tool:
     name: str
     description: str
     schema: dict
+    is_strict: bool = False     # the client wants arguments of exactly this schema
 
 
 @dataclass(frozen=True)
@@ -1975,11 +2239,17 @@ class SearchWish:
 
 @dataclass(frozen=True)
 class ThinkingWish:
-    """What the client asked for: `is_on` None means it did not say; budget None means by effort."""
+    """What the client asked for: `is_on` None means it did not say, which is no in one dialect and
+    with the effort `auto` the model's own default in others; budget None means by effort."""
     is_on: bool | None = None
     budget_tokens: int | None = None
     effort: str = ""
     shows_text: bool = True
+    shows: bool | None = None       # whether thoughts are to be told; None: where it is on
+
+    @property
+    def is_shown(self) -> bool:
+        return self.is_on is True if self.shows is None else self.shows
 
 
 _VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|max))\Z", re.I)
@@ -2014,6 +2284,13 @@ class Native:
     raw: bytes                          # a JSON object
     headers: tuple = ()                 # (name, value) of those the upstream is to see
     query: str = ""
+    verb: str = ""                      # of Gemini's path
+
+
+ANY_OBJECT = {"type": "object"}         # the schema of "any JSON object"
+MORE_FIELDS = {     # what clients may give beyond the common fields: least and most, None for text
+    "seed": (-(1 << 63), 1 << 63), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+    "verbosity": None, "service_tier": None, "user": None, "schema_name": None, "title": None}
 
 
 @dataclass(frozen=True)
@@ -2025,13 +2302,14 @@ class Request:
     tools: tuple = ()
     tool_choice: tuple = ("auto", "")   # auto, any, none, or tool with its name
     one_call: bool = False              # no parallel calls wanted
-    max_tokens: int = 0
+    max_tokens: int | None = None       # None: as many as the model has
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: tuple = ()
     thinking: ThinkingWish = ThinkingWish()
-    json_schema: dict | None = None     # the answer must be JSON of this schema
+    json_schema: dict | None = None     # the answer must be JSON of this schema, or ANY_OBJECT
+    more: Mapping = field(default_factory=dict)     # of MORE_FIELDS what the client gave
     search: SearchWish | None = None
     session: str = ""                   # same for all requests of one conversation
     agent: str = ""                     # which of the session's agents asks, "" the main one
@@ -2041,10 +2319,21 @@ class Request:
     window_tokens: int = CLIENT_WINDOW  # what the client takes for the model's window
     native: Native | None = None
     refusal: ProxyError | None = None   # why only an upstream of its own dialect can take it
+    dialect: str = "anthropic"          # of the client
+    ext: Mapping = field(default_factory=dict)      # what only its own dialect's renderer reads
+    left_out: tuple = ()                # hosted tools that no other service offers
 
     def is_native_to(self, provider: Provider) -> bool:
         """Whether the upstream speaks the client's own language: nothing is translated then."""
-        return self.native is not None and self.native.dialect == provider.dialect
+        return self.native is not None and self.native.dialect == provider.dialect and (
+            not provider.envelope)
+
+    @functools.cached_property
+    def media(self) -> tuple:
+        """Every Media of the conversation, those in results of tools too."""
+        blocks = [b for t in self.turns for b in t.blocks]
+        blocks += [inner for b in blocks if isinstance(b, ToolResult) for inner in b.blocks]
+        return tuple(b for b in blocks if isinstance(b, Media))
 
     @functools.cached_property
     def conversation(self) -> str:
@@ -2065,6 +2354,18 @@ class Target(NamedTuple):
     upstream_id: str
     project: str = ""
     hardens_tools: bool = False     # tells parameters in descriptions too
+
+
+_SESSION_HEADERS = ("session-id", "session_id", "x-session-id", "x-session-affinity", "thread-id",
+                    "x-client-request-id")
+_SESSION_FIELDS = ("session_id", "sessionId", "conversation_id", "prompt_cache_key")
+
+
+def session_key(body: Mapping, headers: Mapping[str, str]) -> str:
+    """What all requests of one conversation share; "" when the client does not say."""
+    return next((str(v) for v in (*(headers.get(h) for h in _SESSION_HEADERS),
+                                  *(body.get(f) for f in _SESSION_FIELDS))
+                 if v and isinstance(v, str)), "")
 
 
 # Deltas of an answer
@@ -2303,6 +2604,7 @@ class AnswerShape(NamedTuple):
     client_call: Callable[[str, dict], tuple] = lambda name, arguments: (name, arguments)
     estimate_input: Callable[[], int] = lambda: 0       # asked where the upstream reports nothing
     used_ids: frozenset = frozenset()
+    call_prefix: str = "toolu_"     # of a call's id where the upstream gives none
     prefill: str = ""       # the client's beginning of the answer, which is not to be repeated
     pick_json: Callable[[str], str] | None = None       # takes the wanted JSON out of a text
     # sources come last and belong first: (text, GROUNDS) -> loose pieces; None holds nothing back
@@ -2486,7 +2788,7 @@ class Assembler:
             self._signature = self.shape.wrap_signature(call.signature, "f")
         call_id = call.id
         if not re.fullmatch(r"[a-zA-Z0-9_-]+", call_id) or call_id in self._ids:
-            call_id = new_id("toolu_")
+            call_id = new_id(self.shape.call_prefix)
         self._ids.add(call_id)
         if call.signature:
             self.shape.remember(call_id, call.signature)
@@ -2577,12 +2879,12 @@ class TextGate:
     off its start.  Holds back the longest tail that could still become a stop sequence; all of a
     text that is to be JSON, to take out its value by `pick`."""
 
-    def __init__(self, stop_sequences: Iterable[str], max_tokens: int, prefill: str,
+    def __init__(self, stop_sequences: Iterable[str], max_tokens: int | None, prefill: str,
                  pick: Callable[[str], str] | None, usage: Callable[[], Usage]):
         self.usage, self.prefill, self.pick = usage, prefill, pick
         self.sequences = [s for s in stop_sequences if s.strip()]
         # our count is a guess and the upstream has the true limit: this only stops a runaway
-        self.budget = max_tokens * 1.25 + 16
+        self.budget = (max_tokens or 1 << 40) * 1.25 + 16
         self.done = False
         self._tail, self._tokens = "", 0.0
         self._said: list[str] = []
@@ -3259,10 +3561,11 @@ def reminder(text: str) -> str:
     return f"<system-reminder>\n{text}\n</system-reminder>"
 
 
-def fold_system_turns(turns: Iterable[Turn], mended: Mended) -> tuple[list[str], list[Turn]]:
-    """Mid-conversation system turns become reminders in the user turn they follow, or else in the
-    next one; those before any user turn go to the system texts.  No Gemini upstream has a system
-    role in `contents`, and an earlier turn is never changed (prompt caches)."""
+def fold_system_turns(turns: Iterable[Turn], mended: Mended,
+                      note: Callable[[str], Text]) -> tuple[list[str], list[Turn]]:
+    """Mid-conversation system turns become notes in the user turn they follow, or else in the next
+    one; those before any user turn go to the system texts.  No Gemini upstream has a system role in
+    `contents`, and an earlier turn is never changed (prompt caches)."""
     system: list[str] = []
     waiting: list[Text] = []
     out: list[Turn] = []
@@ -3279,13 +3582,12 @@ def fold_system_turns(turns: Iterable[Turn], mended: Mended) -> tuple[list[str],
         if not text.strip():
             continue
         mended["system turns folded into user turns"] += 1
-        note = Text(reminder(text))
         if not has_user:
             system.append(text)
         elif out[-1].role == "assistant":
-            waiting.append(note)
+            waiting.append(note(text))
         else:
-            out.append(Turn("user", (note,)))
+            out.append(Turn("user", (note(text),)))
     if waiting:
         out.append(Turn("user", tuple(waiting)))
     return system, out
@@ -3411,14 +3713,36 @@ def close_ends(turns: list[Turn], mended: Mended) -> list[Turn]:
     return turns
 
 
-def repair_turns(turns: Iterable[Turn],
-                 mended: Mended | None = None) -> tuple[list[str], list[Turn]]:
-    """All repairs in their order: (texts for the system instruction, alternating turns)."""
+def told_reminder(text: str) -> Text:
+    return Text(reminder(text))
+
+
+def repair_turns(turns: Iterable[Turn], mended: Mended | None = None,
+                 note: Callable[[str], Text] = told_reminder) -> tuple[list[str], list[Turn]]:
+    """All repairs in their order: (texts for the system instruction, alternating turns).  `note`
+    makes what stands in a user turn for a system turn."""
     mended = Mended() if mended is None else mended
-    system, folded = fold_system_turns(turns, mended)
+    system, folded = fold_system_turns(turns, mended, note)
     numbered = number_repeated_ids(folded, mended)
     paired = pair_tool_results(merge_turns(numbered, mended), mended)
     return system, close_ends(merge_turns(paired, Mended()), mended)
+
+
+def without(value: Any, path: list[str]) -> Any:
+    """`value` without the member a path names; `*` goes through every item of a list.  Words that
+    name no member are kinds of blocks, which Anthropic tells in between."""
+    if isinstance(value, list) and (path[0] == "*" or path[0].isdecimal()):
+        return [without(item, path[1:]) if len(path) > 1 and path[0] in ("*", str(i)) else item
+                for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if path[0] not in value or len(path) > 1 and not isinstance(value[path[0]], (dict, list)):
+        return without(value, path[1:]) if len(path) > 1 else value
+    rest = {k: v for k, v in value.items() if k != path[0]}
+    if len(path) == 1:
+        return rest
+    inner = without(value[path[0]], path[1:])
+    return rest if inner == {} else {**value, path[0]: inner}
 
 
 def drop_old_media(turns: list[Turn]) -> list[Turn]:
@@ -3432,6 +3756,142 @@ def drop_old_media(turns: list[Turn]) -> list[Turn]:
                      for b in blocks)
     return [turn if at >= since else Turn(turn.role, without(turn.blocks))
             for at, turn in enumerate(turns)]
+
+
+def thought_signature(block: Thinking, signatures: Mapping, family: str,
+                      tag: str) -> Signature | None:
+    """The signature of a thought that the service of this family and tag made: the one it carries,
+    else, where its client stripped it, the one that is remembered for its text."""
+    signature = unwrap_signature(block.signature)
+    if signature is None and not block.signature and block.text:
+        known = signatures.get(content_key("text", block.text))
+        signature = Signature(known[0], "t", known[1], known[2]) if known else None
+    return signature if signature and (signature.family, signature.tag) == (family, tag) else None
+
+
+def has_unsigned_open_loop(turns: list[Turn], signatures: Mapping, family: str, tag: str) -> bool:
+    """Whether a model turn of the open tool loop lacks a thought that its service signed: Claude
+    takes such a loop without thinking only."""
+    if not turns or not any(isinstance(b, ToolResult) for b in turns[-1].blocks):
+        return False
+    for turn in reversed(turns[:-1]):
+        if turn.role != "assistant":
+            if not any(isinstance(b, ToolResult) for b in turn.blocks):
+                return False
+            continue
+        made = (thought_signature(b, signatures, family, tag) for b in turn.blocks
+                if isinstance(b, Thinking))
+        if not any(s and s.kind == "t" and signatures.get(content_key("bad", s.raw)) is None
+                   for s in made):
+            return True
+    return False
+
+
+def schema_order(schema: Mapping) -> str:
+    """The wish for JSON in words, for models that take it in no other way."""
+    if schema == ANY_OBJECT:
+        return "Answer with one JSON object and nothing else."
+    return "Answer with one JSON value of this schema and nothing else: " + json_encode(schema)
+
+
+def answer_shape(request: Request, turns: list[Turn], mended: Mended, family: str, tag: str,
+                 signatures: Any) -> AnswerShape:
+    """How the answer's names, ids and signatures are turned back for this client.  `turns` are
+    those that were sent, `family` and `tag` tell whose signatures come."""
+    tools = {tool_name(tool.name): tool for tool in request.tools}
+
+    def client_call(name: str, arguments: dict) -> tuple[str, dict]:
+        name = re.sub(r"\Adefault_api[:.]", "", name)
+        tool = tools.get(name)
+        if tool is None:
+            return name, arguments
+        restored = restore_arguments(arguments, tool.schema)
+        mended["arguments brought to their tool's schema"] += restored != arguments and (
+            arguments.keys() != {PLACEHOLDER})
+        return tool.name, restored
+
+    def remember(key: str, raw: str) -> None:
+        signatures[key] = (family, tag, raw)
+
+    def remember_text(text: str, raw: str) -> None:
+        key = content_key("text", text)
+        if signatures.get(key) is None:     # the same words keep their first signature
+            remember(key, raw)
+    last = turns[-1].blocks[-1]
+    order = last.text if isinstance(last, Text) else ""
+    prefill = order[len(GO_ON):] if order.startswith(GO_ON) and request.turns and (
+        request.turns[-1].role == "assistant") else ""
+    pick_json = None
+    if request.json_schema is not None and not prefill:
+        kind = request.json_schema.get("type")
+        pick_json = functools.partial(first_json, kind=kind if isinstance(kind, str) else "object",
+                                      in_prose=not request.tools)
+    return AnswerShape(
+        shows_thinking=request.thinking.is_shown, thinking_text=request.thinking.shows_text,
+        one_call=request.one_call, remember=remember, client_call=client_call,
+        remember_text=remember_text, prefill=prefill, pick_json=pick_json,
+        wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
+        used_ids=frozenset(b.id for t in request.turns for b in t.blocks
+                           if isinstance(b, ToolCall)))
+
+
+# Relaying to an upstream of the client's own language
+
+def event_data(event: str) -> str:
+    """The data of an event's text."""
+    return "\n".join(line[5:].lstrip(" ") for line in event.split("\n") if line[:5] == "data:")
+
+
+@functools.lru_cache(maxsize=4)
+def _text_member(name: str) -> Any:
+    """A pattern of a member of JSON whose value is a text."""
+    return re.compile(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"')
+
+
+class EventRelay:
+    """Events of an upstream on their way to a client of the same language, as they came: only the
+    model is put back to the client's name.  Usage, content and finish are read on the way.  A
+    dialect's own has `feed(event)` and `read_whole(value)`."""
+    member = "model"        # where an answer names its model
+    last_word = ""          # of a stream that lacks its own
+
+    def __init__(self, state: Any):
+        self.state, self.counts = state, {}
+        self.has_content = self.has_finish = self.is_over = False
+        self._named = f'"{self.member}":{quote(state.model)}'
+
+    def renamed(self, text: str) -> str:
+        """The first member of that name is the event's own: in strings its quotes are escaped."""
+        return _text_member(self.member).sub(lambda _: self._named, text, 1)
+
+    def usage(self) -> Usage:
+        get = self.counts.get
+        cached, written = get("cached", 0), get("written", 0)
+        output = max(get("output", 0), get("visible", 0) + get("thinking", 0))
+        return Usage(max(0, get("input", 0) - cached - written), cached, output,
+                     get("thinking", 0), written, get("searches", 0))
+
+    def read_whole(self, value: dict) -> None:
+        """Reads usage; raises UpstreamFault for what is no answer."""
+        raise NotImplementedError
+
+    def whole(self, raw: bytes) -> bytes:
+        """A whole answer, the model put back; raises ValueError or UpstreamFault."""
+        value = json_decode(raw)
+        if not isinstance(value, dict):
+            raise UpstreamFault(value)
+        self.read_whole(value)
+        if value.get(self.member) in (None, self.state.model):
+            return raw
+        named = {self.member: quote(self.state.model)}
+        return json_splice(raw.decode("utf-8"), named).encode("utf-8")
+
+    def end(self) -> str:
+        """What is missing at the upstream's end, or ProxyError where the answer is cut."""
+        if not (self.has_finish or self.is_over and self.has_content):
+            raise ProxyError("cut" if self.has_content else "empty",
+                             "the upstream ended its answer without a finish")
+        return "" if self.is_over else self.last_word
 
 
 # ── 9. Anthropic dialect ──────────────────────────────────────────────────
@@ -3449,12 +3909,7 @@ def drop_old_media(turns: list[Turn]) -> list[Turn]:
 # [A6] The usage of message_delta is cumulative and corrects that of message_start.
 # [A7] `retry-after` above 60 makes Claude Code stop at once; up to 60 it waits.
 
-IMAGE_MAGIC = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
-               (b"%PDF", "application/pdf"))
-MEDIA_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/heic", "image/heif",
-               "application/pdf")
 _ROLES = ("user", "assistant", "system")
-_BASE64, _URL_SAFE = re.compile(r"[A-Za-z0-9+/]+"), str.maketrans("-_", "+/")
 # Tools that Anthropic's API knows by type only; clients run them themselves.
 CLIENT_TOOLS = {
     "bash_": {"command": "string", "restart": "boolean"},
@@ -3471,12 +3926,6 @@ CLIENT_TOOLS = {
 }
 
 
-def _list_at(value: Any, path: str) -> list:
-    if not isinstance(value, list):
-        raise invalid(path, "a list is required")
-    return value
-
-
 class _Reading:
     """One reading of messages: the table of block types, and what tools are mentioned."""
 
@@ -3490,7 +3939,7 @@ class _Reading:
         if isinstance(content, str):
             return (Text(content),)
         out: list = []
-        for position, block in enumerate(_list_at(content, path)):
+        for position, block in enumerate(list_at(content, path)):
             where = f"{path}.{position}"
             if not isinstance(block, dict) or not isinstance(block.get("type"), str):
                 raise invalid(where + ".type", "a string is required")
@@ -3500,63 +3949,28 @@ class _Reading:
         return tuple(out)
 
 
-def _text_at(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise invalid(path, "a string is required")
-    return value
-
-
-def _dict_at(value: Any, path: str) -> dict:
-    if not isinstance(value, dict):
-        raise invalid(path, "an object is required")
-    return value
-
-
-def _number_at(body: Mapping, name: str, low: float, high: float) -> float | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise invalid(name, f"a number from {low} to {high} is required")
-    return value
-
-
-def _media(source: Any, path: str, reading: _Reading, title: str = "") -> tuple:
+def _media(source: Any, path: str, reading: _Reading, title: str = "",
+           kind_of_url: str = "image/*") -> tuple:
     """The block of an image or document source."""
-    source = _dict_at(source, path)
+    source = dict_at(source, path)
     kind = source.get("type")
     if kind == "text":
-        text = _text_at(source.get("data"), path + ".data")
+        text = text_at(source.get("data"), path + ".data")
         return (Text(f"{title}\n{text}" if title else text),)
     if kind == "content":
         content = source.get("content")
         return (Text(title),) * bool(title) + reading.blocks(content, path + ".content")
-    if kind in ("url", "file"):
-        raise invalid(path, f"a source of type {kind!r} is not supported here; send it as base64")
+    if kind == "url":
+        return (media_of_url(source.get("url"), kind_of_url, path + ".url", title),)
+    if kind == "file":
+        raise invalid(path, "a file that was uploaded elsewhere is not known here; send base64")
     if kind != "base64":
         raise invalid(path + ".type", "base64 is required")
-    data = _text_at(source.get("data"), path + ".data")
-    media_type = source.get("media_type")
-    if data.startswith("data:"):
-        data = data.partition(",")[2]
-    if any(c in data for c in "\r\n\t "):
-        data = "".join(data.split())
-    data = data.translate(_URL_SAFE).rstrip("=")
-    if not data or len(data) % 4 == 1 or not _BASE64.fullmatch(data):
-        raise invalid(path + ".data", "base64 is required")
-    data += "=" * (-len(data) % 4)
-    # the declared type is often wrong; the first bytes are not
-    start = base64.b64decode(data[:32])
-    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        media_type = "image/webp"
-    media_type = next((name for magic, name in IMAGE_MAGIC if start.startswith(magic)), media_type)
-    if media_type not in MEDIA_TYPES:
-        raise invalid(path + ".media_type", f"one of {', '.join(MEDIA_TYPES)} is required")
-    return (Media(_text_at(media_type, path + ".media_type"), data),)
+    return (media_of_data(source.get("data"), source.get("media_type"), path + ".data", title),)
 
 
 def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
-    call_id = _text_at(block.get("tool_use_id"), path + ".tool_use_id")
+    call_id = text_at(block.get("tool_use_id"), path + ".tool_use_id")
     content = block.get("content")
     if content is not None and not isinstance(content, (str, list)):
         raise invalid(path + ".content", "a string or a list of blocks is required")
@@ -3569,7 +3983,7 @@ def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
 
 
 def _tool_use(block: dict, path: str, reading: _Reading) -> tuple:
-    name = _text_at(block.get("name"), path + ".name")
+    name = text_at(block.get("name"), path + ".name")
     arguments = block.get("input")
     if not isinstance(arguments, dict):
         raise invalid(path + ".input", "an object is required")
@@ -3577,7 +3991,7 @@ def _tool_use(block: dict, path: str, reading: _Reading) -> tuple:
         raise invalid(path + ".input", f"nested deeper than {MAX_JSON_DEPTH}")
     reading.mentioned.setdefault(name)
     reading.removed.discard(name)
-    return (ToolCall(_text_at(block.get("id"), path + ".id"), name, arguments),)
+    return (ToolCall(text_at(block.get("id"), path + ".id"), name, arguments),)
 
 
 def _reference(block: dict, path: str, reading: _Reading) -> tuple:
@@ -3615,22 +4029,22 @@ def _search_result(block: dict, path: str, reading: _Reading) -> tuple:
 # type of an input block -> function(block, path, reading) -> neutral blocks.  Types that are not
 # here, and keys nobody reads (cache_control, citations, caller), are dropped.
 ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
-    "text": lambda b, path, _: (Text(_text_at(b.get("text"), path + ".text")),),
+    "text": lambda b, path, _: (Text(text_at(b.get("text"), path + ".text")),),
     "image": lambda b, path, reading: _media(b.get("source"), path + ".source", reading),
     "document": lambda b, path, reading: _media(b.get("source"), path + ".source", reading,
-                                                str(b.get("title") or "")),
+                                                str(b.get("title") or ""), "application/pdf"),
     "tool_use": _tool_use,
     "tool_result": _tool_result,
     "thinking": lambda b, path, _: (Thinking(
-        _text_at(b.get("thinking", ""), path + ".thinking"),
-        _text_at(b.get("signature") or "", path + ".signature")),),
+        text_at(b.get("thinking", ""), path + ".thinking"),
+        text_at(b.get("signature") or "", path + ".signature")),),
     "redacted_thinking": lambda b, path, _: (),
     "search_result": _search_result,
     "tool_reference": _reference, "tool_addition": _reference, "tool_removal": _removal,
     "mid_conv_system": lambda b, path, reading: (Text(
         reminder("\n".join(t.text for t in reading.blocks(b.get("content") or "", path)
                            if isinstance(t, Text)))),),
-    "compaction": lambda b, path, _: (Text(_text_at(b.get("content") or "", path + ".content")),),
+    "compaction": lambda b, path, _: (Text(text_at(b.get("content") or "", path + ".content")),),
     **dict.fromkeys(("server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
                      "code_execution_tool_result", "bash_code_execution_tool_result",
                      "text_editor_code_execution_tool_result", "mcp_tool_use", "mcp_tool_result",
@@ -3641,12 +4055,12 @@ ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
 
 def _turns(messages: Any, reading: _Reading) -> tuple[tuple, str]:
     """(turns, effort): the effort is that of the last message that carries one."""
-    if not _list_at(messages, "messages"):
+    if not list_at(messages, "messages"):
         raise invalid("messages", "at least one message is required")
     turns, effort = [], ""
     for position, message in enumerate(messages):
         path = f"messages.{position}"
-        message = _dict_at(message, path)
+        message = dict_at(message, path)
         if message.get("role") not in _ROLES:
             raise invalid(path + ".role", "user, assistant or system is required")
         content = message.get("content")
@@ -3679,9 +4093,9 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
     """Tools the client runs itself.  Deferred ones count from their first mention on, after the
     others; server tools are left out.  Of two with one name the last wins."""
     plain, deferred = {}, {}
-    for position, row in enumerate(_list_at(value, "tools") if value is not None else ()):
+    for position, row in enumerate(list_at(value, "tools") if value is not None else ()):
         path = f"tools.{position}"
-        row = _dict_at(row, path)
+        row = dict_at(row, path)
         kind = row.get("type")
         if kind is not None and not isinstance(kind, str):
             raise invalid(path + ".type", "a string is required")
@@ -3694,7 +4108,7 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
             if known is None:
                 continue
             schema = {"type": "object", "properties": {n: {"type": t} for n, t in known.items()}}
-        name = _text_at(row.get("name"), path + ".name")
+        name = text_at(row.get("name"), path + ".name")
         if not name:
             raise invalid(path + ".name", "a name is required")
         description = row.get("description")
@@ -3717,12 +4131,12 @@ def _tool_choice(value: Any, tools: tuple, offered: set) -> tuple[tuple, bool]:
     gave; one that was left out cannot be forced."""
     if value is None:
         return ("auto", ""), False
-    kind = _dict_at(value, "tool_choice").get("type")
+    kind = dict_at(value, "tool_choice").get("type")
     if kind not in ("auto", "any", "tool", "none"):
         raise invalid("tool_choice.type", "auto, any, tool or none is required")
     name = ""
     if kind == "tool":
-        name = _text_at(value.get("name"), "tool_choice.name")
+        name = text_at(value.get("name"), "tool_choice.name")
         if name in offered and name not in {tool.name for tool in tools}:
             kind, name = "auto", ""
         elif name not in offered:
@@ -3732,14 +4146,14 @@ def _tool_choice(value: Any, tools: tuple, offered: set) -> tuple[tuple, bool]:
 
 def _thinking(body: Mapping, effort: str) -> ThinkingWish:
     config = body.get("output_config")
-    config = _dict_at(config, "output_config") if config is not None else {}
+    config = dict_at(config, "output_config") if config is not None else {}
     effort = effort or config.get("effort") or ""
     if not isinstance(effort, str):
         raise invalid("output_config.effort", "a string is required")
     thinking = body.get("thinking")
     if thinking is None:
         return ThinkingWish(None, None, effort)
-    kind = _dict_at(thinking, "thinking").get("type")
+    kind = dict_at(thinking, "thinking").get("type")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise invalid("thinking.type", "enabled, disabled or adaptive is required")
     budget = None
@@ -3755,13 +4169,8 @@ def _json_schema(body: Mapping) -> dict | None:
     wanted = config.get("format") if isinstance(config, dict) else None
     wanted = wanted or body.get("output_format")
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-        return _dict_at(wanted.get("schema"), "output_config.format.schema")
+        return dict_at(wanted.get("schema"), "output_config.format.schema")
     return None
-
-
-_SESSION_HEADERS = ("session-id", "session_id", "x-session-id", "x-session-affinity",
-                    "x-client-request-id")
-_SESSION_FIELDS = ("session_id", "sessionId", "conversation_id", "prompt_cache_key")
 
 
 def _session(body: Mapping, headers: Mapping[str, str]) -> str:
@@ -3775,9 +4184,7 @@ def _session(body: Mapping, headers: Mapping[str, str]) -> str:
             return str(json.loads(user_id).get("session_id") or user_id)
     if isinstance(user_id, str) and "_session_" in user_id:
         return user_id.rpartition("_session_")[2]
-    return next((str(v) for v in (*(headers.get(h) for h in _SESSION_HEADERS),
-                                  *(body.get(f) for f in _SESSION_FIELDS))
-                 if v and isinstance(v, str)), "")
+    return session_key(body, headers)
 
 
 def _plain_text(content: Any) -> str:
@@ -3883,44 +4290,39 @@ def _fields_for_others(body: Mapping, model: str, is_count: bool) -> dict:
                   if t.name not in reading.removed)
     offered = {t["name"] for t in body.get("tools") or () if isinstance(t.get("name"), str)}
     tool_choice, one_call = _tool_choice(choice, tools, offered)
-    stops = _list_at(body.get("stop_sequences") or [], "stop_sequences")
-    top_k = _number_at(body, "top_k", 0, 1 << 31)
+    stops = list_at(body.get("stop_sequences") or [], "stop_sequences")
+    top_k = number_at(body, "top_k", 0, 1 << 31)
     _, wish = model_variant(model)
     asked = _thinking(body, effort)
     return {
         "turns": turns, "system": _system(body.get("system")), "tools": tools,
         "tool_choice": tool_choice, "one_call": one_call, "max_tokens": max_tokens,
-        "temperature": _number_at(body, "temperature", 0, 2),
-        "top_p": _number_at(body, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
-        "stop_sequences": tuple(_text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
+        "temperature": number_at(body, "temperature", 0, 2),
+        "top_p": number_at(body, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
+        "stop_sequences": tuple(text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
         "thinking": replace(wish, shows_text=asked.shows_text) if wish else asked,
         "json_schema": _json_schema(body), "search": _search_wish(body.get("tools"), tools)}
 
 
 def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
-                            raw: bytes = b"", query: str = "") -> Request:
+                            raw: bytes = b"", query: str = "", path: str = "") -> Request:
     """The neutral Request of a Messages body.  Raises ProxyError invalid_request with the path of
     the offending field; what only an upstream of this dialect can judge (newer clients' blocks and
     fields) stands in `refusal` instead.  Unknown fields are ignored."""
-    body = _dict_at(body, "body")
-    model = _text_at(body.get("model"), "model")
-    if len(model) > MAX_MODEL_NAME:
-        raise invalid("model", f"at most {MAX_MODEL_NAME} characters are allowed")
-    stream = body.get("stream")
-    if stream is not None and not isinstance(stream, bool):
-        raise invalid("stream", "true or false is required")
+    body = dict_at(body, "body")
+    model, is_streaming = model_at(body), flag_at(body, "stream")
     refused = None
     try:
         fields = _fields_for_others(body, model, is_count)
     except ProxyError as err:
-        if not raw:
+        if not raw or err.kind != "invalid_request":
             raise
         fields, refused = {"turns": ()}, err
     seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
     return Request(
         model=model, wanted=model_variant(model)[0], session=_session(body, headers),
         agent=headers.get("x-claude-code-agent-id", ""),
-        parent=headers.get("x-claude-code-parent-agent-id", ""), is_streaming=stream is True,
+        parent=headers.get("x-claude-code-parent-agent-id", ""), is_streaming=is_streaming,
         small="" if is_count else anthropic_small_request(body, headers),
         window_tokens=_client_window(model, headers), refusal=refused,
         native=Native("anthropic", raw, seen, query) if raw else None, **fields)
@@ -3954,23 +4356,6 @@ def beta_fields(name: str) -> list[tuple[str, str]]:
     betas = {beta for beta, path in BETA_FIELDS if name.startswith(beta)
              or (path.split(".")[0], path.split(".")[-1]) == ends}
     return [row for row in BETA_FIELDS if row[0] in betas]
-
-
-def _without(value: Any, path: list[str]) -> Any:
-    """`value` without the member a path names; `*` goes through every item of a list.  Words that
-    name no member are kinds of blocks, which Anthropic tells in between."""
-    if isinstance(value, list) and (path[0] == "*" or path[0].isdecimal()):
-        return [_without(item, path[1:]) if len(path) > 1 and path[0] in ("*", str(i)) else item
-                for i, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    if path[0] not in value or len(path) > 1 and not isinstance(value[path[0]], (dict, list)):
-        return _without(value, path[1:]) if len(path) > 1 else value
-    rest = {k: v for k, v in value.items() if k != path[0]}
-    if len(path) == 1:
-        return rest
-    inner = _without(value[path[0]], path[1:])
-    return rest if inner == {} else {**value, path[0]: inner}
 
 
 def _is_ours(block: Any, keeps_unsigned: bool) -> bool:
@@ -4149,7 +4534,7 @@ def anthropic_relay_request(request: Request, target: Target,
             if mine:
                 value = {name: json.loads(part)}
                 for path in mine:
-                    value = _without(value, path)
+                    value = without(value, path)
                 part = json_encode(value[name]) if name in value else ""
             if name == "messages" and part:
                 part = _relay_messages(part, repairs,
@@ -4160,6 +4545,154 @@ def anthropic_relay_request(request: Request, target: Target,
         raise invalid("", "nested too deeply") from err
     raw = json_splice(text, changes).encode("utf-8") if changes else request.native.raw
     return Rendered(raw, _relay_headers(request, repairs), AnswerShape(), mended)
+
+
+# Requests to Anthropic upstreams, of clients that speak another language
+
+class _Messages:
+    """Turns -> `messages` for one target; `sent` are the signatures that went along."""
+
+    def __init__(self, target: Target, signatures: Any, mended: Mended, is_thinking: bool):
+        self.target, self.signatures, self.mended = target, signatures, mended
+        self.is_thinking, self.sent = is_thinking, []
+        self.is_lax = "unsigned_thinking" in target.provider.quirks
+
+    def render(self, turns: list[Turn]) -> list[dict]:
+        sides = {"assistant": self._model_block, "user": self._user_block}
+        return [{"role": turn.role, "content": [
+            row for block in turn.blocks for row in sides[turn.role](block)] or [
+                {"type": "text", "text": "."}]} for turn in turns]
+
+    def _model_block(self, block: Any) -> list[dict]:
+        if isinstance(block, Thinking):
+            signature = thought_signature(block, self.signatures, "c",
+                                          self.target.provider.signature_tag)
+            if signature and signature.kind == "t" and (self.is_thinking or self.is_lax):
+                self.sent.append(signature.raw)
+                return [{"type": "thinking", "thinking": block.text, "signature": signature.raw}]
+            self.mended["thoughts of other models left out"] += bool(block.text)
+            return []
+        if isinstance(block, ToolCall):
+            return [{"type": "tool_use", "id": tool_id(block.id), "name": tool_name(block.name),
+                     "input": block.arguments}]
+        return [{"type": "text", "text": block.text}] if isinstance(block, Text) else []
+
+    def _user_block(self, block: Any) -> list[dict]:
+        if isinstance(block, ToolResult):
+            content = [row for b in block.blocks for row in self._user_block(b)]
+            return [{"type": "tool_result", "tool_use_id": tool_id(block.call_id),
+                     **({"content": content} if content else {}),
+                     **({"is_error": True} if block.is_error else {})}]
+        if isinstance(block, Media):
+            source = {"type": "url", "url": block.url} if block.url else {
+                "type": "base64", "media_type": block.media_type, "data": block.data}
+            kind = "document" if block.media_type == "application/pdf" else "image"
+            return [{"type": kind, "source": source}]
+        return [] if is_blank(block) else [{"type": "text", "text": block.text}]
+
+
+def _native_thinking(request: Request, target: Target, may_think: bool, most: int) -> dict:
+    """`thinking`, `output_config` and `max_tokens`: they depend on each other."""
+    wish, name = request.thinking, target.upstream_id.lower()
+    if not may_think or wish.is_on is not True:
+        return {"max_tokens": most,
+                **({"thinking": {"type": "disabled"}} if wish.is_on is False else {})}
+    if any(fnmatch.fnmatchcase(name, p) for p in ADAPTIVE_MODELS) and wish.budget_tokens is None:
+        effort = {"minimal": "low"}.get(wish.effort, wish.effort)
+        return {"max_tokens": most, "thinking": {"type": "adaptive"},
+                **({"output_config": {"effort": effort}} if effort else {})}
+    budget = max(1024, wish.budget_tokens or EFFORT_BUDGETS.get(wish.effort) or 8192)
+    return {"max_tokens": most if most > budget else budget + most,
+            "thinking": {"type": "enabled", "budget_tokens": budget}}
+
+
+def _native_tools(request: Request, repairs: frozenset) -> dict:
+    mode, name = request.tool_choice
+    if request.search:
+        wish, version = request.search, SEARCH_TOOLS[request.search.tool]
+        return {"tools": [{"type": version, "name": wish.tool, **{
+            f"{word}_domains": list(domains) for word, domains in (
+                ("allowed", wish.allowed), ("blocked", wish.blocked)) if domains}}]}
+    if not request.tools:
+        return {}
+    tools = []
+    for tool in request.tools:
+        schema = tool.schema if tool.schema.get("type") == "object" else {
+            "properties": {}, **tool.schema, "type": "object"}
+        if repairs & {"core_schemas", "bare_schemas"}:
+            schema = core_schema(clean_schema(tool.schema, False))
+        tools.append({"name": tool_name(tool.name), "description": tool.description,
+                      "input_schema": schema})
+    choice: dict = {"type": mode, **({"name": tool_name(name)} if mode == "tool" else {})}
+    if request.one_call and mode != "none":
+        choice["disable_parallel_tool_use"] = True
+    return {"tools": tools, **({} if choice == {"type": "auto"} else {"tool_choice": choice})}
+
+
+def _mark_for_cache(body: dict) -> None:
+    """Two places up to which the upstream is to keep what it read: clients of other languages know
+    no such marks, and pay for every turn without them."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    if "system" in body:
+        body["system"][-1].update(mark)
+    body["messages"][-1]["content"][-1].update(mark)
+
+
+def anthropic_render_request(request: Request, target: Target, signatures: Any,
+                             repairs: frozenset = frozenset()) -> Rendered:
+    """The Messages body of a request.  `repairs`: `signatures`, `no_thinking`, `limit N`,
+    `core_schemas`, `schema_as_text`, `old_media`, `drop <beta or path>`."""
+    mended, tag = Mended(), target.provider.signature_tag
+    more_system, turns = repair_turns(request.turns, mended)
+    turns = drop_old_media(turns) if "old_media" in repairs else turns
+    may_think = not (request.tool_choice[0] in ("any", "tool") or repairs & {
+        "signatures", "no_thinking"}) and ("unsigned_thinking" in target.provider.quirks or not
+                                           has_unsigned_open_loop(turns, signatures, "c", tag))
+    limits = [int(r[6:]) for r in repairs if r.startswith("limit ")]
+    known = [target.model.output_tokens] if target.model.id in MODELS else []
+    most = min([request.max_tokens or 32000, *known, *limits])
+    fields = _native_thinking(request, target, may_think, most)
+    is_thinking = fields.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    messages = _Messages(target, signatures, mended, is_thinking)
+    body: dict = {"model": target.upstream_id, "messages": messages.render(turns), **fields,
+                  "stream": True, **_native_tools(request, repairs)}
+    system = [t for t in (*request.system, *more_system) if t.strip()]
+    if request.json_schema is not None:
+        if request.json_schema == ANY_OBJECT or "schema_as_text" in repairs or (
+                "no_json_schema" in target.provider.quirks):
+            system.append(schema_order(request.json_schema))
+        else:
+            body["output_config"] = {**body.get("output_config", {}), "format": {
+                "type": "json_schema", "schema": request.json_schema}}
+    if system:
+        body["system"] = [{"type": "text", "text": text} for text in system]
+    if not is_thinking:
+        body.update({name: getattr(request, name) for name in ("temperature", "top_k")
+                     if getattr(request, name) is not None})
+        if "temperature" in body:
+            body["temperature"] = min(1, body["temperature"])
+    if request.top_p is not None and "temperature" not in body and (
+            not is_thinking or request.top_p >= 0.95):
+        body["top_p"] = request.top_p
+    stops = [s for s in request.stop_sequences if s.strip()]
+    if stops:
+        body["stop_sequences"] = stops
+    if "user" in request.more:
+        body["metadata"] = {"user_id": request.more["user"]}
+    if "no_cache_control" not in target.provider.quirks:
+        _mark_for_cache(body)
+    for name in [r[5:] for r in repairs if r.startswith("drop ")]:
+        for path in [p for _, p in beta_fields(name)] or [name]:
+            body = without(body, path.split("."))
+    betas = [beta for is_wanted, beta in (
+        ("effort" in body.get("output_config", {}), "effort-2025-11-24"),
+        ("format" in body.get("output_config", {}), "structured-outputs-2025-12-15"),
+        (is_thinking and "tools" in body and "budget_tokens" in body["thinking"],
+         "interleaved-thinking-2025-05-14")) if is_wanted and f"drop {beta}" not in repairs]
+    headers = {"anthropic-version": "2023-06-01",
+               **({"anthropic-beta": ",".join(betas)} if betas else {})}
+    shape = answer_shape(request, turns, mended, "c", tag, signatures)
+    return Rendered(body, headers, shape, mended, tuple(messages.sent))
 
 
 # Answers
@@ -4278,7 +4811,8 @@ def _end_event(state: AnthropicAnswer, delta: BlockEnd) -> str:
 
 
 def _stop_fields(finish: Finish) -> dict:
-    fields: dict = {"stop_reason": STOP_WORDS[finish.stop], "stop_sequence": finish.sequence}
+    fields: dict = {"stop_reason": STOP_WORDS[finish.stop].anthropic,
+                    "stop_sequence": finish.sequence}
     if finish.stop is Stop.REFUSAL:
         fields["stop_details"] = {"type": "refusal", "category": None,
                                   "explanation": finish.explanation}
@@ -4347,7 +4881,7 @@ def anthropic_path(target: Target, request: Request) -> str:
     return "/v1/messages" + ("?" + request.native.query if request.native.query else "")
 
 
-_STOPS = {word: stop for stop, word in STOP_WORDS.items()}
+_STOPS = {words.anthropic: stop for stop, words in STOP_WORDS.items()}
 
 
 def anthropic_parse_usage(usage: Any) -> dict[str, int]:
@@ -4408,15 +4942,11 @@ def anthropic_parse_event(text: str) -> list[tuple[Kind, Any]]:
     return pieces
 
 
-class AnthropicRelay:
-    """Events of an Anthropic upstream on their way to a client of the same language, as they came:
-    only the model is put back to the client's name.  Usage, open block and finish are read on the
-    way.  A beginning waits for the first content, and is left out when one was sent before."""
-
-    def __init__(self, state: AnthropicAnswer):
-        self.state, self.counts = state, {}
-        self._held = ""
-        self.has_content = self.has_finish = self.is_over = False
+class AnthropicRelay(EventRelay):
+    """Events of an Anthropic upstream on their way to an Anthropic client; the open block is read
+    too.  A beginning waits for the first content, and is left out when one was sent before."""
+    _held = ""
+    last_word = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 
     def feed(self, event: str) -> str:
         """What goes to the client for one event (its text without the empty line)."""
@@ -4467,29 +4997,10 @@ class AnthropicRelay:
             return begin + text
         return text
 
-    def usage(self) -> Usage:
-        get = self.counts.get
-        cached, written = get("cached", 0), get("written", 0)
-        return Usage(max(0, get("input", 0) - cached - written), cached, get("output", 0),
-                     get("thinking", 0), written, get("searches", 0))
-
-    def whole(self, raw: bytes) -> bytes:
-        """A whole Message, the model put back; raises ValueError or UpstreamFault."""
-        text = raw.decode("utf-8")
-        value = json_decode(raw)
-        if not isinstance(value, dict) or not isinstance(value.get("content"), list):
+    def read_whole(self, value: dict) -> None:
+        if not isinstance(value.get("content"), list):
             raise UpstreamFault(value)
         self.counts.update(anthropic_parse_usage(value.get("usage")))
-        if "model" in value:
-            text = json_splice(text, {"model": quote(self.state.model)})
-        return text.encode("utf-8")
-
-    def end(self) -> str:
-        """What is missing at the upstream's end, or ProxyError where the answer is cut."""
-        if not (self.has_finish or self.is_over and self.has_content):
-            raise ProxyError("cut" if self.has_content else "empty",
-                             "the upstream ended its answer without a finish")
-        return "" if self.is_over else _event("message_stop", {})
 
 
 def anthropic_render_error(error: ProxyError, request_id: str) -> dict:
@@ -4508,6 +5019,2022 @@ def anthropic_render_model(model: Model) -> dict:
             "capabilities": {"image_input": {"supported": has_images},
                              "pdf_input": {"supported": has_images},
                              "thinking": {"supported": model.max_budget > 0}}}
+
+
+# ── 10. OpenAI dialects ───────────────────────────────────────────────────
+# Chat Completions with its older sister Completions, and Responses (OpenAI's
+# reference, its SDKs, Codex 0.169, OpenCode 1.18 and Vercel's SDK on the wire).
+# A Chat stream is one shape of chunk, `data:` lines only, and then `[DONE]`:
+#
+#     role (reasoning_content | content | tool_calls)* finish_reason [usage]
+#
+# A Responses stream numbers all its events and repeats itself at every end:
+#
+#     response.created response.in_progress
+#     (output_item.added … deltas … output_item.done)*      response.completed
+#
+# [C1] `index` of tool_calls counts calls from 0; id, type and name come once, in the first delta.
+# [C2] Usage only where include_usage asks for it: a last chunk without choices.
+# [C3] A frame with `error` ends a stream that broke; SDKs raise on it.
+# [R1] Codex takes items from output_item.done and needs response.completed, also after a limit.
+# [R2] Items are told apart by output_index: some upstreams change an item's id in mid-stream.
+# [R3] encrypted_content counts in output_item.done only; reasoning alone, without what followed
+#      it, is refused.
+# [R4] Custom tools take raw text: elsewhere they are functions with one text, `input`.
+# [R5] A namespace's tools are called by name and namespace: elsewhere by `namespace__name`.
+
+HOSTED_TOOLS = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp",
+                "computer", "programmatic_tool_calling", "tool_search")     # prefixes
+SHELL_TOOLS = {     # tools that Responses clients run themselves, known by their type only
+    "local_shell": {"command": {"type": "array", "items": {"type": "string"}},
+                    "working_directory": {"type": "string"}, "timeout_ms": {"type": "integer"}},
+    "shell": {"commands": {"type": "array", "items": {"type": "string"}},
+              "timeout_ms": {"type": "integer"}, "max_output_length": {"type": "integer"}},
+    "apply_patch": {"type": {"type": "string",
+                             "enum": ["create_file", "update_file", "delete_file"]},
+                    "path": {"type": "string"}, "diff": {"type": "string"}},
+}
+_SHELL_TEXTS = {"local_shell": "Runs a command, given as a list of words, and tells its output.",
+                "shell": "Runs shell commands and tells their output.",
+                "apply_patch": "Creates, updates (by a V4A diff) or deletes one file."}
+_INPUT_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}},
+                 "required": ["input"]}
+
+
+class ClientTool(NamedTuple):
+    """What a tool was to its client: how a call of it is told."""
+    kind: str               # function, custom, local_shell, shell, apply_patch, tool_search
+    name: str
+    namespace: str = ""
+
+
+def _custom_text(row: Mapping) -> str:
+    """The description of a freeform tool, its grammar included [R4]."""
+    text = str(row.get("description") or "")
+    told = object_of(row.get("format"))
+    told = object_of(told.get("grammar")) or told
+    if told.get("definition"):
+        text += f"\nThe text must follow this {told.get('syntax')} grammar:\n{told['definition']}"
+    return text + "\nGive the raw text as `input`."
+
+
+def openai_name(name: str, namespace: str = "") -> str:
+    """The one name that other services know a tool by [R5]."""
+    return f"{namespace}__{name}" if namespace and not name.startswith("mcp__") else name
+
+
+def _named(row: Mapping) -> tuple[str, str]:
+    inner = object_of(row.get(str(row.get("type")))) or row
+    return str(inner.get("name") or row.get("type") or ""), str(row.get("namespace") or "")
+
+
+class _Tools:
+    """The tools of one request: `kept` by the name that upstreams see, `kinds` what they were, and
+    the `hosted` ones that only OpenAI runs."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tool] = {}
+        self.kinds: dict[str, ClientTool] = {}
+        self.hosted: dict[str, dict] = {}
+
+    def add(self, rows: Any, path: str, namespace: str = "") -> None:
+        for position, row in enumerate(list_at(rows, path)):
+            self._add(dict_at(row, f"{path}.{position}"), f"{path}.{position}", namespace)
+
+    def _add(self, row: dict, path: str, namespace: str) -> None:
+        kind = str(row.get("type") or "function")
+        inner = row.get(kind)
+        row = {**row, **inner} if isinstance(inner, dict) and kind in ("function",
+                                                                       "custom") else row
+        if kind == "namespace":
+            self.add(row.get("tools") or [], path + ".tools", text_at(row.get("name"), path))
+        elif kind in SHELL_TOOLS or kind.startswith("computer_use") or (
+                kind == "tool_search" and row.get("execution") == "client"):
+            schema = {"type": "object", "properties": SHELL_TOOLS.get(kind) or object_of(
+                object_of(row.get("parameters")).get("properties"))}
+            self._keep(Tool(kind, str(row.get("description") or _SHELL_TEXTS.get(kind, "")),
+                            schema), ClientTool(kind, kind))
+        elif kind.startswith(HOSTED_TOOLS):
+            self.hosted[kind] = row
+        else:
+            name = text_at(row.get("name"), path + ".name")
+            if not name:
+                raise invalid(path + ".name", "a name is required")
+            if kind == "custom" and "input_schema" not in row:
+                self._keep(Tool(name, _custom_text(row), _INPUT_SCHEMA),
+                           ClientTool("custom", name, namespace))
+                return
+            schema = row.get("parameters") or row.get("input_schema") or {}
+            self._keep(Tool(name, str(row.get("description") or ""),
+                            dict_at(schema, path + ".parameters"), row.get("strict") is True),
+                       ClientTool("function", name, namespace))
+
+    def _keep(self, tool: Tool, told: ClientTool) -> None:
+        name = openai_name(told.name, told.namespace)
+        if told.namespace and name in self.kinds and not self.kinds[name].namespace:
+            return              # a tool of that very name is meant first [R5]
+        self.kept[name], self.kinds[name] = replace(tool, name=name), told
+
+    def choose(self, choice: Any) -> tuple[tuple, tuple]:
+        """(tools, tool_choice) for a `tool_choice` of either dialect."""
+        tools = tuple(self.kept.values())
+        if choice is None or isinstance(choice, str):
+            mode = {"required": "any", None: "auto"}.get(choice, choice)
+            if mode not in ("auto", "any", "none"):
+                raise invalid("tool_choice", "auto, required, none or a tool is required")
+            return tools, (mode, "")
+        row = dict_at(choice, "tool_choice")
+        kind = str(row.get("type") or "function")
+        row = {**row, **object_of(row.get(kind))}
+        if kind == "allowed_tools":
+            named = {openai_name(*_named(t)) for t in objects_of(row.get("tools"))}
+            mode = "any" if row.get("mode") == "required" else "auto"
+            return tuple(t for t in tools if t.name in named), (mode, "")
+        if kind.startswith(HOSTED_TOOLS):
+            if kind not in self.hosted or kind.startswith("web_search") and not tools:
+                return tools, ("auto", "")
+            raise invalid("tool_choice", f"{kind} is run by OpenAI's own service only")
+        name = openai_name(*_named(row)) if kind not in SHELL_TOOLS else kind
+        if name not in self.kept:
+            raise invalid("tool_choice", f"{name!r} is not among the tools")
+        return tools, ("tool", name)
+
+    def search_wish(self) -> SearchWish | None:
+        """A search of the web is left to requests that want nothing else: see SearchWish."""
+        row = next((row for kind, row in self.hosted.items() if kind.startswith("web_search")
+                    and row.get("external_web_access") is not False), None)
+        if row is None or self.kept:
+            return None
+        allowed = object_of(row.get("filters")).get("allowed_domains")
+        return SearchWish("web_search", tuple(filter(None, map(str, allowed)))
+                          if isinstance(allowed, list) else ())
+
+
+def freeform_text(arguments: str) -> str:
+    """The text that the arguments of a freeform call hold."""
+    with contextlib.suppress(ValueError, RecursionError):       # no JSON: the text itself
+        value = json.loads(arguments)
+        if isinstance(value, dict):
+            text = value.get("input", value if value else "")
+            return text if isinstance(text, str) else json_encode(text)
+    return arguments
+
+
+class InputText:
+    """The text of a freeform call, taken out of its JSON (`{"input": "…"}`) as that comes."""
+    _BEGIN = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+    _PART = re.compile(r'(?:[^"\\]|\\(?:[^u]|u[0-9a-fA-F]{4}))*')
+
+    def __init__(self) -> None:
+        self._raw, self._is_inside, self.text = "", False, ""
+
+    def feed(self, piece: str) -> str:
+        """What can be told of the text by now and was not told before."""
+        self._raw += piece
+        if not self._is_inside:
+            match = self._BEGIN.match(self._raw)
+            if not match:
+                return ""
+            self._is_inside, self._raw = True, self._raw[match.end():]
+        part = self._PART.match(self._raw)[0]
+        half = re.search(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", part)      # of a pair
+        part = part[:half.start()] if half else part
+        self._raw = self._raw[len(part):]
+        said = json.loads(f'"{part}"', strict=False)
+        self.text += said
+        return said
+
+    def end(self) -> str:
+        """The rest, where a model wrote something else than was asked of it."""
+        rest = "" if self._is_inside else freeform_text(self._raw)
+        self.text += rest
+        return rest
+
+
+def openai_arguments(value: Any) -> dict:
+    """The arguments of a call, which are told as JSON in a text; what is no object counts for
+    none."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):       # no JSON
+            value = json.loads(value, parse_float=finite, parse_constant=refuse_constant)
+    if not isinstance(value, dict) or json_depth_exceeds(value):
+        return {}
+    return value
+
+
+# Content of a message in either dialect
+
+def _file_part(row: Mapping, path: str, reading: Any) -> tuple:
+    row = {**row, **object_of(row.get("file"))}
+    name = str(row.get("filename") or "")
+    if row.get("file_url"):
+        return (media_of_url(row["file_url"], "application/pdf", path + ".file_url", name),)
+    if row.get("file_data") is None:
+        raise invalid(path, "a file that was uploaded elsewhere is not known here; send file_data")
+    data = text_at(row["file_data"], path + ".file_data")
+    kind = re.match(r"data:text/[^,]*;base64,", data)
+    if kind:
+        try:
+            text = base64.b64decode(data[kind.end():]).decode("utf-8")
+        except ValueError as err:
+            raise invalid(path + ".file_data", "base64 of UTF-8 text is required") from err
+        return (Text(f"{name}\n{text}" if name else text),)
+    is_pdf = not data.startswith("data:") and name.lower().endswith(".pdf")
+    return (media_of_data(data, "application/pdf" if is_pdf else "", path + ".file_data", name),)
+
+
+def _image_part(row: Mapping, path: str, reading: Any) -> tuple:
+    source = row.get("image_url")
+    source = source.get("url") if isinstance(source, dict) else source
+    if source is None:
+        raise invalid(path, "an image that was uploaded elsewhere is not known here; send its data")
+    return (media_at(source, "image/*", path + ".image_url"),)
+
+
+def _audio_part(row: Mapping, path: str, reading: Any) -> tuple:
+    sound = dict_at(row.get("input_audio"), path + ".input_audio")
+    kind = AUDIO_TYPES.get(str(sound.get("format")), "")
+    return (media_of_data(sound.get("data"), kind, path + ".input_audio.data"),)
+
+
+def _text_part(row: Mapping, path: str, reading: Any) -> tuple:
+    return (Text(text_at(row.get("text"), path + ".text")),)
+
+
+OPENAI_PARTS: dict[str, Callable[[Mapping, str, Any], tuple]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "summary_text", "reasoning_text"),
+                    _text_part),
+    **dict.fromkeys(("image_url", "input_image"), _image_part),
+    **dict.fromkeys(("file", "input_file"), _file_part), "input_audio": _audio_part,
+    "refusal": lambda row, path, _: (Text(text_at(row.get("refusal"), path + ".refusal")),),
+    # some clients write Anthropic's blocks for models that are called claude
+    "image": lambda row, path, _: (media_of_data(
+        object_of(row.get("source")).get("data"), object_of(row.get("source")).get("media_type"),
+        path + ".source.data"),),
+    "tool_use": lambda row, path, _: (ToolCall(
+        text_at(row.get("id"), path + ".id"), text_at(row.get("name"), path + ".name"),
+        openai_arguments(row.get("input"))),),
+    "tool_result": lambda row, path, read: (ToolResult(
+        text_at(row.get("tool_use_id"), path + ".tool_use_id"),
+        read(row.get("content"), path + ".content"), row.get("is_error") is True),),
+}
+
+
+def openai_content(content: Any, path: str) -> tuple:
+    """Neutral blocks of a `content`: null, a text, or a list of parts."""
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return (Text(content),)
+    out: list = []
+    for position, row in enumerate(list_at(content, path)):
+        where = f"{path}.{position}"
+        kind = dict_at(row, where).get("type")
+        if kind not in OPENAI_PARTS:
+            raise invalid(where + ".type", f"{kind!r} is not supported")
+        out.extend(OPENAI_PARTS[kind](row, where, openai_content))
+    return tuple(out)
+
+
+def _openai_effort(body: Mapping) -> ThinkingWish:
+    """What OpenAI's, Anthropic's, OpenRouter's and Qwen's fields say about thinking."""
+    told, typed = object_of(body.get("reasoning")), object_of(body.get("thinking"))
+    template = object_of(body.get("chat_template_kwargs"))
+    effort = body.get("reasoning_effort") or told.get("effort") or ""
+    if not isinstance(effort, str):
+        raise invalid("reasoning_effort", "a string is required")
+    budget = next((n for n in (told.get("max_tokens"), typed.get("budget_tokens"),
+                               body.get("thinking_budget")) if type(n) is int and n > 0), None)
+    switch = [v for v in (body.get("enable_thinking"), template.get("enable_thinking"),
+                          told.get("enabled")) if isinstance(v, bool)]
+    is_off = typed.get("type") == "disabled" or effort.lower() in ("none", "off") or False in switch
+    is_on = bool(effort or budget or switch or typed.get("type"))
+    shows = told.get("exclude") is not True
+    if is_off or is_on:
+        return ThinkingWish(not is_off, budget, "" if is_off else effort.lower(), shows=shows)
+    return ThinkingWish(None, None, "auto", shows=shows)
+
+
+def _openai_format(wanted: Any, path: str) -> dict:
+    """Fields of the Request for a `response_format` or `text.format`."""
+    if wanted is None:
+        return {}
+    row = dict_at(wanted, path)
+    kind = row.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": ANY_OBJECT}
+    if kind != "json_schema":
+        raise invalid(path + ".type", "text, json_object or json_schema is required")
+    row = object_of(row.get("json_schema")) or row
+    return {"json_schema": dict_at(row.get("schema"), path + ".schema"),
+            "name": str(row.get("name") or "answer")}
+
+
+def _openai_limit(body: Mapping, *names: str) -> int | None:
+    for name in names:
+        value = body.get(name)
+        if value is not None:
+            if type(value) is not int or value < 1:
+                raise invalid(name, "a whole number above zero is required")
+            return value
+    return None
+
+
+def _openai_more(body: Mapping) -> dict:
+    """What is given of MORE_FIELDS, checked."""
+    more = {}
+    for name, bounds in MORE_FIELDS.items():
+        value = body.get(name)
+        if value is not None:
+            more[name] = number_at(body, name, *bounds) if bounds else text_at(value, name)
+    return more
+
+
+def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> dict:
+    """The fields of the Request that Chat and Responses write alike.  `wanted` is the wish for a
+    format and where it stands."""
+    kept, choice = tools.choose(body.get("tool_choice"))
+    form = _openai_format(*wanted)
+    more = _openai_more(body)
+    if "name" in form:
+        more["schema_name"] = form.pop("name")
+    _, wish = model_variant(model)
+    asked = _openai_effort(body)
+    search = tools.search_wish()
+    left_out = [kind for kind in tools.hosted if not (search and kind.startswith("web_search"))]
+    return {
+        "tools": kept, "tool_choice": choice, "one_call": body.get("parallel_tool_calls") is False,
+        "temperature": number_at(body, "temperature", 0, 2),
+        "top_p": number_at(body, "top_p", 0, 1), "thinking": asked if wish is None else replace(
+            wish, shows=asked.shows, shows_text=asked.shows_text),
+        "more": more, "search": search, "left_out": tuple(left_out), **form}
+
+
+def _openai_request(dialect: str, body: dict, headers: Mapping[str, str], raw: bytes,
+                    fields: Callable[[dict, str], dict], ext: dict) -> Request:
+    """The Request of a body: `fields` reads what other dialects need; what only an upstream of its
+    own dialect can take stands in `refusal`."""
+    model, is_streaming, refused = model_at(body), flag_at(body, "stream"), None
+    try:
+        found = fields(body, model)
+    except ProxyError as err:
+        if not raw or err.kind != "invalid_request":
+            raise
+        found, refused = {"turns": ()}, err
+    return Request(
+        model=model, wanted=model_variant(model)[0], session=session_key(body, headers),
+        agent=headers.get("x-openai-subagent", ""), is_streaming=is_streaming, refusal=refused,
+        native=Native(dialect, raw) if raw else None, dialect=dialect,
+        ext={**ext, **found.pop("ext", {})}, **found)
+
+
+# Chat: requests of clients
+
+def _chat_thought(message: Mapping) -> tuple:
+    told = message.get("reasoning_content") or message.get("reasoning")
+    if not isinstance(told, str):
+        told = "".join(str(row.get("text") or row.get("summary") or "")
+                       for row in objects_of(message.get("reasoning_details")))
+    return (Thinking(told, ""),) if told else ()
+
+
+def _chat_call(row: Mapping, path: str) -> ToolCall:
+    inner = dict_at(row.get("custom") or row.get("function"), path)
+    name = openai_name(text_at(inner.get("name"), path + ".name"))
+    arguments = ({"input": str(inner.get("input") or "")} if row.get("custom")
+                 else openai_arguments(inner.get("arguments")))
+    return ToolCall(text_at(row.get("id"), path + ".id"), name, arguments)
+
+
+def _chat_turns(messages: Any) -> tuple[tuple, tuple]:
+    """(system texts, turns).  A system message behind the first turn keeps its place."""
+    system: list[str] = []
+    turns: list[Turn] = []
+    called: dict[str, str] = {}         # name -> id, for the old kind of calls
+    for position, message in enumerate(list_at(messages, "messages")):
+        path = f"messages.{position}"
+        role = dict_at(message, path).get("role")
+        if role not in ("tool", "function", "user", "assistant", "system", "developer"):
+            raise invalid(path + ".role", "system, developer, user, assistant or tool is required")
+        blocks = openai_content(message.get("content"), path + ".content")
+        if role in ("system", "developer"):
+            if turns:
+                turns.append(Turn("system", blocks))
+            else:
+                system += [b.text for b in blocks if isinstance(b, Text)]
+        elif role in ("tool", "function"):
+            call_id = (text_at(message.get("tool_call_id"), path + ".tool_call_id")
+                       if role == "tool" else called.get(str(message.get("name")), "call_0"))
+            turns.append(Turn("user", (ToolResult(call_id, blocks),)))
+        elif role == "user":
+            turns.append(Turn("user", blocks))
+        else:
+            calls = tuple(_chat_call(dict_at(row, path), f"{path}.tool_calls.{i}")
+                          for i, row in enumerate(message.get("tool_calls") or ()))
+            old = message.get("function_call")
+            if isinstance(old, dict):
+                call_id = called[str(old.get("name"))] = f"call_{position}"
+                calls += (_chat_call({"id": call_id, "function": old}, path + ".function_call"),)
+            told = message.get("refusal")
+            blocks += (Text(told),) if isinstance(told, str) and not blocks else ()
+            turns.append(Turn("assistant", _chat_thought(message) + blocks + calls))
+    if not turns and not system:
+        raise invalid("messages", "at least one message is required")
+    return tuple(system), tuple(turns)
+
+
+def _chat_fields(body: dict, model: str) -> dict:
+    if body.get("n") not in (None, 1):
+        raise invalid("n", "more than one choice is not supported by this model's provider")
+    if set(body.get("modalities") or ("text",)) != {"text"}:
+        raise invalid("modalities", "only text is supported by this model's provider")
+    tools = _Tools()
+    old = [{"type": "function", "function": f} for f in objects_of(body.get("functions"))]
+    tools.add((body.get("tools") or []) + old, "tools")
+    if isinstance(body.get("web_search_options"), dict):
+        tools.hosted["web_search"] = {}
+    choice = body.get("function_call", body.get("tool_choice"))
+    system, turns = _chat_turns(body.get("messages"))
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else list_at(stop or [], "stop")
+    top_k = number_at(body, "top_k", 0, 1 << 31)
+    return {
+        **_openai_fields({**body, "tool_choice": choice}, model, tools,
+                         (body.get("response_format"), "response_format")),
+        "system": system, "turns": turns, "top_k": None if top_k is None else int(top_k),
+        "max_tokens": _openai_limit(body, "max_completion_tokens", "max_tokens"),
+        "stop_sequences": tuple(text_at(s, f"stop.{i}") for i, s in enumerate(stops)),
+        "ext": {"tools": tools.kinds}}
+
+
+def _shell_call(item: Mapping, kind: str) -> dict:
+    """The arguments of a typed call as the function that stands for it takes them."""
+    inner = object_of(item.get("action") or item.get("operation"))
+    return {k: v for k, v in inner.items() if k in SHELL_TOOLS[kind] and v is not None}
+
+
+def _told_output(value: Any, path: str) -> tuple:
+    """The blocks of a call's output: a text, parts, or what shells tell."""
+    if isinstance(value, list) and any("type" not in row or "outcome" in row
+                                       for row in objects_of(value)):
+        return (Text("\n".join(
+            f"{row.get('stdout') or ''}{row.get('stderr') or ''}"
+            + (f"[exit code {code}]" if (code := object_of(row.get("outcome")).get("exit_code"))
+               is not None else "[timeout]") for row in objects_of(value))),)
+    if isinstance(value, dict):
+        return (Text(json_encode(value)),)
+    return openai_content(value, path)
+
+
+class _Items:
+    """The items of an `input`, read into turns and tools."""
+
+    def __init__(self, tools: _Tools):
+        self.tools = tools
+        self.system: list[str] = []
+        self.turns: list[Turn] = []
+
+    def read(self, value: Any) -> None:
+        if isinstance(value, str):
+            value = [{"role": "user", "content": value}]
+        for position, item in enumerate(list_at(value, "input")):
+            path = f"input.{position}"
+            kind = str(dict_at(item, path).get("type") or "message")
+            self._READERS.get(kind, _Items.opaque)(self, item, path)
+
+    def message(self, item: dict, path: str) -> None:
+        role, blocks = item.get("role"), openai_content(item.get("content"), path + ".content")
+        if role in ("system", "developer"):
+            if self.turns:
+                self.turns.append(Turn("system", blocks))
+            else:
+                self.system += [b.text for b in blocks if isinstance(b, Text)]
+        elif role in ("user", "assistant"):
+            self.turns.append(Turn(role, blocks))
+        else:
+            raise invalid(path + ".role", "user, assistant, system or developer is required")
+
+    def reasoning(self, item: dict, path: str) -> None:
+        rows = objects_of(item.get("summary")) or objects_of(item.get("content"))
+        text = "\n\n".join(str(row.get("text") or "") for row in rows)
+        signature = item.get("encrypted_content")
+        block = Thinking(text, signature if isinstance(signature, str) else "")
+        self.turns.append(Turn("assistant", (block,)))
+
+    def call(self, item: dict, path: str) -> None:
+        kind = item["type"]
+        word = kind[:-5]        # without _call
+        if word in SHELL_TOOLS:
+            name, arguments = word, _shell_call(item, word)
+        else:
+            name = text_at(item.get("name") or ("tool_search" if word == "tool_search" else None),
+                           path + ".name")
+            name = openai_name(name, str(item.get("namespace") or ""))
+            arguments = ({"input": str(item.get("input") or "")} if word == "custom_tool"
+                         else openai_arguments(item.get("arguments")))
+        call_id = text_at(item.get("call_id") or item.get("id"), path + ".call_id")
+        self.turns.append(Turn("assistant", (ToolCall(call_id, name, arguments),)))
+
+    def output(self, item: dict, path: str) -> None:
+        call_id = text_at(item.get("call_id") or item.get("id"), path + ".call_id")
+        told = item.get("output", item.get("tools"))
+        if item["type"] == "tool_search_output":
+            self.tools.add(item.get("tools") or [], path + ".tools")
+            told = "Loaded tools: " + ", ".join(str(t.get("name"))
+                                                for t in objects_of(item.get("tools")))
+        is_error = item.get("status") in ("failed", "incomplete")
+        self.turns.append(Turn("user", (ToolResult(call_id, _told_output(
+            told, path + ".output"), is_error),)))
+
+    def more_tools(self, item: dict, path: str) -> None:
+        self.tools.add(item.get("tools") or [], path + ".tools")
+
+    def compaction(self, item: dict, path: str) -> None:
+        told = str(item.get("encrypted_content") or "")
+        if told.startswith("agp1.summary."):
+            text = base64.b64decode(told[13:].encode("ascii", "replace")).decode("utf-8", "replace")
+            self.turns.append(Turn("user", (Text(reminder("The conversation so far:\n" + text)),)))
+
+    def reference(self, item: dict, path: str) -> None:
+        raise invalid(path, "items are not kept here; send them again, or previous_response_id")
+
+    def searched(self, item: dict, path: str) -> None:
+        query = object_of(item.get("action")).get("query")
+        if query:
+            self.turns.append(Turn("assistant", (Text(f"[searched the web for: {query}]"),)))
+
+    def agent(self, item: dict, path: str) -> None:
+        """What one of Codex's agents tells another; the text may stand as if it were encrypted."""
+        texts = [str(row.get("text") or row.get("encrypted_content") or "")
+                 for row in objects_of(item.get("content"))]
+        who = f"[{item.get('author')} to {item.get('recipient')}]\n"
+        self.turns.append(Turn("user", (Text(who + "\n".join(texts)),)))
+
+    def opaque(self, item: dict, path: str) -> None:
+        """Items of tools that OpenAI runs mean nothing to others."""
+
+    _READERS = {
+        "message": message, "reasoning": reasoning, "compaction": compaction,
+        "item_reference": reference, "additional_tools": more_tools,
+        "web_search_call": searched,
+        **dict.fromkeys(("function_call", "custom_tool_call", "local_shell_call", "shell_call",
+                         "apply_patch_call", "tool_search_call"), call),
+        **dict.fromkeys(("function_call_output", "custom_tool_call_output",
+                         "local_shell_call_output", "shell_call_output",
+                         "apply_patch_call_output", "tool_search_output"), output),
+        "agent_message": agent,
+    }
+
+
+def responses_echo(body: Mapping) -> dict:
+    """What a response says again of its request."""
+    return {"instructions": body.get("instructions"),
+            "max_output_tokens": body.get("max_output_tokens"),
+            "max_tool_calls": body.get("max_tool_calls"),
+            "metadata": object_of(body.get("metadata")),
+            "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
+            "previous_response_id": body.get("previous_response_id"),
+            "reasoning": {"effort": object_of(body.get("reasoning")).get("effort"),
+                          "summary": object_of(body.get("reasoning")).get("summary")},
+            "store": body.get("store") is not False, "temperature": body.get("temperature", 1),
+            "text": object_of(body.get("text")) or {"format": {"type": "text"}},
+            "tool_choice": body.get("tool_choice") or "auto", "tools": body.get("tools") or [],
+            "top_p": body.get("top_p", 1), "truncation": body.get("truncation") or "disabled",
+            "user": body.get("user")}
+
+
+def _responses_fields(body: dict, model: str) -> dict:
+    for name in ("background", "conversation", "prompt"):
+        if body.get(name):
+            raise invalid(name, "not supported by this model's provider")
+    if body.get("previous_response_id"):
+        raise ProxyError("no_response", "Previous response with id "
+                         f"'{body['previous_response_id']}' not found.")
+    tools = _Tools()
+    tools.add(body.get("tools") or [], "tools")
+    items = _Items(tools)
+    items.read(body.get("input", []))
+    system = body.get("instructions")
+    system = (text_at(system, "instructions"),) if system else ()
+    if not items.turns and not system and not items.system:
+        raise invalid("input", "a text or at least one item is required")
+    told = object_of(body.get("text"))
+    include = body.get("include")
+    fields = _openai_fields({**told, **body}, model, tools, (told.get("format"), "text.format"))
+    thinking = fields["thinking"]
+    shows = bool(object_of(body.get("reasoning")).get("summary"))
+    return {**fields, "system": system + tuple(items.system), "turns": tuple(items.turns),
+            "max_tokens": _openai_limit(body, "max_output_tokens"),
+            "thinking": replace(thinking, shows=True, shows_text=shows),
+            "ext": {"tools": tools.kinds, "echo": responses_echo(body),
+                    "encrypted": isinstance(include, list)
+                    and "reasoning.encrypted_content" in include}}
+
+
+def chat_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
+                       raw: bytes = b"", query: str = "", path: str = "") -> Request:
+    """The neutral Request of a Chat body.  One in the shape of Responses, which some editors send
+    here, is read as such and answered as Chat.  Raises ProxyError invalid_request."""
+    body = dict_at(body, "body")
+    ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
+    if "messages" not in body and ("input" in body or "instructions" in body):
+        return _openai_request("chat", body, headers, b"", _responses_fields, ext)
+    return _openai_request("chat", body, headers, raw, _chat_fields, ext)
+
+
+def _completion_fields(body: dict, model: str) -> dict:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise invalid("prompt", "one text is required")
+    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
+        raise invalid("n", "more than one choice is not supported")
+    suffix = body.get("suffix")
+    text = prompt if not suffix else (
+        "Write what stands at <HERE>, and nothing else: no fence, no explanation.\n"
+        f"{prompt}<HERE>{text_at(suffix, 'suffix')}")
+    rest = {k: v for k, v in body.items() if k not in ("prompt", "tools", "tool_choice")}
+    fields = _chat_fields({**rest, "messages": [{"role": "user", "content": text}]}, model)
+    return {**fields, "thinking": ThinkingWish(False),
+            "ext": {"echo": prompt if body.get("echo") is True else ""}}
+
+
+def completion_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
+                             raw: bytes = b"", query: str = "", path: str = "") -> Request:
+    """The neutral Request of an old Completions body: the prompt is a turn of the user."""
+    body = dict_at(body, "body")
+    ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
+    return _openai_request("chat", body, headers, b"", _completion_fields, ext)
+
+
+# Chat: answers to clients
+
+@dataclass
+class ChatAnswer:
+    """What is remembered between the deltas of one answer.  `kinds` tells what tools were to the
+    client; `before` and `after` stand around every delta."""
+    model: str
+    created: int
+    wants_usage: bool = False
+    kinds: Mapping[str, ClientTool] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: new_id("chatcmpl-"))
+    begun: bool = False
+    calls: int = 0
+    open_kind: Kind | None = None
+    custom: InputText | None = None     # of the open call
+    letters: int = 0                    # of the answer's text so far, for citations
+    echo: str | None = None             # of an old completion: its prompt
+    before: str = ""
+    after: str = ""
+
+    def __post_init__(self) -> None:
+        kind = "chat.completion.chunk" if self.echo is None else "text_completion"
+        word = '"delta":' if self.echo is None else '"text":'
+        self.before = (f'data: {{"id":{quote(self.id)},"object":"{kind}","created":{self.created},'
+                       f'"model":{quote(self.model)},"choices":[{{"index":0,{word}')
+        usage = ',"usage":null' if self.wants_usage else ""
+        self.after = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+
+
+def chat_answer(request: Request, now: int) -> ChatAnswer:
+    return ChatAnswer(request.model, now, request.ext.get("usage", False),
+                      request.ext.get("tools", {}), echo=request.ext.get("echo"))
+
+
+def chat_usage(usage: Usage) -> dict:
+    prompt = usage.input_tokens + usage.cached_tokens + usage.written_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": usage.output_tokens,
+            "total_tokens": prompt + usage.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens,
+                                      "cache_write_tokens": usage.written_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens}}
+
+
+def _chat_begin(state: ChatAnswer, delta: Begin) -> str:
+    if state.begun:
+        return ""
+    state.begun = True
+    if state.echo is not None:
+        return state.before + quote(state.echo) + state.after if state.echo else ""
+    return state.before + '{"role":"assistant","content":""}' + state.after
+
+
+def _call_shape(told: ClientTool, call_id: str, text: str) -> dict:
+    """A call as Chat tells it, whole or at its beginning."""
+    if told.kind == "custom":
+        return {"id": call_id, "type": "custom", "custom": {"name": told.name, "input": text}}
+    return {"id": call_id, "type": "function", "function": {"name": told.name, "arguments": text}}
+
+
+def _chat_start(state: ChatAnswer, delta: BlockStart) -> str:
+    state.open_kind = delta.kind
+    if delta.kind is not Kind.CALL or state.echo is not None:
+        return ""
+    told = state.kinds.get(delta.name) or ClientTool("function", delta.name)
+    state.custom = InputText() if told.kind == "custom" else None
+    row = {"index": state.calls, **_call_shape(told, delta.id, "")}
+    state.calls += 1
+    return state.before + json_encode({"tool_calls": [row]}) + state.after
+
+
+def _chat_arguments(state: ChatAnswer, text: str) -> str:
+    word, key = "function", "arguments"
+    if state.custom is not None:
+        text, word, key = state.custom.feed(text), "custom", "input"
+    if not text:
+        return ""
+    return (f'{state.before}{{"tool_calls":[{{"index":{state.calls - 1},"{word}":'
+            f'{{"{key}":{quote(text)}}}}}]}}{state.after}')
+
+
+def url_citation(told: Mapping, end: int) -> dict:
+    """A source of a text that ends at `end`; {} for a citation of another kind."""
+    if "url" not in told:
+        return {}
+    text = str(told.get("text") or told.get("cited_text") or "")
+    return {"url": told["url"], "title": told.get("title") or "",
+            "start_index": max(0, end - len(text)), "end_index": end}
+
+
+def _chat_piece(state: ChatAnswer, delta: Piece) -> str:
+    kind = delta.kind
+    if kind is Kind.TEXT:
+        state.letters += len(delta.text)
+        text = quote(delta.text)
+        return state.before + (text if state.echo is not None else f'{{"content":{text}}}'
+                               ) + state.after
+    if state.echo is not None:
+        return ""
+    if kind is Kind.THINKING:
+        return f'{state.before}{{"reasoning_content":{quote(delta.text)}}}{state.after}'
+    if kind is Kind.ARGUMENTS and state.open_kind is Kind.CALL:
+        return _chat_arguments(state, delta.text)
+    if kind is Kind.CITATION:
+        note = url_citation(json.loads(delta.text), state.letters)
+        row = {"type": "url_citation", "url_citation": note}
+        return state.before + json_encode({"annotations": [row]}) + state.after if note else ""
+    return ""                   # signatures: the client has no place for them
+
+
+def _chat_end(state: ChatAnswer, delta: BlockEnd) -> str:
+    rest = state.custom.end() if state.custom is not None else ""
+    state.open_kind, state.custom = None, None
+    if not rest:
+        return ""
+    row = {"index": state.calls - 1, "custom": {"input": rest}}
+    return state.before + json_encode({"tool_calls": [row]}) + state.after
+
+
+def _chat_finish(state: ChatAnswer, delta: Finish) -> str:
+    word = STOP_WORDS[delta.stop].chat
+    out = (state.before + ("{}" if state.echo is None else '""')
+           + state.after.replace('"finish_reason":null', f'"finish_reason":"{word}"', 1))
+    if state.wants_usage:
+        head = state.before[:state.before.index('"choices":')]
+        out += f'{head}"choices":[],"usage":{json_encode(chat_usage(delta.usage))}}}\n\n'
+    return out + "data: [DONE]\n\n"
+
+
+OPENAI_ERRORS = {       # Anthropic's type, or a kind of ERRORS -> OpenAI's type and code
+    "invalid_request_error": ("invalid_request_error", None),
+    "request_too_large": ("invalid_request_error", "request_too_large"),
+    "authentication_error": ("authentication_error", "invalid_api_key"),
+    "permission_error": ("permission_error", None),
+    "not_found_error": ("invalid_request_error", "model_not_found"),
+    "rate_limit_error": ("rate_limit_error", "rate_limit_exceeded"),
+    "overloaded_error": ("service_unavailable_error", "server_is_overloaded"),
+    "timeout_error": ("server_error", "timeout"), "api_error": ("server_error", "server_error"),
+    "too_long": ("invalid_request_error", "context_length_exceeded"),
+    "no_response": ("invalid_request_error", "previous_response_not_found"),
+    "exhausted": ("usage_limit_reached", "rate_limit_exceeded"),
+}
+
+
+def openai_render_error(error: ProxyError, request_id: str) -> dict:
+    kind, code = OPENAI_ERRORS.get(error.kind) or OPENAI_ERRORS[error.rule.type]
+    body = {"message": error.message, "type": kind, "param": None, "code": code}
+    named = re.match(r"([a-z_]+(?:\.[\w.]+)?): ", error.message)
+    if error.kind == "invalid_request" and named:
+        body["param"] = named[1]
+    if error.kind == "exhausted" and error.retry_after_s is not None:    # Codex shows when it ends
+        body.update(plan_type=None, resets_in_seconds=int(error.retry_after_s + 0.999))
+    return {"error": {**body, **error.details}}
+
+
+CHAT_EVENTS: dict[type, Callable[[ChatAnswer, Any], str]] = {
+    Piece: _chat_piece, Begin: _chat_begin, BlockStart: _chat_start, BlockEnd: _chat_end,
+    Finish: _chat_finish,
+    Fault: lambda state, delta: f"data: {json_encode(openai_render_error(delta.error, ''))}\n\n",
+}
+
+
+def chat_render_delta(state: ChatAnswer, delta: Any) -> str:
+    """One neutral delta -> the text of its chunks, ASCII."""
+    return CHAT_EVENTS[type(delta)](state, delta)
+
+
+def comment_keep_alive(state: Any, is_beat: bool) -> str:
+    return ": keep-alive\n\n"
+
+
+def chat_render_reply(state: ChatAnswer, reply: Reply) -> dict:
+    """The completion object of a folded answer."""
+    text = "".join(b.text for b in reply.blocks if isinstance(b, Text))
+    row: dict = {"index": 0, "logprobs": None,
+                 "finish_reason": STOP_WORDS[reply.finish.stop].chat}
+    head = {"id": state.id, "created": state.created, "model": state.model}
+    if state.echo is not None:
+        return {**head, "object": "text_completion", "choices": [
+            {**row, "text": state.echo + text}], "usage": chat_usage(reply.finish.usage)}
+    message: dict = {"role": "assistant", "content": text, "refusal": None}
+    thought = "".join(b.text for b in reply.blocks if isinstance(b, Thinking))
+    if thought:
+        message["reasoning_content"] = thought
+    calls = []
+    for block in reply.blocks:
+        if isinstance(block, ToolCall):
+            told = state.kinds.get(block.name) or ClientTool("function", block.name)
+            arguments = json_encode(block.arguments)
+            calls.append(_call_shape(told, block.id, freeform_text(arguments)
+                                     if told.kind == "custom" else arguments))
+    if calls:
+        message.update(content=text or None, tool_calls=calls)
+    if reply.finish.stop is Stop.REFUSAL:
+        message["refusal"] = text or reply.finish.explanation or "refused"
+    end, notes = 0, []
+    for block in reply.blocks:
+        end += len(block.text) if isinstance(block, Text) else 0
+        notes += [url_citation(c, end) for c in getattr(block, "citations", ())]
+    if any(notes):
+        message["annotations"] = [{"type": "url_citation", "url_citation": n}
+                                  for n in notes if n]
+    return {**head, "object": "chat.completion", "choices": [{**row, "message": message}],
+            "usage": chat_usage(reply.finish.usage), "system_fingerprint": None,
+            "service_tier": "default"}
+
+
+# Upstreams of either dialect: calls, thoughts and what all requests share
+
+class _Call:
+    """A call of an upstream as it comes in pieces."""
+    __slots__ = ("id", "name", "parts", "sent", "is_open", "is_closed", "looked_at")
+
+    def __init__(self, call_id: str, name: str):
+        self.id, self.name, self.parts = call_id, name, []
+        self.sent, self.is_open, self.is_closed, self.looked_at = 0, False, False, -1
+
+    def is_whole(self) -> bool:
+        """Whether its arguments are complete JSON; looked at once for each length."""
+        if not self.parts or self.looked_at == len(self.parts):
+            return False
+        self.looked_at = len(self.parts)
+        try:
+            json.loads("".join(self.parts))
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+
+class CallQueue:
+    """Calls that an upstream may interleave, one after the other: the first streams, those behind
+    it wait for its end."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+    def pieces(self, is_end: bool = False) -> list[tuple[Kind, Any]]:
+        """What can be told by now; all of it at the end."""
+        out: list[tuple[Kind, Any]] = []
+        while self.calls:
+            call, is_last = self.calls[0], len(self.calls) == 1
+            if not call.is_open and (call.parts or call.is_closed or is_end):
+                call.is_open = True
+                out.append((Kind.CALL, ToolCall(call.id, call.name, None)))
+            if call.is_open and call.sent < len(call.parts):
+                out.append((Kind.ARGUMENTS, "".join(call.parts[call.sent:])))
+                call.sent = len(call.parts)
+            if not (is_end or call.is_closed or not is_last and call.is_whole()):
+                break
+            if not call.parts:
+                out.append((Kind.ARGUMENTS, "{}"))
+            out.append((Kind.BLOCK_END, None))
+            self.calls.pop(0)
+        return out
+
+
+class ThinkTags:
+    """Text of models that think inside `<think>` at the beginning of their answer."""
+
+    def __init__(self) -> None:
+        self._held, self._state = "", "start"
+
+    def feed(self, text: str) -> list[tuple[Kind, Any]]:
+        if self._state == "over":
+            return [(Kind.TEXT, text)]
+        text, self._held = self._held + text, ""
+        if self._state == "start":
+            begun = text.lstrip()
+            if begun.startswith("<think>"):
+                self._state, text = "inside", begun[7:]
+            elif "<think>".startswith(begun):
+                self._held = text
+                return []
+            else:
+                self._state = "over"
+                return [(Kind.TEXT, text)]
+        thought, mark, rest = text.partition("</think>")
+        if mark:
+            self._state = "over"
+            return [(Kind.THINKING, thought), (Kind.SIGNATURE, ("-", True)),
+                    (Kind.TEXT, rest.lstrip())]
+        keep = next((n for n in range(7, 0, -1) if text.endswith("</think>"[:n])), 0)
+        self._held = text[len(text) - keep:]
+        return [(Kind.THINKING, text[:len(text) - keep])]
+
+    def end(self) -> list[tuple[Kind, Any]]:
+        held, self._held = self._held, ""
+        kind = Kind.THINKING if self._state == "inside" else Kind.TEXT
+        return [(kind, held)] if held else []
+
+
+def _wire_tools(request: Request, repairs: frozenset) -> Iterator[tuple[dict, bool]]:
+    """(name, description, parameters) of each tool, and whether it is strict."""
+    for tool in request.tools:
+        schema = tool.schema
+        if schema.get("type") != "object":
+            schema = {"properties": {}, **schema, "type": "object"}
+        if "core_schemas" in repairs:
+            schema = core_schema(clean_schema(tool.schema, False))
+        if "bare_schemas" in repairs:
+            schema = {"type": "object", "properties": {}}
+        yield {"name": tool_name(tool.name), "description": tool.description,
+               "parameters": schema}, tool.is_strict
+
+
+def wanted_effort(wish: ThinkingWish) -> str:
+    """The effort that a wish stands for, "" where the model is to decide."""
+    if wish.is_on is False:
+        return "none"
+    if wish.budget_tokens is not None:
+        return next(name for most, name in LEVEL_BY_BUDGET if wish.budget_tokens <= most)
+    return "" if wish.effort == "auto" else wish.effort
+
+
+THINKING_STYLES: dict[str, Callable[[str, ThinkingWish], dict]] = {     # quirk -> fields of a body
+    "thinking_type": lambda effort, wish: {
+        "thinking": {"type": "disabled" if effort == "none" else "enabled"}},
+    "enable_thinking": lambda effort, wish: {
+        "enable_thinking": effort != "none",
+        **({"thinking_budget": wish.budget_tokens} if wish.budget_tokens else {})},
+    "template_thinking": lambda effort, wish: {
+        "chat_template_kwargs": {"enable_thinking": effort != "none"}},
+    "reasoning_object": lambda effort, wish: {
+        "reasoning": {"max_tokens": wish.budget_tokens} if wish.budget_tokens else
+        {"enabled": False} if effort == "none" else {"effort": effort} if effort else
+        {"enabled": True}},
+    "no_effort": lambda effort, wish: {},
+}
+
+
+def without_refused(body: dict, repairs: Iterable[str]) -> dict:
+    """`body` without the parameters that its upstream refused to know; `max_tokens` may have been
+    wanted under its other name."""
+    for limit in [int(r[6:]) for r in repairs if r.startswith("limit ")]:
+        body = {k: min(v, limit) if k in ("max_tokens", "max_completion_tokens",
+                                          "max_output_tokens") else v for k, v in body.items()}
+    for path in [r.partition(" ")[2] for r in repairs if r.startswith(("drop ", "unset "))]:
+        value = body.get(path.split(".")[0])
+        body = without(body, path.split("."))
+        if path in ("max_tokens", "max_completion_tokens") and value is not None:
+            other = "max_completion_tokens" if path == "max_tokens" else "max_tokens"
+            if f"drop {other}" not in repairs:
+                body[other] = value
+    return body
+
+
+def _chat_thinking(request: Request, target: Target) -> dict:
+    wish, effort = request.thinking, wanted_effort(request.thinking)
+    if wish.is_on is None and effort == "":
+        return {}
+    style = next((s for s in THINKING_STYLES if s in target.provider.quirks), "")
+    if style:
+        return THINKING_STYLES[style](effort, wish)
+    return {"reasoning_effort": effort} if effort else {}
+
+
+# Chat: requests to upstreams
+
+def _chat_media(block: Media) -> dict:
+    source = block.url or f"data:{block.media_type};base64,{block.data}"
+    if block.media_type.startswith("audio/"):
+        kind = next((k for k, v in AUDIO_TYPES.items() if v == block.media_type), "wav")
+        return {"type": "input_audio", "input_audio": {"data": block.data, "format": kind}}
+    if block.media_type == "application/pdf":
+        return {"type": "file", "file": {"filename": block.name or "document.pdf",
+                                         "file_data": source}}
+    return {"type": "image_url", "image_url": {"url": source}}
+
+
+class _ChatMessages:
+    """Turns -> the messages of one Chat request."""
+
+    def __init__(self, target: Target, signatures: Any, mended: Mended):
+        self.target, self.signatures, self.mended, self.out = target, signatures, mended, []
+        self.replays = "reasoning_replay" in target.provider.quirks
+
+    def assistant(self, turn: Turn) -> None:
+        text = "\n\n".join(b.text for b in turn.blocks if isinstance(b, Text))
+        calls = [{"id": b.id, "type": "function", "function": {
+            "name": tool_name(b.name), "arguments": json_encode(b.arguments)}}
+            for b in turn.blocks if isinstance(b, ToolCall)]
+        message: dict = {"role": "assistant", "content": text or None}
+        if calls:
+            message["tool_calls"] = calls
+        elif not text:
+            message["content"] = "."
+        self._thoughts(turn, message, bool(calls))
+        self.out.append(message)
+
+    def _thoughts(self, turn: Turn, message: dict, has_calls: bool) -> None:
+        told, details = [], []
+        for block in turn.blocks:
+            if isinstance(block, Thinking):
+                own = thought_signature(block, self.signatures, "o",
+                                        self.target.provider.signature_tag)
+                if own is None or not self.replays:
+                    self.mended["thoughts of other models left out"] += bool(block.text)
+                elif own.raw.startswith("["):
+                    details += objects_of(json.loads(own.raw))
+                else:
+                    told.append(block.text)
+        if details:
+            message["reasoning_details"] = details
+        elif self.replays and (has_calls or any(told)):     # an empty one is refused by some
+            message["reasoning_content"] = "".join(told) or "(not kept)"
+
+    def user(self, turn: Turn) -> None:
+        parts: list[dict] = []
+        for block in turn.blocks:
+            if isinstance(block, ToolResult):
+                parts += self._result(block)
+            elif isinstance(block, Note):
+                self._say(parts)
+                parts = []
+                self.out.append({"role": "system", "content": block.text})
+            elif isinstance(block, Media):
+                parts.append(_chat_media(block))
+            elif not is_blank(block):
+                parts.append({"type": "text", "text": block.text})
+        self._say(parts)
+
+    def _result(self, result: ToolResult) -> list[dict]:
+        """The message of a result; its images, which have no place in that, for the next one."""
+        text = "\n".join(b.text for b in result.blocks if isinstance(b, Text))
+        media = [_chat_media(b) for b in result.blocks if isinstance(b, Media)]
+        note = f"\n[{len(media)} files follow]" if media else ""
+        self.out.append({"role": "tool", "tool_call_id": result.call_id,
+                         "content": (text + note).strip() or "(no output)"})
+        return media
+
+    def _say(self, parts: list[dict]) -> None:
+        if parts:
+            is_text = all(p["type"] == "text" for p in parts)
+            content = "\n\n".join(p["text"] for p in parts) if is_text else parts
+            self.out.append({"role": "user", "content": content})
+
+
+def chat_render_request(request: Request, target: Target, signatures: Any,
+                        repairs: frozenset = frozenset()) -> Rendered:
+    """The Chat body of a request.  `repairs`: `core_schemas`, `bare_schemas`, `drop <parameter>`,
+    `schema_as_text`, `old_media`."""
+    mended, quirks = Mended(), target.provider.quirks
+    more_system, turns = repair_turns(request.turns, mended, Note)
+    turns = drop_old_media(turns) if "old_media" in repairs else turns
+    messages = _ChatMessages(target, signatures, mended)
+    system = [text for text in (*request.system, *more_system) if text.strip()]
+    for turn in turns:
+        (messages.assistant if turn.role == "assistant" else messages.user)(turn)
+    body: dict = {"model": target.upstream_id, "messages": messages.out, "stream": True}
+    if "no_stream_options" not in quirks:
+        body["stream_options"] = {"include_usage": True}
+    if request.max_tokens:
+        name = "max_completion_tokens" if "completion_limit" in quirks else "max_tokens"
+        body[name] = request.max_tokens
+    for name in ("temperature", "top_p"):
+        if getattr(request, name) is not None:
+            body[name] = getattr(request, name)
+    if request.stop_sequences:
+        body["stop"] = [s for s in request.stop_sequences if s.strip()][:4] or None
+    body.update({k: v for k, v in request.more.items() if k in (
+        "seed", "presence_penalty", "frequency_penalty", "verbosity", "service_tier", "user")})
+    body.update(_chat_thinking(request, target))
+    mode, name = request.tool_choice
+    if request.tools:
+        body["tools"] = [{"type": "function", "function": {**row, "strict": True} if is_strict
+                          else row} for row, is_strict in _wire_tools(request, repairs)]
+        if mode != "auto" and not ("tool_choice_basic" in quirks and mode in ("any", "tool")):
+            body["tool_choice"] = {"any": "required", "none": "none"}.get(mode) or {
+                "type": "function", "function": {"name": tool_name(name)}}
+        if request.one_call and "no_parallel_flag" not in quirks:
+            body["parallel_tool_calls"] = False
+    if request.json_schema is not None:
+        as_text = "schema_as_text" in repairs or "no_json_schema" in quirks
+        if request.json_schema == ANY_OBJECT or as_text:
+            body["response_format"] = {"type": "json_object"}
+        else:
+            body["response_format"] = {"type": "json_schema", "json_schema": {
+                "name": request.more.get("schema_name") or "answer",
+                "schema": request.json_schema}}
+        if as_text or request.json_schema == ANY_OBJECT and "json" not in "".join(system).lower():
+            system.append(schema_order(request.json_schema))
+        if "drop response_format" in repairs and not as_text:
+            system.append(schema_order(request.json_schema))
+    if system:
+        messages.out.insert(0, {"role": "system", "content": "\n\n".join(system)})
+    body = without_refused({k: v for k, v in body.items() if v is not None}, repairs)
+    shape = answer_shape(request, turns, mended, "o", target.provider.signature_tag, signatures)
+    return Rendered(body, {}, shape._replace(
+        shows_thinking=request.thinking.is_on is not False), mended)
+
+
+def chat_path(target: Target, request: Request) -> str:
+    return "/chat/completions"
+
+
+# Chat: answers of upstreams
+
+_CHAT_STOPS = {
+    "stop": Stop.END, "eos": Stop.END, "end_turn": Stop.END, "length": Stop.LENGTH,
+    "max_tokens": Stop.LENGTH, "model_length": Stop.LENGTH, "repetition": Stop.LENGTH,
+    "tool_calls": Stop.TOOL, "function_call": Stop.TOOL, "content_filter": Stop.REFUSAL,
+    "sensitive": Stop.REFUSAL, "stop_sequence": Stop.SEQUENCE}
+_MINIMAX_STATUS = {1001: 504, 1002: 429, 1004: 401, 1008: 402, 1039: 429}
+
+
+def chat_parse_usage(usage: Any) -> dict[str, int]:
+    """The counters of a `usage` of either dialect, as a METER.  DeepSeek and Kimi tell what was
+    cached in fields of their own."""
+    usage = object_of(usage)
+    told = object_of(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    spent = object_of(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
+    found = {"input": usage.get("prompt_tokens", usage.get("input_tokens")),
+             "cached": told.get("cached_tokens") or usage.get("cached_tokens")
+             or usage.get("prompt_cache_hit_tokens"),
+             "written": told.get("cache_write_tokens"),
+             "output": usage.get("completion_tokens", usage.get("output_tokens")),
+             "thinking": spent.get("reasoning_tokens")}
+    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
+
+
+def openai_fault(event: Mapping) -> None:
+    """Raises UpstreamFault where an event is an error: OpenAI's, or MiniMax's under status 200."""
+    if event.get("error"):
+        raise UpstreamFault(event if isinstance(event["error"], dict) else {
+            "error": {"message": str(event["error"]), "code": event.get("code")}})
+    told = object_of(event.get("base_resp"))
+    if told.get("status_code"):
+        raise UpstreamFault({"error": {"message": str(told.get("status_msg")),
+                                       "code": _MINIMAX_STATUS.get(told["status_code"], 500)}})
+
+
+class ChatParser:
+    """Events of one Chat answer -> loose pieces, with every tolerance that servers need which are
+    merely compatible."""
+
+    def __init__(self, target: Target):
+        self.queue = CallQueue()
+        self._by_index: dict[Any, _Call] = {}
+        self._details: list[dict] = []
+        self._is_thinking = self._has_finish = self._has_content = self._is_refusal = False
+        self._tags = ThinkTags() if "inline_think" in target.provider.quirks else None
+
+    def __call__(self, text: str) -> list[tuple[Kind, Any]]:
+        if text.strip() == "[DONE]":
+            late = self._has_content and not self._has_finish
+            return self._finish("stop") if late else []
+        event = json.loads(text)
+        if not isinstance(event, dict):
+            raise ValueError("not an object")
+        openai_fault(event)
+        choice = next(iter(objects_of(event.get("choices"))), {})
+        usage = chat_parse_usage(event.get("usage") or choice.get("usage"))
+        out: list[tuple[Kind, Any]] = [(Kind.METER, usage)] if usage else []
+        delta = object_of(choice.get("delta") or choice.get("message"))
+        if delta:
+            self._delta(delta, out)
+        if isinstance(choice.get("text"), str):
+            self._say(choice["text"], out)
+        if choice.get("finish_reason"):
+            out += self._finish(str(choice["finish_reason"]))
+        return out
+
+    def _delta(self, delta: dict, out: list) -> None:
+        thought, details = delta.get("reasoning_content") or delta.get("reasoning"), objects_of(
+            delta.get("reasoning_details"))
+        self._keep(details)
+        if not isinstance(thought, str):
+            thought = "".join(str(d.get("text") or d.get("summary") or "") for d in details)
+        if thought:
+            self._is_thinking = self._has_content = True
+            out.append((Kind.THINKING, thought))
+        content = delta.get("content")
+        if isinstance(content, list):
+            content = "".join(str(p.get("text") or "") for p in objects_of(content))
+        for said in (content, delta.get("refusal")):
+            if isinstance(said, str) and said:
+                self._say(said, out)
+        self._is_refusal |= bool(delta.get("refusal"))
+        for note in objects_of(delta.get("annotations")):
+            told = object_of(note.get("url_citation"))
+            if isinstance(told.get("url"), str):
+                out.append((Kind.CITATION, {"url": told["url"], "text": "",
+                                            "title": str(told.get("title") or "")}))
+        rows = objects_of(delta.get("tool_calls"))
+        if isinstance(delta.get("function_call"), dict):
+            rows = rows + [{"index": "old", "function": delta["function_call"]}]
+        for position, row in enumerate(rows):
+            self._call(position, row)
+        if rows:
+            self._end_thought(out)
+            out += self.queue.pieces()
+
+    def _say(self, text: str, out: list) -> None:
+        self._end_thought(out)
+        if self.queue.calls:
+            out += self.queue.pieces(True)
+        self._has_content = True
+        out += self._tags.feed(text) if self._tags else [(Kind.TEXT, text)]
+
+    def _keep(self, details: list[dict]) -> None:
+        """Reasoning details as they are to be sent back: pieces of one entry joined."""
+        for row in details:
+            last = self._details[-1] if self._details else {}
+            if last and (last.get("type"), last.get("index")) == (row.get("type"),
+                                                                  row.get("index")):
+                for key, value in row.items():
+                    if key in ("text", "summary", "data") and isinstance(value, str):
+                        value = str(last.get(key) or "") + value
+                    last[key] = value if value is not None else last.get(key)
+            else:
+                self._details.append(dict(row))
+
+    def _end_thought(self, out: list) -> None:
+        if self._is_thinking:
+            raw = json_encode(self._details) if self._details else "-"
+            out.append((Kind.SIGNATURE, (raw, True)))
+            self._is_thinking = False
+
+    def _call(self, position: int, row: dict) -> None:
+        inner = object_of(row.get("function") or row.get("custom"))
+        name, call_id = str(inner.get("name") or ""), str(row.get("id") or "")
+        index = row.get("index")
+        if index is None:       # by its id; else the last one goes on
+            index = call_id or next(reversed(self._by_index), position)
+        call = self._by_index.get(index)
+        if call is None or call_id and call.id and call_id != call.id:
+            call = self._by_index[index] = _Call(call_id, name)
+            self.queue.calls.append(call)
+            self._has_content = True
+        else:
+            call.id = call.id or call_id
+            if name and name != call.name and not call.is_open:
+                call.name += name
+        arguments = inner.get("arguments", inner.get("input"))
+        if arguments and not call.is_closed:
+            call.parts.append(arguments if isinstance(arguments, str) else json_encode(arguments))
+
+    def _finish(self, word: str) -> list[tuple[Kind, Any]]:
+        if word == "error":
+            raise UpstreamFault({"error": {"message": "the upstream ended its answer by an error",
+                                           "code": 502}})
+        self._has_finish = True
+        out: list[tuple[Kind, Any]] = self._tags.end() if self._tags else []
+        self._end_thought(out)
+        out += self.queue.pieces(True)
+        stop = Stop.REFUSAL if self._is_refusal else _CHAT_STOPS.get(word, Stop.END)
+        return [*out, (Kind.FINISH, (stop, word if stop is Stop.REFUSAL else ""))]
+
+
+# Chat: relayed
+
+def openai_relay_body(request: Request, target: Target, repairs: frozenset,
+                      changes: dict) -> Rendered:
+    """The client's own body with the model's name and `changes`, without what was refused."""
+    text = request.native.raw.decode("utf-8")
+    if request.model != target.upstream_id:
+        changes["model"] = quote(target.upstream_id)
+    if any(r.startswith(("drop ", "unset ")) for r in repairs):
+        body = json.loads(text)
+        rest = without_refused(body, repairs)
+        changes.update({k: None if k not in rest else json_encode(rest[k])
+                        for k in {*body, *rest} if rest.get(k) != body.get(k)
+                        or (k in body) != (k in rest)})
+    raw = json_splice(text, changes).encode("utf-8") if changes else request.native.raw
+    return Rendered(raw, dict(request.native.headers), AnswerShape(), Mended())
+
+
+def variant_effort(request: Request) -> str:
+    """What the model's name says about thinking, "" where it says nothing."""
+    wish = model_variant(request.model)[1] if request.wanted != request.model else None
+    return wanted_effort(wish) if wish else ""
+
+
+def chat_relay_request(request: Request, target: Target,
+                       repairs: frozenset = frozenset()) -> Rendered:
+    """The client's own Chat body; usage is asked for in streams, since it is counted here."""
+    changes: dict = {}
+    if variant_effort(request):
+        changes["reasoning_effort"] = quote(variant_effort(request))
+    if request.is_streaming and not request.ext.get("usage") and (
+            "no_stream_options" not in target.provider.quirks):
+        changes["stream_options"] = '{"include_usage":true}'
+    return openai_relay_body(request, target, repairs, changes)
+
+
+class ChatRelay(EventRelay):
+    """Chunks of a Chat upstream on their way to a Chat client.  A chunk of usage that only we asked
+    for stays here."""
+    _TELLS = re.compile(r'"(?:usage|error)"\s*:\s*[{"]|"finish_reason"\s*:\s*"')
+    last_word = "data: [DONE]\n\n"
+
+    def feed(self, event: str) -> str:
+        if self.has_content and not self._TELLS.search(event) and event.startswith("data: {"):
+            return self.renamed(event) + "\n\n"
+        data = event_data(event)
+        if data.strip() == "[DONE]":
+            self.is_over = True
+            return self.last_word
+        value = json.loads(data) if data.startswith("{") else None
+        if not isinstance(value, dict):
+            return ""                   # a comment
+        openai_fault(value)
+        choice = next(iter(objects_of(value.get("choices"))), {})
+        self.counts.update(chat_parse_usage(value.get("usage") or choice.get("usage")))
+        delta = object_of(choice.get("delta"))
+        self.has_finish |= bool(choice.get("finish_reason"))
+        self.has_content |= self.has_finish or any(delta.get(k) for k in (
+            "content", "tool_calls", "reasoning_content", "reasoning", "refusal", "function_call"))
+        if value.get("choices") == [] and value.get("usage") and not self.state.wants_usage:
+            return ""
+        return self.renamed(event) + "\n\n"
+
+    def read_whole(self, value: dict) -> None:
+        openai_fault(value)
+        if not isinstance(value.get("choices"), list):
+            raise UpstreamFault(value)
+        self.counts.update(chat_parse_usage(value.get("usage")))
+
+
+# Responses: requests of clients
+
+def responses_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
+                            raw: bytes = b"", query: str = "", path: str = "") -> Request:
+    """The neutral Request of a Responses body, an earlier response put before its input by whoever
+    keeps those.  Raises ProxyError invalid_request, no_response."""
+    body = dict_at(body, "body")
+    agent = headers.get("user-agent", "") + headers.get("originator", "")
+    ext = {"codex": "codex" in agent.lower(), "echo": responses_echo(body)}
+    return _openai_request("responses", body, headers, raw, _responses_fields, ext)
+
+
+# Responses: answers to clients
+
+_USED = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens",
+         "input_tokens_details": "prompt_tokens_details",
+         "output_tokens_details": "completion_tokens_details", "total_tokens": "total_tokens"}
+
+
+@dataclass
+class ResponsesAnswer:
+    """What is remembered between the deltas of one answer.  `item` is the open output item, `texts`
+    what its deltas said; `output` are the items that are done."""
+    model: str
+    created: int
+    echo: Mapping = field(default_factory=dict)
+    kinds: Mapping[str, ClientTool] = field(default_factory=dict)
+    encrypts: bool = False
+    is_codex: bool = False
+    id: str = field(default_factory=lambda: new_id("resp_"))
+    begun: bool = False
+    sequence: int = 0
+    output: list = field(default_factory=list)
+    item: dict | None = None
+    texts: list = field(default_factory=list)
+    custom: InputText | None = None
+    signature: str = ""
+    wants_usage: bool = True
+
+
+def responses_answer(request: Request, now: int) -> ResponsesAnswer:
+    ext = request.ext
+    return ResponsesAnswer(request.model, now, ext.get("echo", {}), ext.get("tools", {}),
+                           ext.get("encrypted", False), ext.get("codex", False))
+
+
+def _numbered(state: ResponsesAnswer, kind: str, **fields: Any) -> str:
+    """One event with its number."""
+    state.sequence += 1
+    data = {"type": kind, "sequence_number": state.sequence - 1, **fields}
+    return f"event: {kind}\ndata: {json_encode(data)}\n\n"
+
+
+def _response(state: ResponsesAnswer, status: str, **fields: Any) -> dict:
+    return {"id": state.id, "object": "response", "created_at": state.created, "status": status,
+            "background": False, "error": None, "incomplete_details": None, "model": state.model,
+            "output": [], "usage": None, **state.echo, **fields}
+
+
+def _responses_begin(state: ResponsesAnswer, delta: Begin) -> str:
+    if state.begun:
+        return ""
+    state.begun = True
+    response = _response(state, "in_progress")
+    return (_numbered(state, "response.created", response=response)
+            + _numbered(state, "response.in_progress", response=response))
+
+
+def _item_place(state: ResponsesAnswer) -> dict:
+    return {"item_id": state.item["id"], "output_index": len(state.output)}
+
+
+def _open_item(state: ResponsesAnswer, item: dict) -> str:
+    state.item, state.texts, state.signature = item, [], ""
+    return _numbered(state, "response.output_item.added", output_index=len(state.output), item=item)
+
+
+def call_item(told: ClientTool, call_id: str, arguments: str, status: str) -> dict:
+    """The item of a call as its client knows the tool; `arguments` is JSON, or "" at its
+    beginning."""
+    head = {"id": new_id("fc_"), "call_id": call_id, "status": status}
+    if told.kind == "custom":
+        item = {**head, "id": new_id("ctc_"), "type": "custom_tool_call", "name": told.name,
+                "input": freeform_text(arguments) if arguments else ""}
+        return {**item, "namespace": told.namespace} if told.namespace else item
+    if told.kind in SHELL_TOOLS:
+        given = openai_arguments(arguments)
+        if told.kind == "apply_patch":
+            return {**head, "type": "apply_patch_call", "operation": given}
+        more = {"type": "exec", "env": {}} if told.kind == "local_shell" else {}
+        return {**head, "type": told.kind + "_call", "action": {**more, **given}}
+    if told.kind == "tool_search":
+        return {**head, "type": "tool_search_call", "execution": "client",
+                "arguments": openai_arguments(arguments)}
+    item = {**head, "type": "function_call", "name": told.name, "arguments": arguments}
+    return {**item, "namespace": told.namespace} if told.namespace else item
+
+
+def _responses_start(state: ResponsesAnswer, delta: BlockStart) -> str:
+    if delta.kind is Kind.TEXT:
+        item = {"id": new_id("msg_"), "type": "message", "role": "assistant",
+                "status": "in_progress", "content": []}
+        return _open_item(state, item) + _numbered(
+            state, "response.content_part.added", **_item_place(state), content_index=0,
+            part={"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+    if delta.kind is Kind.CALL:
+        told = state.kinds.get(delta.name) or ClientTool("function", delta.name)
+        state.custom = InputText() if told.kind == "custom" else None
+        return _open_item(state, call_item(told, delta.id, "", "in_progress"))
+    if delta.kind is Kind.SERVER_CALL and delta.name == "web_search":
+        out = _open_item(state, {"id": new_id("ws_"), "type": "web_search_call",
+                                 "status": "in_progress", "action": {"type": "search"}})
+        return out + "".join(_numbered(state, f"response.web_search_call.{word}",
+                                       **_item_place(state))
+                             for word in ("in_progress", "searching"))
+    return ""                   # thoughts open with what there is to show of them
+
+
+def _open_thought(state: ResponsesAnswer) -> str:
+    if state.item is not None:
+        return ""
+    return _open_item(state, {"id": new_id("rs_"), "type": "reasoning", "summary": [],
+                              "status": "in_progress"})
+
+
+def _responses_arguments(state: ResponsesAnswer, text: str) -> str:
+    state.texts.append(text)
+    kind = state.item["type"]
+    if kind == "custom_tool_call":
+        text = state.custom.feed(text)
+        event = "response.custom_tool_call_input.delta"
+    else:
+        event = "response.function_call_arguments.delta" if kind == "function_call" else ""
+    return _numbered(state, event, **_item_place(state), delta=text) if text and event else ""
+
+
+def _responses_piece(state: ResponsesAnswer, delta: Piece) -> str:
+    kind, text = delta.kind, delta.text
+    if kind is Kind.TEXT:
+        state.texts.append(text)
+        return _numbered(state, "response.output_text.delta", **_item_place(state), content_index=0,
+                     delta=text, logprobs=[])
+    if kind is Kind.THINKING:
+        out = _open_thought(state)
+        if not state.texts:
+            out += _numbered(state, "response.reasoning_summary_part.added", **_item_place(state),
+                         summary_index=0, part={"type": "summary_text", "text": ""})
+        state.texts.append(text)
+        return out + _numbered(state, "response.reasoning_summary_text.delta", **_item_place(state),
+                           summary_index=0, delta=text)
+    if kind is Kind.SIGNATURE and state.encrypts:
+        out = _open_thought(state)
+        state.signature = text
+        return out
+    if kind is Kind.ARGUMENTS and state.item is not None:
+        return _responses_arguments(state, text)
+    if kind is Kind.CITATION and state.item is not None:
+        notes = state.item["content"]       # kept there until the item is done
+        note = url_citation(json.loads(text), sum(map(len, state.texts)))
+        if note:
+            notes.append({"type": "url_citation", **note})
+            return _numbered(state, "response.output_text.annotation.added", **_item_place(state),
+                         content_index=0, annotation_index=len(notes) - 1, annotation=notes[-1])
+    return ""
+
+
+def _message_end(state: ResponsesAnswer, item: dict) -> str:
+    place = {**_item_place(state), "content_index": 0}
+    text, notes = "".join(state.texts), item["content"]
+    part = {"type": "output_text", "text": text, "annotations": notes, "logprobs": []}
+    item.update(content=[part], status="completed")
+    return (_numbered(state, "response.output_text.done", **place, text=text, logprobs=[])
+            + _numbered(state, "response.content_part.done", **place, part=part))
+
+
+def _thought_end(state: ResponsesAnswer, item: dict) -> str:
+    out, text = "", "".join(state.texts)
+    if text:
+        part = {"type": "summary_text", "text": text}
+        place = {**_item_place(state), "summary_index": 0}
+        out = (_numbered(state, "response.reasoning_summary_text.done", **place, text=text)
+               + _numbered(state, "response.reasoning_summary_part.done", **place, part=part))
+        item["summary"] = [part]
+    item["status"] = "completed"
+    if state.signature:
+        item["encrypted_content"] = state.signature
+    return out
+
+
+def _call_end(state: ResponsesAnswer, item: dict) -> str:
+    place, arguments = _item_place(state), "".join(state.texts) or "{}"
+    if item["type"] == "custom_tool_call":
+        rest = state.custom.end()
+        item.update(input=state.custom.text, status="completed")
+        out = _numbered(state, "response.custom_tool_call_input.delta", **place,
+                    delta=rest) if rest else ""
+        return out + _numbered(state, "response.custom_tool_call_input.done", **place,
+                           input=item["input"])
+    if item["type"] == "function_call":
+        item.update(arguments=arguments, status="completed")
+        return _numbered(state, "response.function_call_arguments.done", **place,
+                         arguments=arguments)
+    kind = item["type"][:-5]
+    told = call_item(ClientTool(kind, kind), item["call_id"], arguments, "completed")
+    item.update({k: v for k, v in told.items() if k != "id"})
+    return ""
+
+
+def _search_end(state: ResponsesAnswer, item: dict) -> str:
+    query = openai_arguments("".join(state.texts)).get("query") or ""
+    item.update(status="completed", action={"type": "search", "query": query})
+    return _numbered(state, "response.web_search_call.completed", **_item_place(state))
+
+
+_ITEM_ENDS = {"message": _message_end, "reasoning": _thought_end, "web_search_call": _search_end}
+
+
+def _responses_end(state: ResponsesAnswer, delta: BlockEnd) -> str:
+    item = state.item
+    if item is None:
+        return ""
+    out = _ITEM_ENDS.get(item["type"], _call_end)(state, item)
+    out += _numbered(state, "response.output_item.done", output_index=len(state.output), item=item)
+    state.output.append(item)
+    state.item = state.custom = None
+    return out
+
+
+def responses_usage(usage: Usage) -> dict:
+    told = chat_usage(usage)
+    return {name: told[chat] for name, chat in _USED.items()}
+
+
+def _responses_end_fields(state: ResponsesAnswer, finish: Finish) -> tuple[str, dict]:
+    """(status, fields) of the last response.  Codex repeats a turn that is incomplete [R1]."""
+    why = STOP_WORDS[finish.stop].incomplete
+    if state.is_codex and state.output and why == "max_output_tokens":
+        why = ""
+    fields = {"output": state.output, "usage": responses_usage(finish.usage)}
+    if not why:
+        return "completed", fields
+    return "incomplete", {**fields, "incomplete_details": {"reason": why}}
+
+
+def _responses_finish(state: ResponsesAnswer, delta: Finish) -> str:
+    status, fields = _responses_end_fields(state, delta)
+    return _numbered(state, "response." + status, response=_response(state, status, **fields))
+
+
+def _responses_fault(state: ResponsesAnswer, delta: Fault) -> str:
+    told = openai_render_error(delta.error, "")["error"]
+    code = {"invalid_request": "invalid_prompt"}.get(delta.error.kind, told["code"])
+    message = told["message"]
+    if delta.error.retry_after_s is not None and code == "rate_limit_exceeded":
+        message += f" Please try again in {int(delta.error.retry_after_s + 0.999)}s."
+    error = {"code": code or "server_error", "message": message}
+    return _numbered(state, "response.failed", response=_response(state, "failed", error=error,
+                                                              output=state.output))
+
+
+RESPONSES_EVENTS: dict[type, Callable[[ResponsesAnswer, Any], str]] = {
+    Piece: _responses_piece, Begin: _responses_begin, BlockStart: _responses_start,
+    BlockEnd: _responses_end, Finish: _responses_finish, Fault: _responses_fault,
+}
+
+
+def responses_render_delta(state: ResponsesAnswer, delta: Any) -> str:
+    """One neutral delta -> the text of its events, ASCII."""
+    return RESPONSES_EVENTS[type(delta)](state, delta)
+
+
+def responses_render_reply(state: ResponsesAnswer, reply: Reply) -> dict:
+    """The response object of a folded answer: that of its own last event."""
+    for delta in deltas_of(reply)[:-1]:
+        responses_render_delta(state, delta)
+    status, fields = _responses_end_fields(state, reply.finish)
+    return _response(state, status, **fields)
+
+
+def responses_expand(body: dict, kept: Callable[[str], Any]) -> tuple[dict, str]:
+    """(the body with what an earlier response is about put before its input, that response's id
+    where it is known).  `kept` gives {"previous", "input", "output"} of an id, or None."""
+    told, items = str(body.get("previous_response_id") or ""), []
+    seen: set[str] = set()
+    at = told
+    while at and at not in seen:
+        seen.add(at)
+        row = kept(at)
+        if row is None:
+            return body, ""
+        items = [*row["input"], *row["output"], *items]
+        at = str(row.get("previous") or "")
+    if not told:
+        return body, ""
+    given = body.get("input", [])
+    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    rest = {k: v for k, v in body.items() if k != "previous_response_id"}
+    return {**rest, "input": items + (given if isinstance(given, list) else [])}, told
+
+
+# Responses: requests to upstreams
+
+def _item_media(block: Media) -> dict:
+    source = block.url or f"data:{block.media_type};base64,{block.data}"
+    if block.media_type == "application/pdf":
+        return {"type": "input_file", **({"file_url": source} if block.url else {
+            "filename": block.name or "document.pdf", "file_data": source})}
+    return {"type": "input_image", "image_url": source, "detail": "auto"}
+
+
+class _InputItems:
+    """Turns -> the input items of one Responses request."""
+
+    def __init__(self, target: Target, signatures: Any, mended: Mended, is_plain: bool):
+        self.target, self.signatures, self.mended, self.out = target, signatures, mended, []
+        self.is_plain = is_plain        # without reasoning, which was refused
+        self.sent: list[str] = []
+
+    def assistant(self, turn: Turn) -> None:
+        for at, block in enumerate(turn.blocks):
+            if isinstance(block, Thinking):
+                own = thought_signature(block, self.signatures, "r",
+                                        self.target.provider.signature_tag)
+                if own and not self.is_plain and at + 1 < len(turn.blocks):       # [R3]
+                    self.sent.append(own.raw)
+                    summary = [{"type": "summary_text", "text": block.text}] if block.text else []
+                    self.out.append({"type": "reasoning", "summary": summary,
+                                     "encrypted_content": own.raw})
+                else:
+                    self.mended["thoughts of other models left out"] += bool(block.text)
+            elif isinstance(block, ToolCall):
+                self.out.append({"type": "function_call", "call_id": block.id,
+                                 "name": tool_name(block.name),
+                                 "arguments": json_encode(block.arguments)})
+            elif isinstance(block, Text):
+                self.out.append({"type": "message", "role": "assistant", "content": [
+                    {"type": "output_text", "text": block.text}]})
+
+    def user(self, turn: Turn) -> None:
+        parts: list[dict] = []
+        for block in turn.blocks:
+            if isinstance(block, ToolResult):
+                self.out.append({"type": "function_call_output", "call_id": block.call_id,
+                                 "output": self._output(block)})
+            elif isinstance(block, Note):
+                self._say("user", parts)
+                self._say("developer", [{"type": "input_text", "text": block.text}])
+                parts = []
+            elif isinstance(block, Media):
+                parts.append(_item_media(block))
+            elif not is_blank(block):
+                parts.append({"type": "input_text", "text": block.text})
+        self._say("user", parts)
+
+    def _say(self, role: str, parts: list[dict]) -> None:
+        if parts:
+            self.out.append({"type": "message", "role": role, "content": parts})
+
+    @staticmethod
+    def _output(result: ToolResult) -> Any:
+        if all(isinstance(b, Text) for b in result.blocks):
+            return "\n".join(b.text for b in result.blocks) or "(no output)"
+        return [_item_media(b) if isinstance(b, Media) else {"type": "input_text", "text": b.text}
+                for b in result.blocks]
+
+
+def responses_render_request(request: Request, target: Target, signatures: Any,
+                             repairs: frozenset = frozenset()) -> Rendered:
+    """The Responses body of a request.  `repairs`: `signatures`, `core_schemas`, `bare_schemas`,
+    `drop <parameter>`, `schema_as_text`, `old_media`."""
+    mended, wish = Mended(), request.thinking
+    more_system, turns = repair_turns(request.turns, mended, Note)
+    turns = drop_old_media(turns) if "old_media" in repairs else turns
+    items = _InputItems(target, signatures, mended, "signatures" in repairs)
+    for turn in turns:
+        (items.assistant if turn.role == "assistant" else items.user)(turn)
+    body: dict = {"model": target.upstream_id, "input": items.out, "stream": True, "store": False,
+                  "include": ["reasoning.encrypted_content"]}
+    system = [text for text in (*request.system, *more_system) if text.strip()]
+    if request.max_tokens:
+        body["max_output_tokens"] = max(16, request.max_tokens)     # the API's least
+    for name in ("temperature", "top_p"):
+        if getattr(request, name) is not None:
+            body[name] = getattr(request, name)
+    body.update({k: v for k, v in request.more.items() if k in ("service_tier", "user")})
+    effort = wanted_effort(wish)
+    if effort or wish.is_on:
+        body["reasoning"] = {**({"effort": effort} if effort else {}),
+                             **({"summary": "auto"} if wish.is_shown and wish.shows_text else {})}
+    mode, name = request.tool_choice
+    if request.tools:
+        body["tools"] = [{"type": "function", **row, "strict": is_strict}
+                         for row, is_strict in _wire_tools(request, repairs)]
+        if mode != "auto":
+            body["tool_choice"] = {"any": "required", "none": "none"}.get(mode) or {
+                "type": "function", "name": tool_name(name)}
+        if request.one_call:
+            body["parallel_tool_calls"] = False
+    if request.search:
+        body["tools"] = [{"type": "web_search", **({"filters": {
+            "allowed_domains": list(request.search.allowed)}} if request.search.allowed else {})}]
+    told: dict = {"verbosity": request.more["verbosity"]} if "verbosity" in request.more else {}
+    if request.json_schema is not None and "schema_as_text" in repairs:
+        system.append(schema_order(request.json_schema))
+    elif request.json_schema is not None:
+        told["format"] = {"type": "json_object"} if request.json_schema == ANY_OBJECT else {
+            "type": "json_schema", "name": request.more.get("schema_name") or "answer",
+            "schema": request.json_schema, "strict": False}
+    if told:
+        body["text"] = told
+    if system:
+        body["instructions"] = "\n\n".join(system)
+    shape = answer_shape(request, turns, mended, "r", target.provider.signature_tag, signatures)
+    return Rendered(without_refused(body, repairs), {}, shape._replace(
+        shows_thinking=wish.is_on is not False), mended, tuple(items.sent))
+
+
+def responses_path(target: Target, request: Request) -> str:
+    return "/responses"
+
+
+# Responses: answers of upstreams
+
+_TEXT_EVENTS = {        # what a delta's event says
+    "response.output_text.delta": Kind.TEXT, "response.refusal.delta": Kind.TEXT,
+    "response.reasoning_summary_text.delta": Kind.THINKING,
+    "response.reasoning_text.delta": Kind.THINKING}
+_ARGUMENT_EVENTS = ("response.function_call_arguments.delta",
+                    "response.custom_tool_call_input.delta")
+_INCOMPLETE = {"max_output_tokens": Stop.LENGTH, "content_filter": Stop.REFUSAL}
+
+
+def responses_fault(event: Mapping) -> UpstreamFault:
+    """The error of an event: flat, nested, or inside the response that failed."""
+    told = object_of(object_of(event.get("response")).get("error")) or object_of(event.get("error"))
+    told = told or {k: v for k, v in event.items() if k in ("code", "message", "param")}
+    return UpstreamFault({"error": told})
+
+
+class ResponsesParser:
+    """Events of one Responses answer -> loose pieces.  Items are told apart by their place [R2]."""
+
+    def __init__(self, target: Target):
+        self.queue = CallQueue()
+        self._calls: dict[Any, _Call] = {}
+        self._said: set = set()         # places of items that came in deltas
+        self._has_call = self._is_refusal = False
+
+    def __call__(self, text: str) -> list[tuple[Kind, Any]]:
+        event = json.loads(text) if text.strip() != "[DONE]" else {"type": ""}
+        if not isinstance(event, dict):
+            raise ValueError("not an object")
+        kind, place = event.get("type"), event.get("output_index")
+        if kind in _TEXT_EVENTS:
+            self._said.add(place)
+            self._is_refusal |= kind == "response.refusal.delta"
+            return [(_TEXT_EVENTS[kind], str(event.get("delta") or ""))]
+        if kind in _ARGUMENT_EVENTS and place in self._calls:
+            self._calls[place].parts.append(str(event.get("delta") or ""))
+            return self.queue.pieces()
+        handler = self._EVENTS.get(kind)
+        if handler is None and event.get("error"):
+            handler = ResponsesParser._failed
+        return handler(self, event, place) if handler else []
+
+    def _added(self, event: dict, place: Any) -> list:
+        item = object_of(event.get("item"))
+        if item.get("type") in ("function_call", "custom_tool_call"):
+            call = self._calls[place] = _Call(str(item.get("call_id") or item.get("id") or ""),
+                                              openai_name(str(item.get("name") or ""),
+                                                          str(item.get("namespace") or "")))
+            self._has_call = True
+            self.queue.calls.append(call)
+            return self.queue.pieces()
+        return []
+
+    def _summary(self, event: dict, place: Any) -> list:
+        """The parts of a summary are paragraphs."""
+        return [(Kind.THINKING, "\n\n")] if event.get("summary_index") and (
+            place in self._said) else []
+
+    def _done(self, event: dict, place: Any) -> list:
+        item = object_of(event.get("item"))
+        kind, out = item.get("type"), []
+        if kind == "reasoning":
+            rows = objects_of(item.get("summary")) or objects_of(item.get("content"))
+            if place not in self._said and rows:
+                out.append((Kind.THINKING, "\n\n".join(str(r.get("text") or "") for r in rows)))
+            if item.get("encrypted_content"):
+                out.append((Kind.SIGNATURE, (str(item["encrypted_content"]), True)))
+            return [*out, (Kind.BLOCK_END, None)]
+        if kind == "message":
+            parts = objects_of(item.get("content"))
+            if place not in self._said:
+                out = [(Kind.TEXT, str(p.get("text") or p.get("refusal") or "")) for p in parts]
+            self._is_refusal |= any("refusal" in p for p in parts)
+            return [*out, (Kind.BLOCK_END, None)]
+        if kind == "web_search_call":
+            query = object_of(item.get("action")).get("query") or ""
+            call_id = new_id("srvtoolu_agp")
+            return [(Kind.SERVER_CALL, ToolCall(call_id, "web_search", {"query": query})),
+                    (Kind.FOUND, Found(call_id, "web_search")), (Kind.METER, {"searches": 1})]
+        if place not in self._calls:
+            self._added(event, place)
+        call = self._calls.get(place)
+        if call is not None and not call.is_closed:
+            arguments = item.get("arguments")
+            if kind == "custom_tool_call":
+                call.parts = [json_encode({"input": item.get("input") or ""})]
+            elif not call.parts and arguments:
+                call.parts.append(str(arguments))
+            call.is_closed = True
+        return self.queue.pieces()
+
+    def _annotation(self, event: dict, place: Any) -> list:
+        note = object_of(event.get("annotation"))
+        told = {"url": note.get("url"), "title": str(note.get("title") or ""), "text": ""}
+        return [(Kind.CITATION, told)] if isinstance(note.get("url"), str) else []
+
+    def _over(self, event: dict, place: Any) -> list:
+        response = object_of(event.get("response"))
+        why = object_of(response.get("incomplete_details")).get("reason")
+        stop = Stop.TOOL if self._has_call else Stop.END
+        if event["type"] == "response.incomplete":
+            stop = _INCOMPLETE.get(why, Stop.LENGTH)
+        stop = Stop.REFUSAL if self._is_refusal else stop
+        usage = chat_parse_usage(response.get("usage"))
+        return [*self.queue.pieces(True), *([(Kind.METER, usage)] if usage else []),
+                (Kind.FINISH, (stop, str(why or "")))]
+
+    def _failed(self, event: dict, place: Any) -> list:
+        raise responses_fault(event)
+
+    _EVENTS = {"response.output_item.added": _added, "response.output_item.done": _done,
+               "response.reasoning_summary_part.added": _summary,
+               "response.output_text.annotation.added": _annotation,
+               "response.completed": _over, "response.incomplete": _over,
+               "response.failed": _failed, "error": _failed}
+
+
+# Responses: relayed
+
+def _own_items(text: str) -> str:
+    """An `input` without the reasoning that was made here, which OpenAI cannot read."""
+    if not text.startswith("["):
+        return text
+    kept = [text[at:end] for _, _, at, end in json_spans(text)]
+    return "[" + ",".join(i for i in kept if '"agp1.' not in i or not str(object_of(
+        json.loads(i)).get("encrypted_content", "")).startswith("agp1.")) + "]"
+
+
+def responses_relay_request(request: Request, target: Target,
+                            repairs: frozenset = frozenset()) -> Rendered:
+    """The client's own Responses body.  `repairs`: `expand` puts an earlier response that only this
+    proxy knows before its input."""
+    changes: dict = {}
+    if "expand" in repairs and "expanded" in request.ext:
+        changes.update(previous_response_id=None, input=json_encode(request.ext["expanded"]))
+    text = request.native.raw.decode("utf-8")
+    if '"agp1.' in text:
+        for name, _, at, end in json_spans(text):
+            if name == "input":
+                changes.setdefault("input", text[at:end])
+                changes["input"] = _own_items(changes["input"])
+    effort = variant_effort(request)
+    if effort:
+        told = object_of(json.loads(text).get("reasoning"))
+        changes["reasoning"] = json_encode({**told, "effort": effort})
+    return openai_relay_body(request, target, repairs, changes)
+
+
+class ResponsesRelay(EventRelay):
+    """Events of a Responses upstream on their way to a Responses client."""
+    _NUMBER = re.compile(r'"sequence_number"\s*:\s*(\d{1,9})')
+    _QUICK = ("event: response.output_text.delta\n", "event: response.function_call_arg",
+              "event: response.reasoning_summary_text.delta\n", "event: response.custom_tool_call_")
+
+    def feed(self, event: str) -> str:
+        number = self._NUMBER.search(event)
+        self.state.sequence = int(number[1]) + 1 if number else self.state.sequence + 1
+        if self.has_content and event.startswith(self._QUICK):
+            return event + "\n\n"
+        data = event_data(event)
+        value = json.loads(data) if data.startswith("{") else None
+        if not isinstance(value, dict):
+            return ""
+        kind = value.get("type")
+        if kind in ("error", "response.failed") or not kind and value.get("error"):
+            raise responses_fault(value)
+        response = object_of(value.get("response"))
+        if response:
+            self.state.id = str(response.get("id") or self.state.id)
+            self.counts.update(chat_parse_usage(response.get("usage")))
+            span = next(s for s in json_spans(data) if s[0] == "response")
+            inner = data[span[2]:span[3]]
+            if "model" in response and response["model"] != self.state.model:
+                inner = json_splice(inner, {"model": quote(self.state.model)})
+                event = f"event: {kind}\ndata: {data[:span[2]]}{inner}{data[span[3]:]}"
+        if kind == "response.created":
+            self.state.begun = True
+        if kind in ("response.completed", "response.incomplete"):
+            self.has_finish = self.is_over = True
+            self.state.output = objects_of(response.get("output"))
+        self.has_content |= self.has_finish or kind == "response.output_item.added" or bool(
+            value.get("delta"))
+        return event + "\n\n"
+
+    def read_whole(self, value: dict) -> None:
+        if value.get("error") or not isinstance(value.get("output"), list):
+            raise responses_fault(value)
+        self.state.id, self.state.output = str(value.get("id") or ""), objects_of(value["output"])
+        self.counts.update(chat_parse_usage(value.get("usage")))
+
+
+def openai_render_model(model: Model, created: int) -> dict:
+    """A row of /v1/models."""
+    return {"id": model.id, "object": "model", "created": created, "owned_by": model.family,
+            "display_name": model.label, "context_length": model.context_tokens,
+            "context_window": model.context_tokens, "max_output_tokens": model.output_tokens}
+
+
+CODEX_INSTRUCTIONS = (      # for models whose own instructions Codex does not bring along
+    "You are a coding agent in a terminal on the user's machine.  Use the tools you are given to "
+    "read, change and run what the task needs; keep going until it is done.  Change files with the "
+    "shell.  Answer briefly: what you did, and what is left to do.")
+
+
+def codex_render_model(model: Model, priority: int) -> dict:
+    """A row of the catalogue that Codex asks for with `client_version`."""
+    efforts = ("low", "medium", "high") if model.max_budget else ()
+    return {"slug": model.id, "display_name": model.label, "description": model.label,
+            "default_reasoning_level": "medium" if efforts else None,
+            "supported_reasoning_levels": [{"effort": e, "description": e} for e in efforts],
+            "shell_type": "shell_command", "visibility": "list", "supported_in_api": True,
+            "priority": priority, "upgrade": None, "availability_nux": None,
+            "base_instructions": CODEX_INSTRUCTIONS,
+            "supports_reasoning_summaries": bool(efforts), "default_reasoning_summary": "auto",
+            "support_verbosity": False, "default_verbosity": None,
+            "apply_patch_tool_type": None, "web_search_tool_type": "text",
+            "truncation_policy": {"mode": "bytes", "limit": 10_000},
+            "supports_parallel_tool_calls": True, "context_window": model.context_tokens,
+            "max_context_window": model.context_tokens,
+            "auto_compact_token_limit": model.context_tokens * 9 // 10,
+            "effective_context_window_percent": 95, "experimental_supported_tools": [],
+            "input_modalities": ["text"] if model.family == "gpt-oss" else ["text", "image"],
+            "prefer_websockets": False, "supports_search_tool": False, "service_tiers": [],
+            "minimal_client_version": "0.0.0"}
 
 
 # ── 11. Gemini dialect and envelope ───────────────────────────────────────
@@ -4536,6 +7063,8 @@ def _wanted_budget(wish: ThinkingWish, model: Model) -> int | None:
     """Thinking tokens: 0 is off, -1 lets the model decide, None where nothing is to be said."""
     if model.max_budget == 0:
         return None
+    if wish.effort == "auto":
+        return 0 if model.family == "claude" else model.default_budget
     if wish.is_on is False:
         return model.min_budget if model.family.startswith("gemini") else 0
     if wish.budget_tokens is not None:
@@ -4560,12 +7089,17 @@ def _level(budget: int, levels: list[str]) -> str:
     return next((name for name in order[order.index(wanted):] if name in levels), levels[-1])
 
 
+GEMINI_MORE = {"seed": "seed", "presence_penalty": "presencePenalty",
+               "frequency_penalty": "frequencyPenalty"}     # known to the Gemini API only
+
+
 def _generation_config(request: Request, target: Target, may_think: bool) -> tuple[dict, bool]:
     """(generationConfig, whether the model will think): limits, sampling and thinking depend on
     each other, differently for Claude and Gemini."""
     model, config = target.model, {}
     budget = _wanted_budget(request.thinking, model)
-    limit, most = model.output_tokens, min(max(request.max_tokens, 1), model.output_tokens)
+    limit = model.output_tokens
+    most = min(max(request.max_tokens, 1), limit) if request.max_tokens is not None else limit
     levels = [] if target.provider.envelope == "antigravity" else model.levels.split()
     if model.family == "claude":
         budget = budget if may_think else 0
@@ -4581,7 +7115,7 @@ def _generation_config(request: Request, target: Target, may_think: bool) -> tup
         is_open_ended = budget is not None and (budget < 0 or bool(levels))
         config["maxOutputTokens"] = limit if is_open_ended else min(limit, most + (budget or 0))
         if budget is not None:
-            thinking = {"includeThoughts": request.thinking.is_on is True}
+            thinking = {"includeThoughts": request.thinking.is_shown}
             config["thinkingConfig"] = ({**thinking, "thinkingLevel": _level(budget, levels)}
                                         if levels else {**thinking, "thinkingBudget": budget})
     is_claude_thinking = model.family == "claude" and is_thinking
@@ -4591,41 +7125,12 @@ def _generation_config(request: Request, target: Target, may_think: bool) -> tup
         config["topP"] = request.top_p
     if request.top_k is not None and model.family != "claude":
         config["topK"] = request.top_k
+    if not target.provider.envelope:
+        config.update({wire: request.more[name] for name, wire in GEMINI_MORE.items()
+                       if name in request.more})
     if model.family == "image":
         config["responseModalities"] = ["TEXT", "IMAGE"]
     return config, is_thinking
-
-
-def is_at_home(family: str, tag: str, target: Target) -> bool:
-    """Whether a signature goes back to the family and provider that made it."""
-    return family == _family(target.model) and tag == target.provider.signature_tag
-
-
-def thought_signature(block: Thinking, signatures: Any, target: Target) -> Signature | None:
-    """The signature of a thought that `target` made: the one it carries, else, where its client
-    stripped it, the one that is remembered for its text."""
-    signature = unwrap_signature(block.signature)
-    if signature is None and not block.signature and block.text:
-        known = signatures.get(content_key("text", block.text))
-        signature = Signature(known[0], "t", known[1], known[2]) if known else None
-    return signature if signature and is_at_home(signature.family, signature.tag, target) else None
-
-
-def _has_unsigned_open_loop(turns: list[Turn], target: Target, signatures: Any) -> bool:
-    """[G6]: whether a model turn of the open tool loop lacks a thought signed for `target`."""
-    if not turns or not any(isinstance(b, ToolResult) for b in turns[-1].blocks):
-        return False
-    for turn in reversed(turns[:-1]):
-        if turn.role != "assistant":
-            if not any(isinstance(b, ToolResult) for b in turn.blocks):
-                return False
-            continue
-        made = (thought_signature(b, signatures, target) for b in turn.blocks
-                if isinstance(b, Thinking))
-        if not any(s and s.kind == "t" and signatures.get(content_key("bad", s.raw)) is None
-                   for s in made):
-            return True
-    return False
 
 
 class _Contents:
@@ -4656,7 +7161,9 @@ class _Contents:
         pending = ""            # a carried signature waits for the next call
         for block in turn.blocks:
             if isinstance(block, Thinking):
-                signature = thought_signature(block, self.signatures, self.target)
+                signature = thought_signature(block, self.signatures,
+                                              _family(self.target.model),
+                                              self.target.provider.signature_tag)
                 if signature and signature.kind == "f":
                     pending = signature.raw
                 elif signature and self.is_claude and self._may_sign(signature.raw):
@@ -4694,7 +7201,8 @@ class _Contents:
         if self.is_claude:
             return part
         known = self.signatures.get(call.id)
-        raw = pending or (known[2] if known and is_at_home(known[0], known[1], self.target) else "")
+        home = _family(self.target.model), self.target.provider.signature_tag
+        raw = pending or (known[2] if known and known[:2] == home else "")
         if raw and self._may_sign(raw):
             return self._signed(part, raw)
         if is_first and self.target.model.family == "gemini3":
@@ -4716,6 +7224,9 @@ class _Contents:
     def _media_part(self, block: Media) -> dict:
         if self.target.model.family == "gpt-oss":
             return {"text": f"[{block.media_type} left out: this model takes no images]"}
+        if block.url:
+            kind = {} if block.media_type.endswith("*") else {"mimeType": block.media_type}
+            return {"fileData": {"fileUri": block.url, **kind}}
         return {"inlineData": {"mimeType": block.media_type, "data": block.data}}
 
     def _result_part(self, result: ToolResult, media: list[dict]) -> dict:
@@ -4847,50 +7358,6 @@ def _session_id(request: Request) -> str:
     return "-" + str(int(request.conversation[:16], 16) & (2 ** 63 - 1))
 
 
-def _answer_shape(request: Request, target: Target, signatures: Any, mended: Mended,
-                  turns: list[Turn]) -> AnswerShape:
-    """How the answer's names, ids and signatures are turned back for this client.  `turns` are
-    those that were sent."""
-    family, tag = _family(target.model), target.provider.signature_tag
-    tools = {tool_name(tool.name): tool for tool in request.tools}
-
-    def client_call(name: str, arguments: dict) -> tuple[str, dict]:
-        name = re.sub(r"\Adefault_api[:.]", "", name)
-        tool = tools.get(name)
-        if tool is None:
-            return name, arguments
-        restored = restore_arguments(arguments, tool.schema)
-        mended["arguments brought to their tool's schema"] += restored != arguments and (
-            arguments.keys() != {PLACEHOLDER})
-        return tool.name, restored
-
-    def remember(key: str, raw: str) -> None:
-        signatures[key] = (family, tag, raw)
-
-    def remember_text(text: str, raw: str) -> None:
-        key = content_key("text", text)
-        if signatures.get(key) is None:     # the same words keep their first signature
-            remember(key, raw)
-    last = turns[-1].blocks[-1]
-    order = last.text if isinstance(last, Text) else ""
-    prefill = order[len(GO_ON):] if order.startswith(GO_ON) and request.turns and (
-        request.turns[-1].role == "assistant") else ""
-    pick_json = None
-    if request.json_schema is not None and not prefill:
-        kind = request.json_schema.get("type")
-        pick_json = functools.partial(first_json, kind=kind if isinstance(kind, str) else "object",
-                                      in_prose=not request.tools)
-
-    return AnswerShape(
-        shows_thinking=request.thinking.is_on is True, thinking_text=request.thinking.shows_text,
-        one_call=request.one_call, remember=remember, client_call=client_call,
-        remember_text=remember_text, prefill=prefill, pick_json=pick_json,
-        wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
-        place_sources=gemini_place_sources if request.search else None,
-        used_ids=frozenset(b.id for t in request.turns for b in t.blocks
-                           if isinstance(b, ToolCall)))
-
-
 def gemini_render_request(request: Request, target: Target, signatures: Any,
                           repairs: frozenset = frozenset()) -> Rendered:
     """The upstream body of a request.  `signatures` maps client tool ids and `content_key`s to
@@ -4901,7 +7368,8 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     turns = drop_old_media(turns) if "old_media" in repairs else turns
     forced = request.tool_choice[0] in ("any", "tool")      # Anthropic forbids both at once
     may_think = not (model.family == "claude" and (
-        forced or "signatures" in repairs or _has_unsigned_open_loop(turns, target, signatures)))
+        forced or "signatures" in repairs or has_unsigned_open_loop(
+            turns, signatures, "c", target.provider.signature_tag)))
     config, is_thinking = _generation_config(request, target, may_think)
     if "no_budget" in repairs:
         config.pop("thinkingConfig", None)
@@ -4921,17 +7389,20 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     if request.json_schema is not None:
         if model.family == "gemini3" or (model.family == "gemini25" and "tools" not in inner):
             config["responseMimeType"] = "application/json"
-            if target.provider.envelope:
+            if request.json_schema == ANY_OBJECT:
+                pass
+            elif target.provider.envelope:
                 config["responseSchema"] = clean_answer_schema(request.json_schema)
             else:
                 config["responseJsonSchema"] = request.json_schema
         else:
-            inner["contents"][-1]["parts"].append({"text": (
-                "Answer with one JSON value of this schema and nothing else: "
-                + json_encode(request.json_schema))})
+            inner["contents"][-1]["parts"].append({"text": schema_order(request.json_schema)})
     inner["generationConfig"] = config
     told = mended, tuple(contents.sent)
-    shape = _answer_shape(request, target, signatures, mended, turns)
+    shape = answer_shape(request, turns, mended, _family(model), target.provider.signature_tag,
+                         signatures)
+    if request.search:
+        shape = shape._replace(place_sources=gemini_place_sources)
     if not target.provider.envelope:
         return Rendered(inner, {}, shape, *told)
     if target.provider.envelope == "gemini-cli":
@@ -4952,16 +7423,27 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     return Rendered(body, beta if model.family == "claude" and is_thinking else {}, shape, *told)
 
 
+def gemini_model_path(target: Target) -> str:
+    """The path of a model: on Vertex by project and place, where those are known."""
+    model = urllib.parse.quote(target.upstream_id)
+    if target.provider.catalogue != "vertex":
+        return f"/v1beta/models/{model}"
+    project, _, place = target.project.partition("/")
+    where = f"projects/{project}/locations/{place or 'global'}/" if project else ""
+    return f"/v1/{where}publishers/google/models/{model}"
+
+
 def gemini_count_path(target: Target) -> str:
     """Cloud Code's count leaves out system and tools: our own guess is better there."""
-    return "" if target.provider.envelope else (
-        f"/v1beta/models/{urllib.parse.quote(target.upstream_id)}:countTokens")
+    return "" if target.provider.envelope else gemini_model_path(target) + ":countTokens"
 
 
 def gemini_path(target: Target, request: Request) -> str:
     if target.provider.envelope:
         return "/v1internal:streamGenerateContent?alt=sse"
-    return f"/v1beta/models/{urllib.parse.quote(target.upstream_id)}:streamGenerateContent?alt=sse"
+    is_whole = request.is_native_to(target.provider) and not request.is_streaming
+    verb = "generateContent" if is_whole else "streamGenerateContent?alt=sse"
+    return f"{gemini_model_path(target)}:{verb}"
 
 
 # Answers
@@ -5063,6 +7545,500 @@ def gemini_parse_event(text: str) -> list[tuple[Kind, Any]]:
     return pieces
 
 
+# Requests of Gemini clients
+
+_GEMINI_ROLES = {None: "user", "user": "user", "function": "user", "model": "assistant"}
+_SNAKE = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+def _told(row: Mapping, name: str) -> Any:
+    """A member under its name, or as proto3 JSON writes it too: in snake case."""
+    value = row.get(name)
+    return value if value is not None else row.get(_SNAKE.sub("_", name).lower())
+
+
+def gemini_unwrap(text: Any) -> str:
+    """A signature as our own envelope, which Gemini's clients get in base64; others as they are."""
+    if not isinstance(text, str) or not text.startswith("YWdwMS"):
+        return text if isinstance(text, str) else ""
+    with contextlib.suppress(ValueError):       # it only begins like one
+        return base64.b64decode(text.translate(_URL_SAFE) + "=" * (-len(text) % 4)).decode("utf-8")
+    return text
+
+
+def gemini_wrap(signature: str) -> str:
+    return base64.b64encode(signature.encode("utf-8")).decode("ascii")
+
+
+def json_schema_of(node: Any, depth: int = 0) -> Any:
+    """JSON Schema of Google's own kind of schema: types in capitals, `nullable`.  Keywords count
+    only where a schema stands."""
+    if not isinstance(node, dict) or depth > SCHEMA_MAX_DEPTH:
+        return node
+    out = {k: v for k, v in node.items() if k not in (
+        "nullable", "propertyOrdering", "property_ordering") and not (
+        k == "format" and v == "enum")}
+    if isinstance(node.get("type"), str):
+        kind = node["type"].lower()
+        out["type"] = [kind, "null"] if node.get("nullable") is True else kind
+    for word in ("items", "additionalProperties"):
+        if word in node:
+            out[word] = json_schema_of(node[word], depth + 1)
+    if isinstance(node.get("properties"), dict):
+        out["properties"] = {n: json_schema_of(v, depth + 1) for n, v in node["properties"].items()}
+    for word in ("anyOf", "any_of"):
+        if isinstance(node.get(word), list):
+            out.pop(word)
+            out["anyOf"] = [json_schema_of(v, depth + 1) for v in node[word]]
+    for word in ("minItems", "maxItems", "minLength", "maxLength"):     # int64: texts in proto3
+        if isinstance(out.get(word), str) and out[word].isdecimal():
+            out[word] = int(out[word][:9])
+    return out
+
+
+class _GeminiTurns:
+    """`contents` -> turns.  Calls without an id get one, and their answers find it by name and
+    order."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, str]] = []        # (id, name) of calls not yet answered
+        self.calls = 0
+
+    def read(self, contents: Any) -> tuple:
+        turns = []
+        for position, content in enumerate(list_at(contents, "contents")):
+            path = f"contents.{position}"
+            role = dict_at(content, path).get("role")
+            if role not in _GEMINI_ROLES:
+                raise invalid(path + ".role", "user or model is required")
+            turns.append(Turn(_GEMINI_ROLES[role], self.parts(content.get("parts"), path)))
+        if not turns:
+            raise invalid("contents", "at least one content is required")
+        return tuple(turns)
+
+    def parts(self, parts: Any, path: str) -> tuple:
+        out: list = []
+        rows = [parts] if isinstance(parts, dict) else list_at(parts or [], path + ".parts")
+        for position, part in enumerate(rows):
+            where = f"{path}.parts.{position}"
+            out += self._part({"text": part} if isinstance(part, str) else dict_at(part, where),
+                              where)
+        return tuple(out)
+
+    def _part(self, part: dict, path: str) -> list:
+        signature = gemini_unwrap(_told(part, "thoughtSignature") or "")
+        if part.get("text") is not None:
+            text = text_at(part["text"], path + ".text")
+            if part.get("thought") is True:
+                return [Thinking(text, signature)]
+            return [Text(text)] * bool(text)
+        for name, read in (("functionCall", self._call), ("functionResponse", self._answer),
+                           ("inlineData", self._media), ("fileData", self._file)):
+            value = _told(part, name)
+            if value is not None:
+                carried = [Thinking("", signature)] if signature and name == "functionCall" else []
+                return carried + [read(dict_at(value, f"{path}.{name}"), f"{path}.{name}")]
+        for name, member in (("executableCode", "code"), ("codeExecutionResult", "output")):
+            told = object_of(_told(part, name)).get(member)
+            if told:
+                return [Text(f"```\n{told}\n```")]
+        return []
+
+    def _call(self, call: dict, path: str) -> ToolCall:
+        name, self.calls = text_at(call.get("name"), path + ".name"), self.calls + 1
+        call_id = str(call.get("id") or f"{tool_id(name)}-{self.calls}")
+        self.waiting.append((call_id, name))
+        arguments = dict_at(call.get("args") or {}, path + ".args")
+        if json_depth_exceeds(arguments):
+            raise invalid(path + ".args", f"nested deeper than {MAX_JSON_DEPTH}")
+        return ToolCall(call_id, name, arguments)
+
+    def _answer(self, answer: dict, path: str) -> ToolResult:
+        name, given = text_at(answer.get("name") or "", path + ".name"), str(answer.get("id") or "")
+        match = next((w for w in self.waiting if w[0] == given), None) or next(
+            (w for w in self.waiting if w[1] == name), None)
+        if match:
+            self.waiting.remove(match)
+        told = dict(dict_at(answer.get("response") or {}, path + ".response"))
+        told.pop("name", None)          # Vercel's SDK repeats it there
+        key = next((k for k in ("error", "output", "result", "content") if told.keys() == {k}), "")
+        text = told[key] if key and isinstance(told[key], str) else json_encode(
+            told[key] if key else told) if told else ""
+        media = [self._media(dict_at(_told(row, "inlineData"), path), path)
+                 for row in objects_of(answer.get("parts")) if _told(row, "inlineData")]
+        return ToolResult(match[0] if match else given or name, (Text(text), *media),
+                          key == "error")
+
+    @staticmethod
+    def _media(data: dict, path: str) -> Media:
+        return media_of_data(data.get("data"), _told(data, "mimeType"), path + ".data",
+                             str(_told(data, "displayName") or ""))
+
+    @staticmethod
+    def _file(data: dict, path: str) -> Media:
+        return media_of_url(_told(data, "fileUri"), str(_told(data, "mimeType") or "image/*"),
+                            path + ".fileUri")
+
+
+_GEMINI_MODES = {"AUTO": "auto", "ANY": "any", "NONE": "none", "VALIDATED": "auto",
+                 "MODE_UNSPECIFIED": "auto"}
+
+
+def _gemini_tools(body: Mapping) -> dict:
+    """Fields of the Request about tools."""
+    tools: dict[str, Tool] = {}
+    hosted: list[str] = []
+    rows = body.get("tools") or []
+    for position, row in enumerate([rows] if isinstance(rows, dict) else list_at(rows, "tools")):
+        for name, value in dict_at(row, f"tools.{position}").items():
+            if name not in ("functionDeclarations", "function_declarations"):
+                hosted.append(_SNAKE.sub("_", name).lower())
+                continue
+            for n, told in enumerate(list_at(value, f"tools.{position}.{name}")):
+                path = f"tools.{position}.{name}.{n}"
+                schema = _told(dict_at(told, path), "parametersJsonSchema") or json_schema_of(
+                    told.get("parameters")) or {}
+                label = text_at(told.get("name"), path + ".name")
+                tools[label] = Tool(label, str(told.get("description") or ""),
+                                    dict_at(schema, path + ".parameters"))
+    config = object_of(_told(object_of(_told(body, "toolConfig")), "functionCallingConfig"))
+    mode = str(config.get("mode") or "AUTO").upper()
+    if mode not in _GEMINI_MODES:
+        raise invalid("toolConfig.functionCallingConfig.mode", "AUTO, ANY, NONE or VALIDATED")
+    names = [n for n in _told(config, "allowedFunctionNames") or () if n in tools]
+    if names and mode in ("ANY", "VALIDATED"):
+        tools = {n: t for n, t in tools.items() if n in names}
+    choice = ("tool", names[0]) if mode == "ANY" and len(names) == 1 else (_GEMINI_MODES[mode], "")
+    wish = None
+    if not tools and {"google_search", "google_search_retrieval"} & set(hosted):
+        wish = SearchWish("web_search")
+    elif not tools and "url_context" in hosted:
+        wish = SearchWish("web_fetch")
+    return {"tools": tuple(tools.values()), "tool_choice": choice, "search": wish,
+            "left_out": () if wish else tuple(hosted)}
+
+
+def _gemini_wish(config: Mapping, model: str) -> ThinkingWish:
+    told = object_of(_told(config, "thinkingConfig"))
+    shows = _told(told, "includeThoughts") is True
+    _, wish = model_variant(model)
+    if wish:
+        return replace(wish, shows=shows)
+    budget, level = _told(told, "thinkingBudget"), _told(told, "thinkingLevel")
+    if type(budget) is int and budget >= 0:
+        return ThinkingWish(budget > 0, budget or None, shows=shows)
+    if isinstance(level, str) and level.lower() in EFFORT_BUDGETS:
+        return ThinkingWish(True, None, level.lower(), shows=shows)
+    if budget == -1:
+        return ThinkingWish(True, shows=shows)
+    return ThinkingWish(None, None, "auto", shows=shows)
+
+
+def _gemini_fields(body: Mapping, model: str) -> dict:
+    """The fields of the Request; ProxyError where other dialects cannot take it."""
+    config = _told(body, "generationConfig")
+    config = dict_at(config, "generationConfig") if config is not None else {}
+    given = {_SNAKE.sub("_", name).lower(): value for name, value in config.items()}
+    if given.get("candidate_count") not in (None, 1):
+        raise invalid("generationConfig.candidateCount", "only one candidate is supported")
+    if {str(m).upper() for m in given.get("response_modalities") or ()} - {"TEXT", "IMAGE"}:
+        raise invalid("generationConfig.responseModalities", "only text is supported")
+    if _told(body, "cachedContent"):
+        raise invalid("cachedContent", "not supported by this model's provider")
+    reading = _GeminiTurns()
+    turns = reading.read(body.get("contents"))
+    system = _told(body, "systemInstruction")
+    system = {"parts": system} if isinstance(system, (str, list)) else object_of(system)
+    if isinstance(system.get("parts"), str):
+        system = {"parts": [system["parts"]]}
+    texts = tuple(b.text for b in reading.parts(system.get("parts"), "systemInstruction")
+                  if isinstance(b, Text))
+    schema = given.get("response_json_schema") or json_schema_of(given.get("response_schema"))
+    if schema is None and given.get("response_mime_type") == "application/json":
+        schema = ANY_OBJECT
+    stops = list_at(given.get("stop_sequences") or [], "generationConfig.stopSequences")
+    most, top_k = given.get("max_output_tokens"), number_at(given, "top_k", 0, 1 << 31)
+    if most is not None and (type(most) is not int or most < 0):
+        raise invalid("generationConfig.maxOutputTokens", "a whole number is required")
+    return {
+        **_gemini_tools(body), "turns": turns, "system": texts, "max_tokens": most or None,
+        "temperature": number_at(given, "temperature", 0, 2),
+        "top_p": number_at(given, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
+        "stop_sequences": tuple(text_at(s, "generationConfig.stopSequences") for s in stops),
+        "thinking": _gemini_wish(config, model), "json_schema": schema if schema is None else
+        dict_at(schema, "generationConfig.responseSchema"),
+        "more": {n: number_at(given, n, *MORE_FIELDS[n]) for n in GEMINI_MORE
+                 if given.get(n) is not None}}
+
+
+def gemini_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
+                         raw: bytes = b"", query: str = "", path: str = "") -> Request:
+    """The neutral Request of a body and its path `…/models/{model}:{verb}`.  Names in camel and in
+    snake case count.  Raises ProxyError invalid_request; what only Gemini's own API can take stands
+    in `refusal`."""
+    name, _, verb = path.rpartition(":")
+    model = model_at({"model": urllib.parse.unquote(name.partition("/models/")[2] or name)})
+    body, refused = dict_at(body, "body"), None
+    inner = _told(body, "generateContentRequest") if is_count else None
+    try:
+        fields = _gemini_fields(dict_at(inner, "generateContentRequest") if inner else body, model)
+    except ProxyError as err:
+        if not raw or err.kind != "invalid_request":
+            raise
+        fields, refused = {"turns": ()}, err
+    is_sse = dict(urllib.parse.parse_qsl(query)).get("alt") == "sse"
+    return Request(
+        model=model, wanted=model_variant(model)[0], session=session_key(body, headers),
+        is_streaming=verb == "streamGenerateContent", dialect="gemini", refusal=refused,
+        native=Native("gemini", raw, verb=verb) if raw else None, ext={"is_array": not is_sse},
+        **fields)
+
+
+# Answers to Gemini clients
+
+@dataclass
+class GeminiAnswer:
+    """What is remembered between the deltas of one answer.  `is_array` writes one JSON list in
+    place of events; `call` is the open call, `grounds` what a search found."""
+    model: str
+    is_array: bool = False
+    id: str = field(default_factory=lambda: new_id("r-"))
+    begun: bool = False
+    count: int = 0                  # chunks so far
+    open_kind: Kind | None = None
+    call: tuple | None = None       # (id, name, pieces of arguments)
+    signature: str = ""             # of the next call
+    queries: list = field(default_factory=list)
+    sources: dict = field(default_factory=dict)     # (url, title) -> index
+    supports: list = field(default_factory=list)
+    octets: int = 0                 # bytes of the text so far
+
+    @property
+    def content_type(self) -> str:
+        return "application/json" if self.is_array else "text/event-stream; charset=utf-8"
+
+    def frame(self, text: str) -> str:
+        """A chunk's JSON as it goes out."""
+        self.count += 1
+        if not self.is_array:
+            return f"data: {text}\r\n\r\n"
+        return ("[" if self.count == 1 else ",\r\n") + text
+
+    def last(self) -> str:
+        return "]" if self.is_array else ""
+
+
+def gemini_answer(request: Request, now: int) -> GeminiAnswer:
+    return GeminiAnswer(request.model, request.is_streaming and request.ext.get("is_array", False))
+
+
+def gemini_usage(usage: Usage) -> dict:
+    prompt = usage.input_tokens + usage.cached_tokens + usage.written_tokens
+    visible = max(0, usage.output_tokens - usage.thinking_tokens)
+    return {"promptTokenCount": prompt, "cachedContentTokenCount": usage.cached_tokens,
+            "candidatesTokenCount": visible, "thoughtsTokenCount": usage.thinking_tokens,
+            "totalTokenCount": prompt + usage.output_tokens,
+            "promptTokensDetails": [{"modality": "TEXT", "tokenCount": prompt}]}
+
+
+def _gemini_chunk(state: GeminiAnswer, parts: list[dict], more: Mapping = {},
+                  **fields: Any) -> dict:
+    candidate = {"content": {"role": "model", "parts": parts}, "index": 0, **more}
+    return {"candidates": [candidate], **fields, "modelVersion": state.model,
+            "responseId": state.id}
+
+
+def _gemini_support(state: GeminiAnswer, citation: Mapping) -> None:
+    if "url" not in citation:
+        return
+    source = (str(citation["url"]), str(citation.get("title") or ""))
+    index = state.sources.setdefault(source, len(state.sources))
+    text = str(citation.get("text") or citation.get("cited_text") or "")
+    begin = max(0, state.octets - len(text.encode("utf-8", "replace")))
+    state.supports.append({"segment": {"startIndex": begin, "endIndex": state.octets, "text": text},
+                           "groundingChunkIndices": [index]})
+
+
+def _gemini_parts(state: GeminiAnswer, delta: Any) -> list[dict]:
+    """The parts that a delta completes."""
+    if isinstance(delta, BlockStart):
+        state.open_kind = delta.kind
+        if delta.kind in (Kind.CALL, Kind.SERVER_CALL):
+            state.call = (delta.id, delta.name, [])
+        elif delta.kind is Kind.FOUND:
+            for source in delta.block.sources:
+                state.sources.setdefault(source, len(state.sources))
+        return []
+    if isinstance(delta, BlockEnd):
+        call, state.call = state.call, None
+        if call and state.open_kind is Kind.CALL:
+            arguments = json.loads("".join(call[2]) or "{}")
+            part = {"functionCall": {"id": call[0], "name": call[1], "args": arguments}}
+            signature, state.signature = state.signature, ""
+            return [{**part, "thoughtSignature": signature} if signature else part]
+        if call:
+            state.queries.append(str(json.loads("".join(call[2]) or "{}").get("query") or ""))
+        return []
+    if delta.kind is Kind.ARGUMENTS:
+        state.call[2].append(delta.text)
+    elif delta.kind is Kind.SIGNATURE:
+        told = unwrap_signature(delta.text)
+        if told and told.kind == "f":
+            state.signature = gemini_wrap(delta.text)
+        else:
+            return [{"text": "", "thought": True, "thoughtSignature": gemini_wrap(delta.text)}]
+    elif delta.kind is Kind.CITATION:
+        _gemini_support(state, json.loads(delta.text))
+    elif delta.text:
+        is_thought = delta.kind is Kind.THINKING
+        state.octets += 0 if is_thought else len(delta.text.encode("utf-8", "replace"))
+        return [{"text": delta.text, "thought": True} if is_thought else {"text": delta.text}]
+    return []
+
+
+def _gemini_grounds(state: GeminiAnswer) -> dict:
+    if not (state.queries or state.sources):
+        return {}
+    return {"groundingMetadata": {
+        "webSearchQueries": state.queries, "groundingSupports": state.supports,
+        "groundingChunks": [{"web": {"uri": url, "title": title}} for url, title in state.sources]}}
+
+
+def _gemini_end(state: GeminiAnswer, finish: Finish, parts: list[dict]) -> dict:
+    more = {"finishReason": STOP_WORDS[finish.stop].gemini, **_gemini_grounds(state)}
+    if finish.stop is Stop.REFUSAL and finish.explanation:
+        more["finishMessage"] = finish.explanation
+    return _gemini_chunk(state, parts, more, usageMetadata=gemini_usage(finish.usage))
+
+
+GEMINI_WORDS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
+                404: "NOT_FOUND", 405: "INVALID_ARGUMENT", 408: "DEADLINE_EXCEEDED",
+                429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 502: "INTERNAL", 503: "UNAVAILABLE",
+                504: "DEADLINE_EXCEEDED"}
+
+
+def gemini_render_error(error: ProxyError, request_id: str) -> dict:
+    status = {529: 503}.get(error.rule.status, error.rule.status)
+    body: dict = {"code": status, "message": error.message,
+                  "status": GEMINI_WORDS.get(status, "INVALID_ARGUMENT")}
+    if error.retry_after_s is not None:
+        body["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo",
+                            "retryDelay": f"{max(1, int(error.retry_after_s + 0.999))}s"}]
+    return {"error": {**body, **error.details}}
+
+
+def gemini_render_delta(state: GeminiAnswer, delta: Any) -> str:
+    """One neutral delta -> the text of its chunk, "" where nothing is complete yet.  An error
+    stands bare on its line: clients look for it there."""
+    if isinstance(delta, (Begin, Fault, Finish)):
+        if isinstance(delta, Begin):
+            return ""
+        if isinstance(delta, Fault):
+            text = json_encode(gemini_render_error(delta.error, ""))
+            return state.frame(text) + "]" if state.is_array else text + "\n\n"
+        return state.frame(json_encode(_gemini_end(state, delta, [{"text": ""}]))) + state.last()
+    parts = _gemini_parts(state, delta)
+    return state.frame(json_encode(_gemini_chunk(state, parts))) if parts else ""
+
+
+def gemini_keep_alive(state: GeminiAnswer, is_beat: bool) -> str:
+    """An empty line: comments break Gemini's clients."""
+    return "\n" if state.is_array else "\n\n"
+
+
+def gemini_render_reply(state: GeminiAnswer, reply: Reply) -> dict:
+    """The whole answer of a fold."""
+    parts: list[dict] = []
+    for delta in deltas_of(reply)[1:-1]:
+        for part in _gemini_parts(state, delta):
+            last = parts[-1] if parts else {}
+            if "text" in part and last.keys() == part.keys() == {"text"}:
+                last["text"] += part["text"]
+            else:
+                parts.append(part)
+    return _gemini_end(state, reply.finish, parts or [{"text": ""}])
+
+
+def gemini_render_model(model: Model) -> dict:
+    """A row of /v1beta/models."""
+    return {"name": "models/" + model.id, "version": "001", "displayName": model.label,
+            "description": model.label, "inputTokenLimit": model.context_tokens,
+            "outputTokenLimit": model.output_tokens, "thinking": model.max_budget > 0,
+            "supportedGenerationMethods": ["generateContent", "countTokens"],
+            "temperature": 1.0, "maxTemperature": 2.0, "topP": 0.95, "topK": 64}
+
+
+# Relaying to the Gemini API
+
+_SIGNED_PART = re.compile(r'"thought(?:Signature|_signature)"\s*:\s*"([^"\\]*)"')
+
+
+def gemini_relay_request(request: Request, target: Target,
+                         repairs: frozenset = frozenset()) -> Rendered:
+    """The client's own body; our envelopes in it are opened where they came from here, and stood in
+    for elsewhere.  `repairs`: `signatures`, `drop <path>`."""
+    text, mended = request.native.raw.decode("utf-8"), Mended()
+
+    def own(match: Any) -> str:
+        signature = unwrap_signature(gemini_unwrap(match[1]))
+        is_home = signature and (signature.family, signature.tag) == (
+            _family(target.model), target.provider.signature_tag)
+        if is_home and "signatures" not in repairs:
+            return match[0].replace(match[1], signature.raw)
+        if not signature and "signatures" not in repairs:
+            return match[0]
+        mended["lost signatures stood in for"] += 1
+        return match[0].replace(match[1], SKIP_SIGNATURE)
+    if "YWdwMS" in text or "signatures" in repairs:
+        text = _SIGNED_PART.sub(own, text)
+    changes: dict = {}
+    if request.wanted != request.model:
+        body = json.loads(text)
+        name = "generation_config" if "generation_config" in body else "generationConfig"
+        config, _ = _generation_config(request, target, True)
+        changes[name] = json_encode({**object_of(body.get(name)), **{
+            k: v for k, v in config.items() if k == "thinkingConfig"}})
+    for path in [r[5:].split(".") for r in repairs if r.startswith("drop ")]:
+        body = json.loads(text)
+        rest = without(body, path)
+        changes[path[0]] = json_encode(rest[path[0]]) if path[0] in rest else None
+    text = json_splice(text, changes) if changes else text
+    return Rendered(text.encode("utf-8"), {}, AnswerShape(), mended)
+
+
+class GeminiRelay(EventRelay):
+    """Chunks of the Gemini API on their way to a Gemini client."""
+    member = "modelVersion"
+
+    def feed(self, event: str) -> str:
+        data = event_data(event) or (event if event.startswith("{") else "")
+        if not data.startswith("{"):
+            return ""
+        value = json.loads(data)
+        if value.get("error"):
+            raise UpstreamFault(value)
+        self._read(value)
+        return self.state.frame(self.renamed(data))
+
+    def _read(self, value: dict) -> None:
+        self.counts.update(gemini_parse_usage(object_of(value.get("usageMetadata"))))
+        for candidate in objects_of(value.get("candidates")):
+            self.has_finish |= bool(candidate.get("finishReason"))
+            parts = object_of(candidate.get("content")).get("parts")
+            self.has_content |= self.has_finish or bool(parts)
+        if object_of(value.get("promptFeedback")).get("blockReason"):
+            self.has_finish = self.has_content = True
+
+    def read_whole(self, value: dict) -> None:
+        if value.get("error") or not ({"candidates", "promptFeedback"} & value.keys()):
+            raise UpstreamFault(value)
+        self._read(value)
+
+    def end(self) -> str:
+        super().end()
+        return self.state.last()
+
+
 # Errors
 
 class ErrorFacts(NamedTuple):
@@ -5093,6 +8069,11 @@ def _innermost(error: Any, depth: int = 3) -> tuple[str, dict, str]:
     if not isinstance(inner, dict):
         return str(inner), error, ""
     message = str(inner.get("message") or "")
+    told = inner.get("detail") if not message else None      # FastAPI's servers
+    if told:
+        message = told if isinstance(told, str) else "; ".join(
+            f"{'.'.join(map(str, row.get('loc') or ()))}: {row.get('msg')}"
+            for row in objects_of(told)) or json_encode(told)
     if depth and message.lstrip().startswith(("{", "[")):
         with contextlib.suppress(ValueError, RecursionError):       # it only looked like JSON
             text, _, kind = _innermost(json.loads(message), depth - 1)
@@ -7743,8 +10724,8 @@ class Count(NamedTuple):
 class Dialect(NamedTuple):
     """The functions of a wire language; None on the side it does not play.  All are fed and
     answer, none waits.  To add a dialect: a room with these functions, and a row here."""
-    parse_request: Any = None       # (body, headers, is_count) -> Request
-    answer_state: Any = None        # (client's model name) -> state for the following
+    parse_request: Any = None       # (body, headers, is_count, raw, query, path) -> Request
+    answer_state: Any = None        # (Request, epoch seconds) -> state for the following
     render_delta: Any = None        # (state, delta) -> ASCII text
     render_reply: Any = None        # (state, Reply) -> dict
     render_error: Any = None        # (ProxyError, request id) -> dict
@@ -7752,28 +10733,95 @@ class Dialect(NamedTuple):
     scale: Any = None               # (tokens, client's window, model's) -> tokens to show
     render_request: Any = None      # (Request, Target, signatures, repairs) -> Rendered
     path: Any = None                # (Target, Request) -> path and query of the generating call
-    parse_event: Any = None         # (event text) -> loose pieces
+    parser: Any = None              # (Target) -> function(event text) -> loose pieces
     can_search: Any = None          # (Model, Provider, SearchWish) -> whether it looks at the web
     parse_error: Any = None         # (raw, headers, now) -> ErrorFacts
     relay_request: Any = None       # (Request, Target, repairs) -> Rendered: same on both sides
     relay: Any = None               # (state) -> machine that takes whole events
     count: Count | None = None      # how an upstream of this language counts tokens
+    render_count: Any = None        # (tokens) -> the answer to a client that has them counted
+    call_prefix: str = "call_"      # of a call's id that is made here
+    begins_early: bool = False      # a held stream opens with its beginning, not just a keep-alive
+    fetches: bool = False           # upstreams of this language read URLs of media
+    sounds: bool = False            # ... and take audio
+    is_error: Callable[[dict], bool] = lambda body: isinstance(     # told in this language
+        object_of(body.get("error")).get("message"), str)
+
+
+def anthropic_count_body(body: Any, target: Target) -> Any:
+    """The body of a count: it takes no limits, and no stream."""
+    return body if isinstance(body, bytes) else {
+        k: v for k, v in body.items() if k not in ("max_tokens", "stream", "stop_sequences",
+                                                   "temperature", "top_p", "top_k", "metadata")}
+
+
+def gemini_count_body(body: Any, target: Target) -> Any:
+    if isinstance(body, bytes):         # as the client gave it
+        inner = json.loads(body)
+        return inner if "contents" in inner and len(inner) == 1 else {"generateContentRequest": {
+            "model": "models/" + target.upstream_id, **(
+                object_of(inner.get("generateContentRequest")) or inner)}}
+    return {"generateContentRequest": {"model": "models/" + target.upstream_id, **body}}
 
 
 DIALECTS = {
     "anthropic": Dialect(
-        anthropic_parse_request, AnthropicAnswer, anthropic_render_delta, anthropic_render_reply,
-        anthropic_render_error, anthropic_keep_alive, scaled_tokens, path=anthropic_path,
-        parse_event=anthropic_parse_event, parse_error=gemini_parse_error,
-        relay_request=anthropic_relay_request, relay=AnthropicRelay, count=Count(
-            lambda target: "" if "no_count" in target.provider.quirks
-            else "/v1/messages/count_tokens", lambda body, target: body, "input_tokens")),
+        anthropic_parse_request, lambda request, now: AnthropicAnswer(request.model),
+        anthropic_render_delta, anthropic_render_reply, anthropic_render_error,
+        anthropic_keep_alive, scaled_tokens, anthropic_render_request, anthropic_path,
+        lambda target: anthropic_parse_event,
+        lambda model, provider, wish: "no_search" not in provider.quirks,
+        gemini_parse_error, anthropic_relay_request, AnthropicRelay,
+        Count(lambda target: "" if "no_count" in target.provider.quirks
+              else "/v1/messages/count_tokens", anthropic_count_body, "input_tokens"),
+        lambda tokens: {"input_tokens": tokens}, "toolu_", True, True,
+        is_error=lambda body: body.get("type") == "error" and isinstance(
+            object_of(body.get("error")).get("type"), str)),
+    "chat": Dialect(
+        chat_parse_request, chat_answer, chat_render_delta, chat_render_reply, openai_render_error,
+        comment_keep_alive, None, chat_render_request, chat_path, ChatParser, None,
+        gemini_parse_error, chat_relay_request, ChatRelay, fetches=True, sounds=True),
+    "completions": Dialect(
+        completion_parse_request, chat_answer, chat_render_delta, chat_render_reply,
+        openai_render_error, comment_keep_alive),
+    "responses": Dialect(
+        responses_parse_request, responses_answer, responses_render_delta, responses_render_reply,
+        openai_render_error, comment_keep_alive, None, responses_render_request, responses_path,
+        ResponsesParser, lambda model, provider, wish: (
+            wish.tool == "web_search" and "no_search" not in provider.quirks),
+        gemini_parse_error, responses_relay_request, ResponsesRelay, fetches=True,
+        render_count=lambda tokens: {"object": "response.input_tokens", "input_tokens": tokens}),
     "gemini": Dialect(
-        render_request=gemini_render_request, path=gemini_path, parse_event=gemini_parse_event,
-        can_search=can_search, parse_error=gemini_parse_error, count=Count(
-            gemini_count_path, lambda body, target: {"generateContentRequest": {
-                "model": "models/" + target.upstream_id, **body}}, "totalTokens")),
+        gemini_parse_request, gemini_answer, gemini_render_delta, gemini_render_reply,
+        gemini_render_error, gemini_keep_alive, None, gemini_render_request, gemini_path,
+        lambda target: gemini_parse_event, can_search, gemini_parse_error, gemini_relay_request,
+        GeminiRelay, Count(gemini_count_path, gemini_count_body, "totalTokens"),
+        lambda tokens: {"totalTokens": tokens, "promptTokensDetails": [
+            {"modality": "TEXT", "tokenCount": tokens}]}, sounds=True),
 }
+
+
+_FETCHED_BY_GEMINI = re.compile(r"(gs://|https://generativelanguage\.googleapis\.com/|https://"
+                                r"(www\.)?(youtube\.com|youtu\.be)/)")
+
+
+def unsupported(request: Request, provider: Provider, model: Model) -> str:
+    """What of a request an upstream could not take, as a sentence that names it; "" where it takes
+    all."""
+    dialect = DIALECTS[provider.dialect]
+    for block in request.media:
+        kind = block.media_type.partition("/")[0]
+        if kind == "image" and "no_images" in provider.quirks:
+            return f"{block.path}: {model.id} takes no images"
+        if kind in ("audio", "video") and not dialect.sounds or (
+                kind == "video" and provider.dialect != "gemini"):
+            return f"{block.path}: {model.id} takes no {kind}"
+        if block.url and not (dialect.fetches and not block.url.startswith("gs:") or (
+                provider.dialect == "gemini" and not provider.envelope
+                and _FETCHED_BY_GEMINI.match(block.url))):
+            return (f"{block.path}: {model.id} is served by an upstream that fetches no URLs, and "
+                    "neither does this proxy; send the data as base64")
+    return ""
 
 
 # What an answer means: first row whose parts all match.  Statuses, a reason or quota id, a text.
@@ -7785,10 +10833,17 @@ class Meaning(NamedTuple):
     kind: str
 
 
+_REFUSED_PARAMETER = (      # OpenAI's, Mistral's, Groq's and vLLM's ways to name a parameter
+    r"(?:unsupported|unknown|unrecognized|unexpected)[\w ]*?(?:parameter|argument|field|value|"
+    r"property)[\w ]*:? [`'\"]?([a-z_]+(?:\.[a-z_]+)*)"
+    r"|(?:parameter|property|field|argument) [`'\"]([a-z_]+)[`'\"] is (?:not supported|unsupported)"
+    r"|[`']([a-z_]+)[`'](?: is| does)? (?:not supported|unsupported|not allowed|does not "
+    r"support)|body\.([a-z_]+(?:\.[a-z_]+)*): extra inputs are not permitted")
 MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile(row.reason))
                  for row in (
-    Meaning((), "", r"prompt is too long|input token count.*exceeds|request_too_large",
-            "too_long"),
+    Meaning((), "CONTEXT_LENGTH_EXCEEDED", "", "too_long"),
+    Meaning((), "", r"prompt is too long|input token count.*exceeds|request_too_large"
+            r"|maximum context length|exceeds? the (model's )?(maximum )?context", "too_long"),
     Meaning((413,), "", "", "too_long"),
     Meaning((400,), "", r"thought[ _]?signature|invalid `signature`|signature: field required"
             r"|expected `thinking`|must start with a thinking block|cannot be modified"
@@ -7800,6 +10855,12 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((400,), "OVERLOADED_ERROR", "", "capacity"),
     Meaning((400,), "PERMISSION_ERROR", "", "denied"),
     Meaning((400,), "", r"credit balance is too low", "quota"),
+    Meaning((400,), "PREVIOUS_RESPONSE_NOT_FOUND", "", "form"),
+    Meaning((400, 422), "UNSUPPORTED_PARAMETER|UNKNOWN_PARAMETER|UNSUPPORTED_VALUE"
+            "|EXTRA_FORBIDDEN", "", "form"),
+    Meaning((400, 422), "", _REFUSED_PARAMETER, "form"),
+    Meaning((400,), "", r"max_tokens: \d+ > \d+|supports at most \d+|invalid schema for|json_schema"
+            r"|response_format", "form"),
     Meaning((400,), "", r"budget_tokens|thinking.?budget|thinking.?level|anthropic-beta|prefill"
             r"|extra inputs are not permitted|input_schema|function_declarations|proto field"
             r"|unknown name|must end with a user|\brole\b.{1,30}not supported|inline.?data|\bmime"
@@ -7812,7 +10873,12 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((), "CODE_1312", "", "capacity"),
     Meaning((), "CODE_(1311|1211)", "", "model_missing"),
     Meaning((), "CODE_1313", "", "disabled"),
-    Meaning((400, 401, 403), "API_KEY_INVALID|API_KEY_EXPIRED", "", "revoked"),
+    Meaning((400, 401, 403), "API_KEY_INVALID|API_KEY_EXPIRED|INVALID_API_KEY", "", "revoked"),
+    Meaning((), "UNSUPPORTED_COUNTRY", "", "region"),
+    Meaning((), "SERVER_IS_OVERLOADED", "", "capacity"),
+    Meaning((429, 402), "CREDIT_BALANCE|INSUFFICIENT_QUOTA|USAGE_NOT_INCLUDED", "", "quota"),
+    Meaning((429,), "SLOW_DOWN", "", "rate"),
+    Meaning((400, 404), "MODEL_NOT_FOUND", "", "model_missing"),
     Meaning((), "", r"version of antigravity is no longer supported|not available on this version",
             "version"),
     Meaning((403,), "VALIDATION_REQUIRED", "", "validation"),
@@ -7881,8 +10947,15 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"(?:function_declarations\[|tools\.)(\d+)", ("core_schemas", "bare_schema {}"), ()),
     Repair(r"input_schema|function_declarations|proto field|unknown name", (
         "core_schemas", "bare_schemas"), ()),
-    Repair(r"unexpected value\(s\) `([\w-]+)`.*anthropic-beta", (), ("drop {}",)),
-    Repair(r"([\w.]+): extra inputs are not permitted", (), ("drop {}",)),
+    Repair(r"unexpected value\(s\) `([\w-]+)`.*anthropic-beta", ("drop {}",), ("drop {}",)),
+    Repair(r"(?<!body\.)\b([\w.]+): extra inputs are not permitted", ("drop {}",), ("drop {}",)),
+    Repair(r"max_tokens: \d+ > (\d+)|supports at most (\d+)", ("limit {}",), ()),
+    Repair(r"previous.response", (), ("expand",)),
+    Repair(r"invalid schema for", ("core_schemas", "bare_schemas"), ()),
+    Repair(r"output_config\.format|output_format|json_schema|response_format",
+           ("schema_as_text",), ()),
+    Repair(r"unsupported value: [`'\"]([a-z_.]+)", ("unset {}",), ("unset {}",)),
+    Repair(_REFUSED_PARAMETER, ("drop {}",), ("drop {}",)),
     Repair(r"prefill|must end with a user", (), ("last_turn",)),
     Repair(r"\brole\b.{1,30}not supported", (), ("system_role",)),
     Repair(r"inline.?data|\bmime|\bimage\b", ("old_media",), ()),
@@ -7892,8 +10965,9 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
 def is_lasting(repair: str) -> bool:
     """Whether every request to this upstream will need it; what one client's own fields caused is
     nothing that others should lose."""
-    return repair in ("last_turn", "system_role", "no_budget") or (
-        repair.startswith("drop ") and bool(beta_fields(repair[5:])))
+    return repair in ("last_turn", "system_role", "no_budget", "schema_as_text") or (
+        repair.startswith("limit ")) or repair.startswith("drop ") and (
+        repair[5:].isidentifier() or bool(beta_fields(repair[5:])))
 
 
 def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
@@ -7901,13 +10975,19 @@ def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
     for row in REPAIRS:
         match = row.text.search(message)
         for step in (row.relayed if is_relayed else row.translated) if match else ():
-            named = match[1] if match.re.groups else ""
+            named = next(filter(None, match.groups()), "")
             if step.format(named) not in done:
                 return step.format(named)
     return ""
 
 
-_TYPE_STATUS = {rule.type: rule.status for rule in reversed(tuple(ERRORS.values()))}
+_TYPE_STATUS = {        # what an event in a stream calls its error -> the status it would have had
+    **{rule.type: rule.status for rule in reversed(tuple(ERRORS.values()))},
+    **dict.fromkeys(("rate_limit_exceeded", "slow_down", "insufficient_quota",
+                     "usage_limit_reached"), 429),
+    **dict.fromkeys(("server_is_overloaded", "service_unavailable_error"), 503),
+    **dict.fromkeys(("context_length_exceeded", "invalid_prompt"), 400), "server_error": 500,
+    "invalid_api_key": 401, "model_not_found": 404}
 
 
 def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
@@ -7948,7 +11028,8 @@ def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What a client of the same language is to see of an upstream's head: limits are passed on,
     never made up."""
     return {name: value for name, value in headers.items() if re.fullmatch(r"[a-z0-9-]+", name)
-            and (name.startswith("anthropic-") or name in ("request-id", "x-should-retry"))}
+            and (name.startswith(("anthropic-", "x-ratelimit-", "openai-", "x-codex-"))
+                 or name in ("request-id", "x-request-id", "x-should-retry"))}
 
 
 def call_headers(*sets: Mapping[str, str]) -> dict[str, str]:
@@ -7963,8 +11044,8 @@ def call_headers(*sets: Mapping[str, str]) -> dict[str, str]:
     return dict(out.values())
 
 
-def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str],
-                  raw: Any) -> ProxyError:
+def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], raw: Any,
+                  is_error: Callable[[dict], bool]) -> ProxyError:
     """`error` with the upstream's own answer, where it is one that the client can read: Claude Code
     repairs itself by the vendor's wording."""
     error.headers = relayed_headers(headers)
@@ -7973,10 +11054,9 @@ def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str],
     with contextlib.suppress(ValueError):       # no JSON: ours is better
         body = object_of(json_decode(raw))
         told = object_of(body.get("error"))
-        is_readable = body.get("type") == "error" and isinstance(told.get("type"), str)
-        is_exact = error.kind != "too_long" or status == 413 or _CLIENTS_WORDS.search(
-            str(told.get("message")))
-        if is_readable and is_exact and not holds_secret(raw.decode("utf-8")):
+        is_exact = (body.get("type") != "error" or error.kind != "too_long" or status == 413
+                    or _CLIENTS_WORDS.search(str(told.get("message"))))
+        if is_error(body) and is_exact and not holds_secret(raw.decode("utf-8")):
             error.verbatim = status, raw, error.headers
     return error
 
@@ -7993,12 +11073,12 @@ class Pipe:
     """Upstream body bytes in, downstream bytes out: splitter, parser, Assembler, gate, renderer.
     Feeds never raise: what went wrong stands in `fault`, after the output that came before it."""
 
-    def __init__(self, parse_event: Any, shape: AnswerShape, request: Request,
+    def __init__(self, parse_event: Callable[[str], list], shape: AnswerShape, request: Request,
                  render: Callable[[Any], str], understand: Callable[[Any], ProxyError]):
         self.splitter, self.assembler = SseSplitter(), Assembler(shape)
         self.parse_event, self.render, self.understand = parse_event, render, understand
         self.gate = None
-        if request.stop_sequences or shape.prefill or 0 < request.max_tokens:
+        if request.stop_sequences or shape.prefill or shape.pick_json or request.max_tokens:
             self.gate = TextGate(request.stop_sequences, request.max_tokens, shape.prefill,
                                  shape.pick_json, self.assembler.known_usage)
         self.fault: ProxyError | None = None
@@ -8355,9 +11435,10 @@ class Services:
                           * self.calibration.factor(model.id)))
 
 
-def call_head(candidate: Candidate, token: str, rendered: Rendered) -> dict[str, str]:
+def call_head(candidate: Candidate, provider: Provider, token: str,
+              rendered: Rendered) -> dict[str, str]:
     """Everything that goes into the head of a call, the owner's own headers last."""
-    account, provider = candidate.account, candidate.provider
+    account = candidate.account
     return call_headers(
         {"Content-Type": "application/json", "Accept-Encoding": "identity",
          "User-Agent": user_agent(account, provider, candidate.upstream_id)},
@@ -8429,9 +11510,26 @@ class Conducting:
         if self.request.search is not None:
             self.candidates = self._searchers(self.candidates)
         if self.request.refusal is not None or self.request.max_tokens == 0:
-            self.candidates = [c for c in self.candidates if self.request.is_native_to(c.provider)]
+            self.candidates = [c for c in self.candidates if self._is_native_to(c)]
         if self.request.refusal is not None and not self.candidates:
             raise self.request.refusal
+        if self.request.media:
+            self._leave_out_unable()
+
+    def _spoken(self, candidate: Candidate) -> Provider:
+        """The candidate's provider with the endpoint that suits this client."""
+        return candidate.provider.speaking(self.request.dialect)
+
+    def _is_native_to(self, candidate: Candidate) -> bool:
+        return self.request.is_native_to(self._spoken(candidate))
+
+    def _leave_out_unable(self) -> None:
+        """Without those who cannot take the request's media; ProxyError where nobody can."""
+        told = [unsupported(self.request, self._spoken(c), c.model) for c in self.candidates]
+        able = [c for c, why in zip(self.candidates, told) if not why]
+        if told and not able:
+            raise ProxyError("bad_request", told[0])
+        self.candidates = able
 
     def _searchers(self, candidates: list[Candidate]) -> list[Candidate]:
         """Those who can look at the web themselves, else the search model's; ProxyError no_search
@@ -8439,9 +11537,9 @@ class Conducting:
         services, wish = self.services, self.request.search
 
         def able(candidates: list[Candidate]) -> list[Candidate]:
-            return [c for c in candidates if self.request.is_native_to(c.provider) or (
-                DIALECTS[c.provider.dialect].can_search or (lambda *_: False))(
-                    c.model, c.provider, wish)]
+            return [c for c in candidates if self._is_native_to(c) or (
+                DIALECTS[self._spoken(c).dialect].can_search or (lambda *_: False))(
+                    c.model, self._spoken(c), wish)]
         found = able(candidates)
         with contextlib.suppress(ProxyError):       # the search model may not be known here
             found = found or able(services.candidates(services.config.search_model))
@@ -8510,8 +11608,9 @@ class Conducting:
         """All calls one candidate gets: hosts in order, a refreshed token, a repaired conversation,
         a short wait.  Raises the ProxyError that ended its turn."""
         candidate, pool = lease.candidate, self.services.pool
+        provider = self._spoken(candidate)
         key = candidate.provider.id, candidate.upstream_id
-        attempt = Attempt(pool.hosts(candidate.provider),
+        attempt = Attempt(pool.hosts(provider),
                           repairs=self.services.learned.get(key, frozenset()))
         while True:
             self.record.attempts += 1
@@ -8530,7 +11629,7 @@ class Conducting:
                 self.tries_left -= 1        # what marks its candidate lets the next one have a turn
             if error.rule.scope is Scope.HOST:
                 pool.rest_host(attempt.hosts[0], error)
-            if not self._may_try_again(attempt, error, candidate.provider):
+            if not self._may_try_again(attempt, error, provider):
                 raise error
 
     def _learn(self, key: tuple, attempt: Attempt) -> None:
@@ -8593,7 +11692,7 @@ class Conducting:
     def _call(self, lease: Lease, attempt: Attempt, fold: bool) -> Any:
         """One call: an open stream, or the whole reply."""
         services, candidate, request = self.services, lease.candidate, self.request
-        account, provider, config = candidate.account, candidate.provider, services.config
+        account, provider, config = candidate.account, self._spoken(candidate), services.config
         dialect, project = DIALECTS[provider.dialect], self._project(lease, attempt)
         target = Target(candidate.model, provider, candidate.upstream_id, project,
                         config.tool_hardening)
@@ -8616,7 +11715,8 @@ class Conducting:
             note_limits(head)
             error = read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
                                  estimate, candidate.model.context_tokens)
-            return told_verbatim(error, status, head, raw) if is_relayed else error
+            return told_verbatim(error, status, head, raw, dialect.is_error) if (
+                is_relayed) else error
 
         deltas: list = []
         render = self.client.render if not fold else lambda delta: deltas.append(delta) or ""
@@ -8624,14 +11724,15 @@ class Conducting:
             pipe: Pipe = RelayPipe(dialect.relay(self.client.state), request.is_streaming,
                                    lambda body: understand(200, {}, body))
         else:
-            shape = rendered.shape._replace(estimate_input=estimate)
-            pipe = Pipe(dialect.parse_event, shape, request, render,
+            shape = rendered.shape._replace(
+                estimate_input=estimate, call_prefix=DIALECTS[request.dialect].call_prefix)
+            pipe = Pipe(dialect.parser(target), shape, request, render,
                         lambda body: understand(200, {}, body))
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         body = rendered.body
         call = Call(attempt.hosts[0], dialect.path(target, request),
-                    call_head(candidate, attempt.token, rendered),
+                    call_head(candidate, provider, attempt.token, rendered),
                     body if isinstance(body, bytes) else json_encode(body).encode("ascii"),
                     account.proxy, pipe, understand,
                     config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
@@ -8683,13 +11784,13 @@ def count_upstream(services: Services, request: Request) -> int | None:
     pool = services.pool
     for verdict in pool.verdicts(services.candidates(request.model, request.wanted), ()):
         candidate = verdict.candidate
-        account, provider = candidate.account, candidate.provider
+        account, provider = candidate.account, candidate.provider.speaking(request.dialect)
         dialect = DIALECTS[provider.dialect]
         is_relayed = request.is_native_to(provider)
         target = Target(candidate.model, provider, candidate.upstream_id)
         if verdict.state not in ("usable", "soft", "busy") or (request.refusal and not is_relayed):
             continue
-        path = dialect.count.path(target)
+        path = dialect.count.path(target) if dialect.count else ""
         if not path or (provider.id, "count") in services.learned or (
                 not services.counting.acquire(blocking=False)):
             return None             # nobody waits in line for a count
@@ -8702,7 +11803,8 @@ def count_upstream(services: Services, request: Request) -> int | None:
             key = content_key(candidate.upstream_id, raw.decode("utf-8"))
             count = services.counts.get(key)
             if count is None:
-                headers = call_head(candidate, services.tokens.access(account), rendered)
+                headers = call_head(candidate, provider, services.tokens.access(account),
+                                    rendered)
                 status, _, answer = simple_call(
                     services.connections, "POST", pool.hosts(provider)[0] + path, headers, raw,
                     account.proxy, COUNT_TIMEOUT_S)
@@ -8818,6 +11920,15 @@ def request_row(record: Record, now: float) -> dict:
     return row
 
 
+def spoken_at(path: str) -> str:
+    """The dialect of a path, in which its errors are told."""
+    if re.match(r"/v1beta\w*/(?!openai)|/v1/.+:\w+\Z", path):
+        return "gemini"
+    if re.search(r"/(chat/completions|completions|responses|embeddings)\b|/openai/", path):
+        return "chat"
+    return "anthropic"
+
+
 class Exchange:
     """One request and its answer, while its thread or the relay works on it."""
     model = MODELS["gemini-3-flash"]        # that is asked, as far as it is known
@@ -8826,7 +11937,7 @@ class Exchange:
                  headers: dict[str, str], body: bytes = b""):
         self.downstream, self.services = downstream, services
         self.method, self.path, self.query = line.method, line.path, line.query
-        self.headers, self.body, self.dialect = headers, body, DIALECTS["anthropic"]
+        self.headers, self.body, self.dialect = headers, body, DIALECTS[spoken_at(line.path)]
         self.record = Record(new_id("req_"), started_at=time.monotonic(),
                              client=headers.get("user-agent", "-").split(" ")[0][:40])
         self.is_http_1_0 = line.is_http_1_0
@@ -8888,7 +11999,7 @@ class Exchange:
         headers: dict[str, str] = {}
         is_verbatim = error.verbatim is not None and error.rule.step in (Step.CLIENT, Step.REPAIR)
         self.more_headers.update((name, value) for name, value in error.headers.items()
-                                 if is_verbatim or name.startswith("anthropic-"))
+                                 if is_verbatim or "ratelimit" in name)
         if is_verbatim:
             status, raw, _ = error.verbatim
             self.send_bytes(status, "application/json", raw)
@@ -8900,7 +12011,9 @@ class Exchange:
             headers["retry-after"] = str(max(1, seconds if is_long else min(59, seconds)))
             if is_long:
                 headers["x-should-retry"] = "false"
-        self.send_json(error.rule.status, self.dialect.render_error(error, self.record.id),
+        status = error.rule.status if self.dialect.begins_early else {529: 503}.get(
+            error.rule.status, error.rule.status)       # a number of Anthropic's own
+        self.send_json(status, self.dialect.render_error(error, self.record.id),
                        headers)
 
     # Streams: `frame` bytes for the wire, open with the first content or when the hold is over
@@ -8928,8 +12041,8 @@ class Exchange:
         if self.is_open:
             return b""
         self.is_open = True
-        fields = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
-                  "x-accel-buffering": "no"}
+        kind = getattr(self.state, "content_type", "text/event-stream; charset=utf-8")
+        fields = {"content-type": kind, "cache-control": "no-cache", "x-accel-buffering": "no"}
         if self.is_http_1_0:
             self.keeps_alive = False
         else:
@@ -9020,7 +12133,9 @@ class Exchange:
         else:       # the hold is over: open with an estimate, corrected at the end [A6]
             usage = (self.pipe.usage() if self.pipe is not None and self.pipe.is_metered else
                      Usage(input_tokens=self.services.count(self.request, self.model)))
-            out = self.open_stream() + self.frame(self.render(Begin(usage)).encode("ascii"))
+            told = self.render(Begin(usage)) if self.dialect.begins_early else (
+                self.dialect.keep_alive(self.state, False))
+            out = self.open_stream() + self.frame(told.encode("ascii"))
             self.last_out_at = self.last_content_at = now
         if out:
             self.downstream.send(out)
@@ -9639,7 +12754,8 @@ class Handler:
 
     # Routes
 
-    def messages(self, exchange: Exchange, match: Any) -> bool:
+    def generate(self, exchange: Exchange, match: Any, dialect: str) -> bool:
+        exchange.dialect = DIALECTS[dialect]
         request = self.parse(exchange, False)
         model = self._local_model(request)
         if model is not None:
@@ -9688,7 +12804,8 @@ class Handler:
         services = self.services
         candidates = services.candidates(request.model, request.wanted)
         if request.max_tokens == 0:
-            is_local = not any(request.is_native_to(c.provider) for c in candidates)
+            is_local = not any(request.is_native_to(c.provider.speaking(request.dialect))
+                               for c in candidates)
         else:       # where nobody can serve, the refusal is the better answer
             is_local = any(v.state != "stopped" for v in services.pool.verdicts(candidates, ()))
         return (candidates[0].model if candidates else Exchange.model) if is_local else None
@@ -9704,13 +12821,20 @@ class Handler:
         blocks = (Text("OK"),) if request.max_tokens else ()
         self._reply_whole(exchange, Reply(blocks, Finish(stop, usage)))
 
+    def named_model(self, name: str) -> Model:
+        """The model that a name means here; raises ProxyError not_found."""
+        model, *_ = self.services.pool.models_for(
+            name.rpartition("models/")[2] or name, self.services.config.aliases,
+            model_variant(name)[0])
+        return model
+
     def parse(self, exchange: Exchange, is_count: bool) -> Request:
         try:
             body = json_decode(exchange.body)
         except ValueError as err:
             raise invalid("", f"the body is not valid JSON: {err}") from None
         request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
-                                                 exchange.query)
+                                                 exchange.query, exchange.path)
         config = self.services.config
         if request.small and (exchange.headers.get("x-agproxy-small") == "off"
                               or request.small not in config.small_requests):
@@ -9719,8 +12843,8 @@ class Handler:
         record = exchange.record
         record.asked, record.session = request.model[:80], request.conversation[:12]
         record.agent, record.parent = request.agent[:80], request.parent[:80]
-        exchange.state = exchange.dialect.answer_state(request.model)
-        if config.usage_scaling:
+        exchange.state = exchange.dialect.answer_state(request, int(time.time()))
+        if config.usage_scaling and exchange.dialect.scale:
             exchange.scale_window = config.client_window_tokens or request.window_tokens
         return request
 
@@ -9759,31 +12883,63 @@ class Handler:
 
 # Answers to single routes: (handler, exchange, match of the path)
 
-def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any) -> None:
+def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any,
+                        dialect: str = "anthropic") -> None:
+    exchange.dialect = DIALECTS[dialect]
     services, request = handler.services, handler.parse(exchange, True)
     models = services.pool.models_for(request.model, services.config.aliases, request.wanted)
     exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
     count = count_upstream(services, request)
     how = "upstream" if count is not None else "estimate"
     candidates = services.pool.candidates(*models)
-    is_native = bool(candidates) and request.is_native_to(candidates[0].provider)
+    is_native = bool(candidates) and request.is_native_to(
+        candidates[0].provider.speaking(request.dialect))
     if count is None:
         if request.refusal is not None and not is_native:
             raise request.refusal
         count = services.count(request, models[0])
-    exchange.send_json(200, {"input_tokens": count if is_native else exchange.shown_tokens(
-        count, models[0])}, {"x-agproxy-token-count": how})
+    shown = count if is_native else exchange.shown_tokens(count, models[0])
+    exchange.send_json(200, exchange.dialect.render_count(shown), {"x-agproxy-token-count": how})
 
 
-def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
+def answer_no_socket(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """Codex goes on over HTTP where WebSockets are refused so."""
+    exchange.send_json(426 if "upgrade" in exchange.headers else 405, openai_render_error(
+        ProxyError("method", "responses are served over HTTP, by POST"), exchange.record.id),
+        {"allow": "POST"})
+
+
+def answer_response(handler: Handler, exchange: Exchange, match: Any) -> None:
+    raise ProxyError("not_found", f"{match['id'][:80]}: responses are kept to go on from, not to "
+                     "be read again")
+
+
+def send_models(handler: Handler, exchange: Exchange, name: str | None, member: str,
+                render: Callable[[Model], dict], label: str, query: Mapping[str, str]) -> None:
+    """One row or all; `pageSize` and `pageToken` cut pages out of them."""
+    if name:
+        name = urllib.parse.unquote(name)[:MAX_MODEL_NAME]
+        row = render(handler.named_model(name))
+        exchange.send_json(200, {**row, label: row[label] if label == "name" else name})
+        return
+    rows = [render(model) for model, _ in handler.server.listed()]
+    size, start = query.get("pageSize", "1000"), query.get("pageToken", "0")
+    if not re.fullmatch(r"[1-9]\d{0,3}", size) or not re.fullmatch(r"\d{1,6}", start):
+        raise invalid("pageSize", "whole numbers are required")
+    page = rows[int(start):int(start) + int(size)]
+    more = {"nextPageToken": str(int(start) + len(page))} if int(start) + len(page) < len(
+        rows) else {}
+    exchange.send_json(200, {**({"object": "list"} if member == "data" else {}), member: page,
+                             **more})
+
+
+def anthropic_models(handler: Handler, exchange: Exchange, match: Any) -> None:
     rows = handler.server.model_rows()
     if match["id"]:
         name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
         row = next((r for r in rows if r["id"] == name), None)
         if row is None:
-            model, *_ = handler.services.pool.models_for(
-                name, handler.services.config.aliases, model_variant(name)[0])
-            row = {**anthropic_render_model(model), "id": name}
+            row = {**anthropic_render_model(handler.named_model(name)), "id": name}
         exchange.send_json(200, row)
         return
     query = dict(urllib.parse.parse_qsl(exchange.query))
@@ -9804,6 +12960,29 @@ def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
     exchange.send_json(200, {"data": page, "has_more": has_more,
                              "first_id": page[0]["id"] if page else None,
                              "last_id": page[-1]["id"] if page else None})
+
+
+def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """The list in the shape of who asks."""
+    query = dict(urllib.parse.parse_qsl(exchange.query))
+    is_gemini = exchange.path.startswith("/v1beta") and "/openai/" not in exchange.path or (
+        "x-goog-api-key" in exchange.headers)
+    is_anthropic = "anthropic-version" in exchange.headers or exchange.headers.get(
+        "user-agent", "").startswith(("claude", "anthropic", "Anthropic"))
+    if "client_version" in query:
+        rows = [codex_render_model(m, n) for n, (m, _) in enumerate(handler.server.listed())]
+        body = json_encode({"models": rows}).encode("ascii")
+        tag = f'"{zlib.crc32(body):08x}"'
+        exchange.send_bytes(200, "application/json", body, {"etag": tag})
+    elif is_gemini:
+        exchange.dialect = DIALECTS["gemini"]
+        send_models(handler, exchange, match["id"], "models", gemini_render_model, "name", query)
+    elif is_anthropic:
+        anthropic_models(handler, exchange, match)
+    else:
+        exchange.dialect = DIALECTS["chat"]
+        send_models(handler, exchange, match["id"], "data", functools.partial(
+            openai_render_model, created=int(handler.server.services.clock.now())), "id", {})
 
 
 def answer_root(handler: Handler, exchange: Exchange, match: Any) -> None:
@@ -9873,11 +13052,29 @@ def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
     exchange.downstream.send(exchange.head_bytes(204, headers))
 
 
+GEMINI_PATH = r"/v1(?:beta\w*)?(?:/publishers/google|/projects/[^/]+/.+)?/(?:models|tunedModels)/.+"
 ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
     # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
-    Route("POST", r"(/v1|/anthropic)?/v1/messages", "api", Handler.messages),
+    Route("POST", r"(/v1|/anthropic)?/v1/messages", "api",
+          functools.partial(Handler.generate, dialect="anthropic")),
     Route("POST", r"(/v1|/anthropic)?/v1/messages/count_tokens", "api", answer_count_tokens),
-    Route("GET HEAD", r"/v1/models(?:/(?P<id>[^/]+))?", "api", answer_models),
+    Route("POST", r"(/v1|/v1beta)?(/v1|/openai)?/chat/completions", "api",
+          functools.partial(Handler.generate, dialect="chat")),
+    Route("POST", r"(/v1)?(/v1)?/completions", "api",
+          functools.partial(Handler.generate, dialect="completions")),
+    Route("POST", r"(/v1)?(/v1|/backend-api/codex)?/responses", "api",
+          functools.partial(Handler.generate, dialect="responses")),
+    Route("POST", r"(/v1)?(/v1)?/responses/input_tokens", "api",
+          functools.partial(answer_count_tokens, dialect="responses")),
+    Route("GET", r"(/v1)?(/v1|/backend-api/codex)?/responses", "api", answer_no_socket),
+    Route("GET DELETE POST", r"(/v1)?(/v1)?/responses/(?P<id>[^/]+)(/.*)?", "api",
+          answer_response),
+    Route("POST", GEMINI_PATH + r":(?:generateContent|streamGenerateContent)", "api",
+          functools.partial(Handler.generate, dialect="gemini")),
+    Route("POST", GEMINI_PATH + r":countTokens", "api",
+          functools.partial(answer_count_tokens, dialect="gemini")),
+    Route("GET HEAD", r"/v1beta\w*(/openai)?/models(?:/(?P<id>.+))?", "api", answer_models),
+    Route("GET HEAD", r"(?:/v1)?(?:/v1)?/models(?:/(?P<id>.+))?", "api", answer_models),
     Route("GET HEAD", r"/", "public", answer_root),
     Route("GET HEAD", r"/api/hello", "public", answer_root),
     Route("GET HEAD", r"/health", "public", answer_health),
@@ -9980,10 +13177,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.services.log.line("accept: %s", short_trace(sys.exc_info()[1]))
 
+    def listed(self) -> list[tuple[Model, list[Candidate]]]:
+        return self.services.pool.offers()
+
     def model_rows(self) -> list[dict]:
         """What /v1/models lists: each served model, under a claude- name too where it has none."""
-        rows, pool = [], self.services.pool
-        for model, _ in pool.offers():
+        rows = []
+        for model, _ in self.listed():
             row = anthropic_render_model(model)
             rows.append(row)
             if not model.id.startswith("claude"):
@@ -10377,8 +13577,12 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
     prompt = (_sim_texts(contents[last]) or [""])[-1]
     results = [p["functionResponse"] for c in contents[last:] for p in c["parts"]
                if "functionResponse" in p]
-    schema = inner.get("generationConfig", {}).get("responseSchema")
-    wanted = prompt.partition("JSON value of this schema and nothing else: ")[2]
+    config = inner.get("generationConfig", {})
+    schema = config.get("responseSchema") or config.get("responseJsonSchema")
+    system = inner.get("systemInstruction", {}).get("parts", ())
+    wanted = next(filter(None, (str(text).partition(
+        "JSON value of this schema and nothing else: ")[2]
+        for text in (prompt, *(p.get("text") for p in system)))), "")
     if schema or wanted:
         with contextlib.suppress(ValueError):       # the prompt only spoke of a schema
             return [[{"text": json_encode(_sim_value(schema or json.loads(wanted), prompt))}]]
@@ -10471,6 +13675,257 @@ SIM_NATIVE_FAULTS = {       # name -> (status, error type, message)
 }
 
 
+# The OpenAI upstream, thinly: Chat and Responses before the same agent
+
+_CHAT_KEYS = {"model", "messages", "stream", "stream_options", "max_tokens", "temperature", "top_p",
+              "max_completion_tokens", "stop", "tools", "tool_choice", "parallel_tool_calls", "n",
+              "response_format", "seed", "presence_penalty", "frequency_penalty", "user",
+              "reasoning_effort", "verbosity", "service_tier", "prompt_cache_key", "metadata",
+              "store", "logprobs", "logit_bias", "web_search_options"}
+_RESPONSES_KEYS = {"model", "input", "instructions", "stream", "store", "include", "tools", "user",
+                   "tool_choice", "parallel_tool_calls", "max_output_tokens", "temperature",
+                   "top_p", "reasoning", "text", "prompt_cache_key", "client_metadata", "metadata",
+                   "previous_response_id", "service_tier", "truncation", "stream_options"}
+
+
+def _sim_call_rows(body: Mapping) -> list[tuple[str, str]]:
+    """(what, call id) of every call, answer and end of a turn, in order."""
+    rows: list[tuple[str, str]] = []
+    for message in body.get("messages", ()):
+        rows += [("call", c["id"]) for c in message.get("tool_calls") or ()]
+        if message["role"] == "tool":
+            rows.append(("answer", message["tool_call_id"]))
+        elif message["role"] == "user":
+            rows.append(("turn", ""))
+    for item in body["input"] if isinstance(body.get("input"), list) else ():
+        kind = item.get("type", "message")
+        if kind in ("function_call", "custom_tool_call"):
+            rows.append(("call", item["call_id"]))
+        elif kind.endswith("_output"):
+            rows.append(("answer", item["call_id"]))
+    return rows
+
+
+def sim_openai_refuses(body: Mapping) -> str | None:
+    """Why OpenAI would answer 400 to this request, None when it would not."""
+    is_chat = "messages" in body
+    unknown = body.keys() - (_CHAT_KEYS if is_chat else _RESPONSES_KEYS)
+    if unknown:
+        return f"Unknown parameter: '{min(unknown)}'."
+    waiting: set = set()
+    for what, call_id in _sim_call_rows(body):
+        if what == "call":
+            waiting.add(call_id)
+        elif what == "answer" and call_id not in waiting:
+            return f"No tool call found for function call output with call_id {call_id}."
+        elif what == "turn" and waiting:
+            return ("An assistant message with 'tool_calls' must be followed by tool messages "
+                    f"responding to each 'tool_call_id': {', '.join(sorted(waiting))}")
+        waiting -= {call_id} if what == "answer" else set()
+    if waiting:
+        return f"No tool output found for function call {min(waiting)}."
+    items = body["input"] if isinstance(body.get("input"), list) else []
+    for item, after in zip(items, [*items[1:], {}]):
+        if item.get("type") == "reasoning":
+            if not str(item.get("encrypted_content") or "gAAAsim").startswith("gAAAsim"):
+                return "The encrypted content could not be verified."
+            if after.get("role") == "user" or not after:
+                return "Item of type 'reasoning' was provided without its required following item."
+    for tool in body.get("tools") or ():
+        row = tool.get("function", tool)
+        if tool["type"] == "function" and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", row["name"]):
+            return f"Invalid 'tools[0].name': '{row['name']}'."
+    return None
+
+
+def _sim_parts(content: Any) -> list[dict]:
+    """The parts of a content in either dialect, as the agent reads them."""
+    if not isinstance(content, list):
+        return [{"text": content}] if content else []
+    return [{"text": p["text"]} if "text" in p else {"inlineData": {}} for p in content]
+
+
+def sim_from_openai(body: Mapping) -> dict:
+    """The body as the scripted agent reads it."""
+    names: dict[str, str] = {}
+    contents: list[dict] = []
+
+    def add(role: str, parts: list[dict]) -> None:
+        if contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        elif parts:
+            contents.append({"role": role, "parts": parts})
+
+    def call(call_id: str, name: str, arguments: Any) -> None:
+        names[call_id] = name
+        add("model", [{"functionCall": {"name": name, "args": arguments}}])
+
+    def answer(call_id: str, content: Any) -> None:
+        told = "".join(p.get("text", "") for p in _sim_parts(content))
+        add("user", [{"functionResponse": {"name": names.get(call_id, ""),
+                                           "response": {"result": told}}}])
+    given = body.get("messages") or body.get("input") or []
+    for item in [{"role": "user", "content": given}] if isinstance(given, str) else given:
+        kind, role = item.get("type", "message"), item.get("role")
+        if kind in ("function_call", "custom_tool_call"):
+            call(item["call_id"], item["name"], item.get("arguments") or item.get("input"))
+        elif kind.endswith("_output"):
+            answer(item["call_id"], item.get("output"))
+        elif role == "tool":
+            answer(item["tool_call_id"], item.get("content"))
+        elif role in ("user", "assistant"):
+            add("model" if role == "assistant" else "user", _sim_parts(item.get("content")))
+            for row in item.get("tool_calls") or ():
+                call(row["id"], row["function"]["name"], row["function"]["arguments"])
+    rows = [t for item in (given if isinstance(given, list) else ())
+            for t in (item.get("tools") or () if item.get("type") == "additional_tools" else ())]
+    rows = [inner for t in [*(body.get("tools") or ()), *rows] for inner in t.get("tools", [t])]
+    tools = [{"name": f["name"], "parameters": f.get("parameters") or {
+        "properties": {"input": {"type": "string"}}, "required": ["input"]},
+        "is_custom": t["type"] == "custom"}
+        for t in rows for f in [t.get("function", t)] if "name" in f]
+    choice = body.get("tool_choice")
+    named = object_of(object_of(choice).get("function") or choice).get("name")
+    forced = named or choice == "required"
+    form = object_of(body.get("response_format") or object_of(body.get("text")).get("format"))
+    schema = object_of(object_of(form.get("json_schema")).get("schema") or form.get("schema"))
+    calling = {"mode": "ANY", **({"allowedFunctionNames": [named]} if named else {})}
+    return {"contents": contents or [{"role": "user", "parts": [{"text": "."}]}],
+            "tools": [{"functionDeclarations": tools}],
+            "generationConfig": {"responseSchema": schema} if schema else {},
+            "toolConfig": {"functionCallingConfig": calling if forced else {}},
+            "systemInstruction": {"parts": [{"text": json_encode(body)[:20000]}]}}
+
+
+def sim_chat_answer(body: Mapping) -> tuple[dict, list[dict]]:
+    """(the message, its deltas) of a Chat answer."""
+    inner = sim_from_openai(body)
+    deltas: list[dict] = [{"role": "assistant", "content": ""}]
+    message: dict = {"role": "assistant", "content": None}
+    if body.get("reasoning_effort") not in (None, "none"):
+        deltas += [{"reasoning_content": "Thinking about "}, {"reasoning_content": "the request."}]
+        message["reasoning_content"] = "Thinking about the request."
+    for parts in sim_agent(inner):
+        for part in parts:
+            if "text" in part:
+                message["content"] = (message["content"] or "") + part["text"]
+                deltas.append({"content": part["text"]})
+                continue
+            calls = message.setdefault("tool_calls", [])
+            text = json_encode(part["functionCall"]["args"])
+            row = {"id": "call_sim" + os.urandom(8).hex(), "type": "function",
+                   "function": {"name": part["functionCall"]["name"], "arguments": text}}
+            deltas.append({"tool_calls": [{"index": len(calls), **row, "function": {
+                **row["function"], "arguments": ""}}]})
+            deltas += [{"tool_calls": [{"index": len(calls),
+                                        "function": {"arguments": text[at:at + 9]}}]}
+                       for at in range(0, len(text), 9)]
+            calls.append(row)
+    return message, deltas
+
+
+def sim_chat(body: Mapping) -> tuple[dict, list[dict]]:
+    """(the whole completion, the chunks of its stream)."""
+    message, deltas = sim_chat_answer(body)
+    finish = "tool_calls" if "tool_calls" in message else "stop"
+    prompt, spent = len(json_encode(body)) // 4, len(json_encode(message)) // 4
+    usage = {"prompt_tokens": prompt, "completion_tokens": spent, "total_tokens": prompt + spent,
+             "prompt_tokens_details": {"cached_tokens": 3},
+             "completion_tokens_details": {"reasoning_tokens": 2}}
+    head = {"id": "chatcmpl-sim" + os.urandom(8).hex(), "created": 1795000000,
+            "model": body["model"]}
+    chunks = [{**head, "object": "chat.completion.chunk", "choices": [
+        {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}]}
+        for delta in deltas]
+    chunks.append({**chunks[0], "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    if object_of(body.get("stream_options")).get("include_usage"):
+        chunks.append({**chunks[0], "choices": [], "usage": usage})
+    return {**head, "object": "chat.completion", "usage": usage, "system_fingerprint": "fp_sim",
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}]}, chunks
+
+
+def sim_response(body: Mapping) -> dict:
+    """The whole response: a reasoning item where that is asked for, then what the agent says."""
+    inner = sim_from_openai(body)
+    custom = {t["name"] for t in inner["tools"][0]["functionDeclarations"] if t["is_custom"]}
+    output: list[dict] = []
+    if object_of(body.get("reasoning")).get("effort") not in (None, "none"):
+        item = {"id": "rs_sim" + os.urandom(6).hex(), "type": "reasoning",
+                "summary": [{"type": "summary_text", "text": "Thinking about the request."}]}
+        if "reasoning.encrypted_content" in (body.get("include") or ()):
+            item["encrypted_content"] = "gAAAsim" + os.urandom(12).hex()
+        output.append(item)
+    parts = [part for batch in sim_agent(inner) for part in batch]
+    text = "".join(part.get("text", "") for part in parts)
+    if text:
+        output.append({"id": "msg_sim" + os.urandom(6).hex(), "type": "message",
+                       "role": "assistant", "status": "completed", "content": [
+                           {"type": "output_text", "text": text, "annotations": [],
+                            "logprobs": []}]})
+    for call in [part["functionCall"] for part in parts if "functionCall" in part]:
+        head = {"id": "fc_sim" + os.urandom(6).hex(), "call_id": "call_sim" + os.urandom(8).hex(),
+                "name": call["name"], "status": "completed"}
+        output.append({**head, "type": "custom_tool_call",
+                       "input": str(call["args"].get("input"))} if call["name"] in custom else
+                      {**head, "type": "function_call", "arguments": json_encode(call["args"])})
+    prompt, spent = len(json_encode(body)) // 4, len(json_encode(output)) // 4
+    return {"id": "resp_sim" + os.urandom(8).hex(), "object": "response", "created_at": 1795000000,
+            "status": "completed", "error": None, "incomplete_details": None,
+            "model": body["model"], "output": output, "metadata": {}, "usage": {
+                "input_tokens": prompt, "input_tokens_details": {"cached_tokens": 3},
+                "output_tokens": spent, "output_tokens_details": {"reasoning_tokens": 2},
+                "total_tokens": prompt + spent}}
+
+
+_SIM_STREAMED = {       # item -> its event, the place of its pieces, the empty fields of its start
+    "message": ("response.output_text", {"content_index": 0}, {"content": []}),
+    "reasoning": ("response.reasoning_summary_text", {"summary_index": 0}, {"summary": []}),
+    "function_call": ("response.function_call_arguments", {}, {"arguments": ""}),
+    "custom_tool_call": ("response.custom_tool_call_input", {}, {"input": ""}),
+}
+
+
+def sim_response_events(response: Mapping) -> Iterator[dict]:
+    """The response as the events of its stream, without their numbers."""
+    begun = {**response, "status": "in_progress", "output": [], "usage": None}
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    for index, item in enumerate(response["output"]):
+        name, place, empty = _SIM_STREAMED[item["type"]]
+        place = {"item_id": item["id"], "output_index": index, **place}
+        start = {k: v for k, v in item.items() if k != "encrypted_content"}
+        yield {"type": "response.output_item.added", "output_index": index,
+               "item": {**start, **empty, "status": "in_progress"}}
+        part = next(iter(item.get("content") or item.get("summary") or ()), None)
+        text = part["text"] if part else item.get("arguments", item.get("input"))
+        if part:
+            kind = "content_part" if item["type"] == "message" else "reasoning_summary_part"
+            yield {"type": f"response.{kind}.added", **place, "part": {**part, "text": ""}}
+        for at in range(0, len(text), 12):
+            yield {"type": name + ".delta", **place, "delta": text[at:at + 12]}
+        done = "text" if part else "arguments" if "arguments" in item else "input"
+        yield {"type": name + ".done", **place, done: text}
+        if part:
+            yield {"type": f"response.{kind}.done", **place, "part": part}
+        yield {"type": "response.output_item.done", "output_index": index, "item": item}
+    yield {"type": "response.completed", "response": response}
+
+
+SIM_OPENAI_FAULTS = {       # name -> (status, type, code, message)
+    "quota": (429, "insufficient_quota", "insufficient_quota", "You exceeded your current quota."),
+    "rate": (429, "requests", "rate_limit_exceeded",
+             "Rate limit reached for gpt-sim. Please try again in 40s."),
+    "capacity": (503, "service_unavailable_error", "server_is_overloaded",
+                 "The server is overloaded."),
+    "server": (500, "server_error", None, "The server had an error."),
+    "auth": (401, "invalid_request_error", "invalid_api_key", "Incorrect API key provided."),
+    "missing": (404, "invalid_request_error", "model_not_found", "The model does not exist."),
+    "too_long": (400, "invalid_request_error", "context_length_exceeded",
+                 "This model's maximum context length is 128000 tokens."),
+    "bad": (400, "invalid_request_error", "invalid_value", "Invalid value."),
+}
+
+
 # The server
 
 class SimAccount:
@@ -10537,9 +13992,14 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         account = self._account()
         if url.path == "/userinfo" and account:
             return self._json(200, {"email": account.name + "@sim.example"})
-        if url.path == "/v1/models":
+        if url.path == "/v1/models" and "anthropic-version" in self.headers:
             rows = [{"id": "claude-opus-4-8", "type": "model", "display_name": "Claude Opus 4.8"}]
             return self._json(200, {"data": rows}) if account else self._native_error("auth")
+        if url.path == "/v1/models":
+            rows = [{"id": "gpt-sim", "object": "model", "created": 1, "owned_by": "sim",
+                     "context_length": 128000}]
+            return self._json(200, {"object": "list", "data": rows}) if account else (
+                self._openai_error("auth"))
         if url.path == "/v1beta/models":
             wrong = sim_error(400, "API key not valid. Please pass a valid API key.",
                               "API_KEY_INVALID")
@@ -10581,15 +14041,20 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         account = self._account()
         body = json.loads(raw)
         is_native = path.startswith("/v1/messages")
+        if account is None and path.startswith(("/v1/chat", "/v1/responses")):
+            return self._openai_error("auth")
         if account is None:
             return self._native_error("auth") if is_native else self._json(*SIM_FAULTS["auth"])
         if is_native:
             return self._native(account, body, path)
+        if path in ("/v1/chat/completions", "/v1/responses"):
+            return self._openai(account, body, path.endswith("completions"))
         if path.endswith(":countTokens") and path.startswith("/v1beta/"):
             return self._json(200, {"totalTokens": len(json_encode(body)) // 4})
-        match = re.fullmatch(r"/(?:v1internal|v1beta/models/([^:]+)):streamGenerateContent", path)
+        match = re.fullmatch(r"/(?:v1internal|v1beta/models/([^:]+)):(g|streamG)enerateContent",
+                             path)
         if match:
-            return self._generate(account, body, match[1])
+            return self._generate(account, body, match[1], match[2] == "g")
         self._json(*self._discovery(account, path.rpartition(":")[2], body))
 
     def _discovery(self, account: SimAccount, method: str, body: Mapping) -> tuple:
@@ -10612,7 +14077,8 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         key = self.headers.get("x-goog-api-key") or self.headers.get("x-api-key")
         with self.server.lock:
             return next((a for a in self.server.accounts.values()
-                         if bearer == a.access_token or key == "sim-key-" + a.name), None)
+                         if bearer == a.access_token or "sim-key-" + a.name in (key, bearer)),
+                        None)
 
     def _token(self, form: Mapping[str, str]) -> tuple:
         """(status, answer) of both grants: client, redirect and PKCE are checked."""
@@ -10733,7 +14199,51 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
                 return
             yield event
 
-    def _generate(self, account: SimAccount, body: dict, key_model: str | None) -> None:
+    def _openai_error(self, fault: str, message: str = "", code: str = "", **headers: str) -> None:
+        status, kind, word, told = SIM_OPENAI_FAULTS[fault]
+        self._json(status, {"error": {"message": message or told, "type": kind, "param": None,
+                                      "code": code or word}}, **headers)
+
+    def _openai(self, account: SimAccount, body: dict, is_chat: bool) -> None:
+        """OpenAI's part: Chat and Responses, streamed and whole."""
+        fault = self._next_fault(account, body)
+        if self._breaks(fault):
+            return None
+        if fault in SIM_OPENAI_FAULTS:
+            return self._openai_error(fault)
+        refused = sim_openai_refuses(body)
+        if refused:
+            self.server.refusals.append(refused)
+            code = "unknown_parameter" if refused.startswith("Unknown") else ""
+            return self._openai_error("bad", refused, code)
+        whole, events = sim_chat(body) if is_chat else (sim_response(body), None)
+        if events is None:
+            events = [{**event, "sequence_number": n}
+                      for n, event in enumerate(sim_response_events(whole))]
+        if not body.get("stream"):
+            return self._json(200, whole)
+        texts = self._openai_texts(fault, events, is_chat)
+        self._send_events(fault, texts, {"Content-Type": "text/event-stream", "x-request-id": "sim",
+                                         "x-ratelimit-remaining-requests": "41"})
+
+    def _openai_texts(self, fault: str, events: list[dict], is_chat: bool) -> Iterator[str]:
+        for position, event in enumerate(events):
+            if fault in ("cut", "empty") or fault == "mid_cut" and position == 6:
+                return
+            if fault == "mid_error" and position == 6:
+                _, kind, code, told = SIM_OPENAI_FAULTS["capacity"]
+                event = {"error": {"message": told, "type": kind, "code": code}}
+                event = event if is_chat else {"type": "error", "sequence_number": 6, **event}
+                events = []
+            name = "" if is_chat else f"event: {event['type']}\n"
+            yield f"{name}data: {json_encode(event)}\n\n"
+            if not events:
+                return
+        if is_chat:
+            yield "data: [DONE]\n\n"
+
+    def _generate(self, account: SimAccount, body: dict, key_model: str | None,
+                  is_whole: bool = False) -> None:
         server, is_enveloped = self.server, key_model is None
         inner = body.get("request") if is_enveloped else body
         name = body.get("model") if is_enveloped else urllib.parse.unquote(key_model)
@@ -10754,6 +14264,15 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if refused:
             server.refusals.append(refused)
             return self._json(*sim_error(400, refused))
+        if is_whole and not self._breaks(fault):
+            whole: dict = {}
+            for event in self._events(fault, inner, model, name):
+                parts = [p for c in (whole, event) for row in c.get("candidates", ())
+                         for p in row["content"]["parts"]]
+                whole = {**whole, **event}
+                if "candidates" in whole:
+                    whole["candidates"][0]["content"]["parts"] = parts
+            return self._json(200, whole)
         self._stream(fault, inner, model, name, is_enveloped)
 
     def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,

@@ -117,7 +117,8 @@ class Proxy:
     def call(self, method, path, body=None, headers=None):
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = json.dumps(body).encode() if isinstance(body, (dict, list)) else body
-        client.request(method, path, data, headers or {})
+        told = {"anthropic-version": "2023-06-01"} if path.startswith("/v1/models") else {}
+        client.request(method, path, data, told if headers is None else headers)
         response = client.getresponse()
         raw = response.read()
         client.close()
@@ -774,8 +775,10 @@ STEPS = [       # an upstream's words, the repairs of a translated and of a rela
     ("Proto field is not repeating at 'request.tools[0].function_declarations[3].parameters'", ["core_schemas", "bare_schema 3", "bare_schemas"],
      []),
     ("tools.4.custom.input_schema: JSON schema is invalid", ["core_schemas", "bare_schema 4", "bare_schemas"], []),
-    ("Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header", [], ["drop effort-2025-11-24"]),
-    ("tools.0.custom.strict: Extra inputs are not permitted", ["core_schemas", "bare_schema 0"], ["drop tools.0.custom.strict"]),
+    ("Unexpected value(s) `effort-2025-11-24` for the `anthropic-beta` header",
+     ["drop effort-2025-11-24"], ["drop effort-2025-11-24"]),
+    ("tools.0.custom.strict: Extra inputs are not permitted", 
+     ["core_schemas", "bare_schema 0", "drop tools.0.custom.strict"], ["drop tools.0.custom.strict"]),
     ("This model does not support assistant message prefill.", [], ["last_turn"]),
     ('messages.1: role "system" is not supported on this model', [], ["system_role"]),
     ("inlineData is too large", ["old_media"], []), ("temperature: range: 0..1", [], [])]
@@ -887,7 +890,7 @@ BAD_BODIES = [
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x"}]}]}, "messages.0.content.0.name"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "n", "input": []}]}]},
      "messages.0.content.0.input"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
      "messages.0.content.0.source"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "@@@"}}]}]},
      "messages.0.content.0.source.data"),
@@ -4455,7 +4458,7 @@ def test_a_compatible_service_gets_its_own_unsigned_thoughts_back_and_no_counts(
 
 def test_media_that_no_model_reads_are_named(staged):
     status, _, body = staged().ask(messages=[said(attached("aGVsbG8gd29ybGQh", "image/svg+xml"))])
-    assert status == 400 and "messages.0.content.0.source.media_type" in body["error"]["message"]
+    assert status == 400 and "messages.0.content.0.source.data" in body["error"]["message"]
     assert "image/png" in body["error"]["message"]
 
 
