@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """agproxy: lets any AI coding client use any model account its owner has.
 
-One file, standard library only, Python 3.9 to the newest.  Clients speak the Anthropic
-Messages API to it; the tokens come from whichever of the owner's accounts can serve: Google
-sign-ins, keys of the Gemini API, Anthropic's and compatible services.  Nothing is phoned home;
-what leaves the machine is listed in the README.
+One file, standard library only, Python 3.9 to the newest.  Clients speak Anthropic Messages,
+OpenAI Chat, OpenAI Responses or Gemini to it; the tokens come from whichever of the owner's
+accounts can serve: keys of a dozen services, servers of one's own, Google sign-ins.  Nothing is
+phoned home; what leaves the machine is listed in the README.
 
-A request:  17 Handler reads it -> 9 its dialect parses it to a Request (7) -> 16 the conductor
-leases an account (13, token from 14) -> 11 renders the body -> 15 calls over 12 -> 6 splits the
-events -> 11 parses them to deltas (7) -> 9 renders those in the client's dialect -> 17 writes;
-where client and upstream speak the same, 9 passes on what came, body and events;
+A request:  17 Handler reads it -> its dialect (9, 10 or 11) parses it to a Request (7) -> 16 the
+conductor asks the owner's routes and leases an account (13, token from 14) -> the upstream's
+dialect renders the body -> 15 calls over 12 -> 6 splits the events -> the upstream's dialect
+parses them to deltas (7) -> the client's renders those -> 17 writes; where both are the same,
+it passes on what came, body and events;
 from the first content on the relay (17) moves the stream, and its end settles the lease.
 
 Rooms, in reading order; each uses only rooms above it.  Numbers are addresses and have gaps:
@@ -43,6 +44,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import difflib
 import enum
 import errno
@@ -52,6 +54,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import itertools
 import json
 import os
 import queue
@@ -113,6 +116,12 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "hybrid_idle": Setting(0.1, "", "... per second since its last use, an hour at most"),
     "small_requests": Setting(SMALL_KINDS, "", "Claude Code's small requests that are recognised"),
     "background_model": Setting("", "", "serves those that need a model; empty: the one asked for"),
+    "hidden_models": Setting((), "", "patterns of models that are served, but not listed"),
+    "unknown_model": Setting("reject", "", "a name nobody knows: `reject`, `pass` (to services "
+                             "that take any name) or `default`"),
+    "default_model": Setting("", "", "what `unknown_model: default` serves by"),
+    "proxy": Setting("", "", "URL of a proxy for all upstreams (http, socks5), or `direct`"),
+    "ca_file": Setting("", "", "PEM file of further authorities that may certify upstreams"),
     "search_model": Setting("gemini-3-flash", "", "searches the web for models that cannot"),
     "tool_hardening": Setting(False, "", "name each tool's parameters in its description too"),
     "usage_scaling": Setting(False, "", "report tokens by the window a client assumes: see above"),
@@ -159,6 +168,7 @@ MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic
 MAX_EVENT_BYTES = 16 << 20      # one upstream event
 MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
 MAX_ERROR_BYTES = 1 << 20       # the body of an upstream's error
+MAX_ERROR_LETTERS = 4000        # of its message: patterns look for its meaning
 MAX_PUBLIC_BODY_BYTES = 1 << 20     # a request body on a route that needs no key
 MAX_STATED_DELAY_S = 8 * 86400  # Google's windows are a week at most; more is void
 RECV_BYTES = 64 << 10
@@ -195,6 +205,7 @@ ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
 SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
 MOST_SIGNATURES, MOST_SIGNATURE_LETTERS = 5000, 8 << 20
+REPLIES_LAST_S, MOST_REPLY_BYTES = 86400, 64 << 20      # that clients go on from by id
 LOGIN_WAIT_S = 300              # a browser sign-in in all
 ONBOARD_TRIES, ONBOARD_PAUSE_S = 12, 5
 
@@ -361,6 +372,7 @@ QUIRKS = {      # where a compatible service differs from its model, one word a 
     "thinking_type": "switches thinking by `thinking: {type}`",
     "enable_thinking": "switches thinking by `enable_thinking` and `thinking_budget`",
     "template_thinking": "switches thinking by `chat_template_kwargs`",
+    "initiator": "is told by `X-Initiator` whether a person or a tool spoke last",
     "reasoning_object": "takes `reasoning: {effort or max_tokens}`",
 }
 DIALECT_IDS = ("gemini", "anthropic", "chat", "responses")      # that an upstream can speak
@@ -384,6 +396,7 @@ def _compatible(name: str, url: str, tag: str, variable: str = "", *names: str,
 
 
 _SCOPE = "https://www.googleapis.com/auth/"
+CLOUD_SCOPE, GOOGLE_AUDIENCE = _SCOPE + "cloud-platform", _GOOGLE["token_url"]
 _SCOPES = f"{_SCOPE}cloud-platform {_SCOPE}userinfo.email {_SCOPE}userinfo.profile"
 PROVIDERS = {row.id: row for row in (
     Provider("antigravity", "gemini",
@@ -429,7 +442,8 @@ PROVIDERS = {row.id: row for row in (
                 anthropic="https://openrouter.ai/api", responses="https://openrouter.ai/api/v1",
                 quirks=("reasoning_object", "reasoning_replay", "no_count", "no_search"),
                 quota="https://openrouter.ai/api/v1/key", quota_form="openrouter"
-                )._replace(auth_url="https://openrouter.ai/auth",
+                )._replace(auth_url="https://openrouter.ai/auth", ports=(3000,),
+                           redirect="http://localhost:{port}/callback",
                            token_url="https://openrouter.ai/api/v1/auth/keys"),
     _compatible("moonshot", "https://api.moonshot.ai/v1", "mo", "MOONSHOT_API_KEY", "kimi-*",
                 "moonshot-*", anthropic="https://api.moonshot.ai/anthropic",
@@ -462,15 +476,21 @@ PROVIDERS = {row.id: row for row in (
     _compatible("mistral", "https://api.mistral.ai/v1", "mi", "MISTRAL_API_KEY", "mistral-*",
                 "*stral-*", quirks=("no_effort", "no_stream_options")),
     _compatible("groq", "https://api.groq.com/openai/v1", "gr", "GROQ_API_KEY"),
-    _compatible("ollama", "http://localhost:11434/v1", "ol", quirks=("no_parallel_flag",
-                                                                    "no_count", "no_search"),
+    _compatible("copilot", "https://api.githubcopilot.com", "co", quirks=(
+        "initiator", "no_count", "no_search"), anthropic="https://api.githubcopilot.com",
+        responses="https://api.githubcopilot.com")._replace(
+            policy="GitHub sells Copilot for the programs it lists; the token, and the headers by "
+                   "which a program names itself, are its owner's to give."),
+    _compatible("ollama", "http://localhost:11434/v1", "ol", quirks=(
+        "no_parallel_flag", "no_count", "no_search", "no_cache_control"),
                 anthropic="http://localhost:11434", responses="http://localhost:11434/v1"),
     _compatible("lmstudio", "http://localhost:1234/v1", "lm", quirks=(
-        "no_parallel_flag", "no_count", "no_search"), responses="http://localhost:1234/v1"),
+        "no_parallel_flag", "no_count", "no_search"), responses="http://localhost:1234/v1",
+        anthropic="http://localhost:1234"),
     _compatible("vllm", "http://localhost:8000/v1", "vl",
                 quirks=("no_parallel_flag", "template_thinking"),
                 responses="http://localhost:8000/v1"),
-    _compatible("llamacpp", "http://localhost:8081/v1", "lc",
+    _compatible("llamacpp", "http://localhost:8080/v1", "lc",
                 quirks=("no_parallel_flag", "no_effort")),
     Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
              signature_tag="s"),
@@ -561,6 +581,7 @@ ERRORS = {
     "no_search": Rule(400, _BAD),
     "too_long": Rule(400, _BAD),
     "bad_request": Rule(400, _BAD),
+    "no_response": Rule(400, _BAD),
     "empty": Rule(529, "overloaded_error", step=Step.AGAIN, pause_s=0.5),
     "cut": Rule(502, _API, step=Step.ONE_MORE, pause_s=0.5),
     "timeout": Rule(504, "timeout_error"),
@@ -627,6 +648,13 @@ class Clock:
         return time.monotonic()
 
 
+def ordered(items: Iterable, seed: str, weight: Callable[[Any], float] = lambda _: 1.0) -> list:
+    """`items` in a random order that a seed decides; what weighs more is first more often."""
+    draw = random.Random(seed)
+    keyed = [(draw.random() ** (1 / weight(i)) if weight(i) > 0 else 0.0, i) for i in items]
+    return [item for _, item in sorted(keyed, key=lambda pair: -pair[0])]
+
+
 def jitter(seconds: float, share: float = 0.2) -> float:
     """`seconds`, up to `share` more or less, so that several do not come in step."""
     return seconds * (1 - share + 2 * share * random.random())
@@ -687,6 +715,14 @@ def json_decode(raw: bytes) -> Any:
         raise ValueError(f"not UTF-8 at byte {err.start}") from err
     except RecursionError as err:
         raise ValueError("nested too deeply") from err
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text, parse_float=finite, parse_constant=refuse_constant)
+        return True
+    return False
 
 
 def json_depth_exceeds(value: Any, limit: int = MAX_JSON_DEPTH) -> bool:
@@ -947,6 +983,47 @@ CREDENTIALS = ("refresh_token", "access_token", "api_key")
 STRATEGY_NAMES = ("hybrid", "sticky", "fill-first", "round-robin", "weighted")
 
 
+class GroupItem(NamedTuple):
+    """One member of a group: a model, another group, or either only by some accounts."""
+    model: str
+    provider: str = ""
+    account: str = ""
+    tag: str = ""
+    weight: float = 1.0
+
+
+class Group(NamedTuple):
+    """A virtual model: its members in the order of a strategy."""
+    strategy: str
+    items: tuple[GroupItem, ...]
+
+
+GROUP_STRATEGIES = ("priority", "random", "weighted", "round-robin")
+ROUTE_ROLES = ("default", "background", "think", "long_context", "web_search", "image")
+LONG_CONTEXT_TOKENS = 60_000        # of a long_context route that does not say
+
+
+class Edit(NamedTuple):
+    """A rule: where all of `when` holds, the request goes `to` another name, its body is changed,
+    or a text stands before its system texts."""
+    when: Mapping[str, Any]
+    to: str = ""
+    set: Mapping[str, Any] = {}         # path in the upstream's body -> value
+    default: Mapping[str, Any] = {}     # the same where there is none
+    drop: tuple[str, ...] = ()          # paths
+    system: str = ""
+
+
+CONDITIONS = {      # of a rule: what each looks at -> its type
+    "model": str,               # pattern of the name asked for
+    "client": str, "upstream": str,     # dialects
+    "provider": str,            # pattern of its id
+    "headers": dict,            # name -> pattern
+    "tool": str,                # pattern that a tool's name fits
+    "over_tokens": int, "under_tokens": int, "has_tools": bool, "has_images": bool,
+    "thinks": bool, "streams": bool}
+
+
 @dataclass(frozen=True)
 class Config:
     """The validated accounts file with flags and variables applied.
@@ -956,6 +1033,9 @@ class Config:
     providers: dict[str, Provider] = field(default_factory=lambda: dict(PROVIDERS))
     accounts: tuple[dict, ...] = ()
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    routes: dict[str, tuple[str, int]] = field(default_factory=dict)    # role -> (name, tokens)
+    rules: tuple[Edit, ...] = ()
     api_key: str = ""           # PROXY_API_KEY; empty serves keyless on loopback
 
     def __getattr__(self, name: str) -> Any:
@@ -999,9 +1079,24 @@ def resolve_secret(text: str) -> str:
     if not value:
         raise ConfigError(f"secret {kind}:{rest if kind == 'env' else '...'} is empty")
     remember_secret(value)
+    if value.startswith("{"):       # a key file of Google's
+        with contextlib.suppress(ValueError):
+            for name in ("private_key", "refresh_token", "client_secret", "private_key_id"):
+                remember_secret(object_of(json.loads(value)).get(name))
+            return value
     if not re.fullmatch(r"[!-~]+", value):
         raise ConfigError("a secret holds characters that cannot stand in a header")
     return value
+
+
+def check_proxy(url: str, where: str) -> None:
+    """Raises ConfigError for what is no proxy's URL."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.password:
+        remember_secret(urllib.parse.unquote(parts.password))
+    is_known = parts.scheme in ("http", "socks5", "socks5h") and parts.hostname
+    if url != "direct" and not is_known:
+        raise ConfigError(f"{where}: direct, http://host:port or socks5://host:port is required")
 
 
 def _setting_value(name: str, value: Any, where: str) -> Any:
@@ -1036,9 +1131,11 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
     if not isinstance(value, str):
         wanted = "text" if isinstance(default, str) else "a number"
         raise ConfigError(f"{where}: {wanted} is required")
-    if name == "strategy" and value not in STRATEGY_NAMES:
-        raise ConfigError(f"{where}: one of {', '.join(STRATEGY_NAMES)} is required, "
-                          f"not {value!r}")
+    words = {"strategy": STRATEGY_NAMES, "unknown_model": ("reject", "default", "pass")}.get(name)
+    if words and value not in words:
+        raise ConfigError(f"{where}: one of {', '.join(words)} is required, not {value!r}")
+    if name == "proxy" and value:
+        check_proxy(value, where)
     return value
 
 
@@ -1104,7 +1201,7 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
                            catalogue="as asked", names=("*",))
     dialect = str(cells.get("dialect", row.dialect))
     if known is not None and "base_url" in cells:       # the others would still be the vendor's
-        row = row._replace(endpoints=())
+        row = row._replace(endpoints=(), quota="")
     for cell, value in cells.items():
         where = f"providers.{name}.{cell}"
         if cell == "base_url":
@@ -1149,6 +1246,8 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
         raise ConfigError(f"{where}.models: a list of model names is required")
     if not row.get("name", "x").isprintable() or not row.get("name", "x").strip("@ "):
         raise ConfigError(f"{where}.name: a label in visible characters is required")
+    if row.get("proxy"):
+        check_proxy(row["proxy"], where + ".proxy")
     warn_unknown(row, ACCOUNT_FIELDS, where + ".")
     if row.get("provider") not in providers:
         raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
@@ -1230,6 +1329,79 @@ def stored_accounts(stored: Mapping) -> list[tuple[str, dict]]:
             if isinstance(row, dict)] if isinstance(stored.get("accounts"), list) else []
 
 
+def _refuse_cycle(name: str, groups: Mapping[str, Group], above: tuple) -> None:
+    if name in above:
+        raise ConfigError(f"groups.{name}: contains itself: {' > '.join((*above, name))}")
+    for item in groups[name].items:
+        if item.model.lower() in groups:
+            _refuse_cycle(item.model.lower(), groups, (*above, name))
+
+
+def _config_groups(stored: Mapping) -> dict[str, Group]:
+    groups = {}
+    for name, row in stored.items():
+        where = f"groups.{name}"
+        if not isinstance(object_of(row).get("models"), list) or not row["models"]:
+            raise ConfigError(f"{where}.models: a list of models is required")
+        warn_unknown(row, ("strategy", "models"), where + ".")
+        strategy = row.get("strategy", "priority")
+        if strategy not in GROUP_STRATEGIES:
+            raise ConfigError(f"{where}.strategy: one of {', '.join(GROUP_STRATEGIES)} is required")
+        items = []
+        for item in row["models"]:
+            cells = {"model": item} if isinstance(item, str) else item
+            if not isinstance(cells, dict) or not isinstance(cells.get("model"), str):
+                raise ConfigError(f"{where}.models: names, or objects with a `model`, are required")
+            warn_unknown(cells, GroupItem._fields, where + ".models.")
+            known = {k: v for k, v in cells.items() if k in GroupItem._fields}
+            weight = known.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0 or (
+                    not all(isinstance(v, str) for k, v in known.items() if k != "weight")):
+                raise ConfigError(f"{where}.models: texts, and a weight of 0 or more, are required")
+            items.append(GroupItem(**known))
+        groups[name.lower()] = Group(strategy, tuple(items))
+    for name in groups:
+        _refuse_cycle(name, groups, ())
+    return groups
+
+
+def _config_routes(stored: Mapping) -> dict[str, tuple[str, int]]:
+    warn_unknown(stored, ROUTE_ROLES, "routes.")
+    routes = {}
+    for role, row in stored.items():
+        cells = {"to": row} if isinstance(row, str) else row
+        over = cells.get("over_tokens", LONG_CONTEXT_TOKENS) if isinstance(cells, dict) else None
+        if type(over) is not int or over < 1 or not isinstance(cells.get("to"), str):
+            raise ConfigError(f"routes.{role}: a model name is required; for long_context "
+                              '{"over_tokens": 60000, "to": "..."} too')
+        routes[role] = cells["to"], over
+    return routes
+
+
+def _config_rules(stored: Iterable) -> tuple[Edit, ...]:
+    rules = []
+    for position, row in enumerate(stored):
+        where = f"rules.{position}"
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}: an object is required")
+        when = row.get("when", {})
+        if not isinstance(when, dict) or not all(
+                isinstance(v, CONDITIONS.get(k, object)) for k, v in when.items()) or not all(
+                isinstance(v, str) for v in object_of(when.get("headers")).values()):
+            raise ConfigError(f"{where}.when: an object of conditions is required: "
+                              + ", ".join(CONDITIONS))
+        unknown = [*(row.keys() - set(Edit._fields)), *(when.keys() - CONDITIONS.keys())]
+        if unknown:         # a rule that means something else than it says does harm
+            raise ConfigError(f"{where}: {unknown[0]} is not known here")
+        if not all(isinstance(row.get(n, {}), dict) for n in ("set", "default")) or not all(
+                isinstance(row.get(n, ""), str) for n in ("to", "system")) or not isinstance(
+                row.get("drop", []), list):
+            raise ConfigError(f"{where}: set and default are objects, drop is a list, to and "
+                              "system are texts")
+        rules.append(Edit(**{**row, "when": when, "drop": tuple(map(str, row.get("drop", ())))}))
+    return tuple(rules)
+
+
 def environment_accounts(environ: Mapping[str, str]) -> list[dict]:
     """An account for each provider whose key stands in the environment: where there is no file, a
     key is enough."""
@@ -1248,7 +1420,7 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     if not stored and path:
         stored = {"accounts": environment_accounts(environ)}
     for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
-                       ("aliases", dict)):
+                       ("aliases", dict), ("groups", dict), ("routes", dict), ("rules", list)):
         if not isinstance(stored.get(name, kind()), kind):
             raise ConfigError(f"{name}: {'a list' if kind is list else 'an object'} is required")
     providers = dict(PROVIDERS)
@@ -1271,7 +1443,9 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     api_key = environ.get("PROXY_API_KEY", "")
     remember_secret(api_key)
     return Config(path, config_settings(stored.get("settings", {}), flags, environ),
-                  providers, tuple(accounts), aliases, api_key)
+                  providers, tuple(accounts), aliases, _config_groups(stored.get("groups", {})),
+                  _config_routes(stored.get("routes", {})), _config_rules(stored.get("rules", [])),
+                  api_key)
 
 
 def edit_accounts(path: str, change: Callable[[dict], Any], validates: bool = True) -> Any:
@@ -1458,6 +1632,8 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
     """CREATE TABLE signatures(key TEXT PRIMARY KEY, family TEXT, tag TEXT, raw TEXT, at REAL);
        CREATE INDEX signatures_at ON signatures(at);
        CREATE TABLE learned(key TEXT PRIMARY KEY, json TEXT, at REAL);""",
+    """CREATE TABLE replies(id TEXT PRIMARY KEY, json BLOB, at REAL);
+       CREATE INDEX replies_at ON replies(at);""",
 )
 
 
@@ -1471,6 +1647,7 @@ class State:
         self.on_foreign_change: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None     # its file is another one now: put again
         self.dropped = 0
+        self.is_crowded = False         # much was written: time to tidy
         self._jobs: collections.deque = collections.deque()     # (SQL, Event or None, values)
         self._wake = threading.Event()
         self._lock = threading.Lock()       # guards the connection
@@ -1606,8 +1783,8 @@ class State:
                 if now >= look_at:
                     look_at = now + 1
                     self._look()
-                if now >= tidy_at:
-                    tidy_at = now + 3600
+                if now >= tidy_at or self.is_crowded:
+                    tidy_at, self.is_crowded = now + 3600, False
                     with self._lock:
                         self._tidy()
             except Exception as err:    # a thread's top: the disk may be back in five seconds
@@ -1664,12 +1841,20 @@ class State:
         db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
         db.execute("DELETE FROM signatures WHERE at < ? OR key NOT IN (SELECT key FROM signatures "
                    "ORDER BY at DESC LIMIT ?)", (now - SIGNATURES_LAST_S, MOST_SIGNATURES))
+        left = MOST_REPLY_BYTES
+        db.execute("DELETE FROM replies WHERE at < ?", (now - REPLIES_LAST_S,))
+        for reply_id, size in db.execute("SELECT id, length(json) FROM replies ORDER BY at DESC"
+                                         ).fetchall():
+            left -= size
+            if left < 0:
+                db.execute("DELETE FROM replies WHERE id = ?", (reply_id,))
         # one that ended must stay until every process has seen it
         db.execute("DELETE FROM rests WHERE until < ? AND changed_at < ?", (now, now - 86400))
         while True:
             pages = db.execute("PRAGMA page_count").fetchone()[0]
             pages -= db.execute("PRAGMA freelist_count").fetchone()[0]
-            size = pages * db.execute("PRAGMA page_size").fetchone()[0]
+            size = pages * db.execute("PRAGMA page_size").fetchone()[0] - max(
+                0, MOST_REPLY_BYTES - left)
             if size <= self.max_bytes or not db.execute(
                     "DELETE FROM requests WHERE id IN (SELECT id FROM requests ORDER BY at "
                     "LIMIT 1 + (SELECT count(*) / 4 FROM requests))").rowcount:
@@ -1781,6 +1966,40 @@ class Memory:
         self._items[key] = value, at
         while len(self._items) > MOST_SIGNATURES or self._letters > MOST_SIGNATURE_LETTERS:
             self._letters -= len(self._items.popitem(last=False)[1][0][2])
+
+
+class Replies:
+    """Answers that clients go on from by their id: {"previous": id, "input": items, "output":
+    items, "relayed": bool}.  A day and MOST_REPLY_BYTES of them are in state.db; the newest are
+    here too, until they are written.  The lock guards what follows it."""
+
+    def __init__(self, clock: Clock, state: State):
+        self.clock, self.state = clock, state
+        self._lock = threading.Lock()
+        self._newest: collections.OrderedDict = collections.OrderedDict()   # id -> (row, bytes)
+        self._bytes = self._since_tidy = 0
+
+    def keep(self, reply_id: str, row: dict, size: int) -> None:
+        """`size` is about that of its JSON."""
+        with self._lock:
+            self._newest[reply_id] = row, size
+            self._bytes += size
+            self._since_tidy += size
+            while len(self._newest) > 256 or self._bytes > MOST_REPLY_BYTES // 8:
+                self._bytes -= self._newest.popitem(last=False)[1][1]
+            if self._since_tidy > MOST_REPLY_BYTES // 4:
+                self._since_tidy, self.state.is_crowded = 0, True
+        self.state.put("replies", reply_id, lambda: zlib.compress(json_encode(row).encode()),
+                       self.clock.now())
+
+    def get(self, reply_id: str) -> dict | None:
+        with self._lock:
+            row, _ = self._newest.get(reply_id) or (None, 0)
+        if row is not None:
+            return row
+        found = self.state.rows("replies", "id = ? AND at > ?", reply_id,
+                                self.clock.now() - REPLIES_LAST_S)
+        return json.loads(zlib.decompress(found[0][1])) if found else None
 
 
 # ── 6. Wire framing ───────────────────────────────────────────────────────
@@ -2148,16 +2367,20 @@ def media_of_url(url: Any, media_type: str, path: str, name: str = "") -> Media:
     """The Media that an upstream is to fetch; nothing here ever does.  Raises ProxyError for what
     points into a private network."""
     import ipaddress
-    parts = urllib.parse.urlsplit(text_at(url, path))
-    host = (parts.hostname or "").rstrip(".").lower()
-    if parts.scheme not in ("http", "https", "gs") or not host:
+    host = ""
+    with contextlib.suppress(ValueError):       # `http://[`: none at all
+        parts = urllib.parse.urlsplit(text_at(url, path))
+        host = (parts.hostname or "").rstrip(".").lower()
+    if not host or parts.scheme not in ("http", "https", "gs"):
         raise invalid(path, "a data: or http(s) URL is required")
     with contextlib.suppress(ValueError):       # a name, no address
-        number = int(host, 0) if re.fullmatch(r"0x[0-9a-f]+|[0-9]+", host) else host
-        if not ipaddress.ip_address(number).is_global:
+        if not ipaddress.ip_address(host).is_global:
             host = "localhost"
-    is_private = host == "localhost" or host.endswith((".localhost", ".local", ".internal", ".lan"))
-    if is_private or re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){1,3}",
+    # signs beyond ASCII, and %2e, are read as dots and digits by those who fetch
+    is_private = not re.fullmatch(r"[a-z0-9._:-]+", host) or (
+        host in ("localhost", "metadata")) or host.endswith(
+        (".localhost", ".local", ".internal", ".lan"))
+    if is_private or re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}",
                                   host) and not re.fullmatch(r"([1-9][0-9]{0,2}|0)"
                                                              r"(\.([1-9][0-9]{0,2}|0)){3}", host):
         raise ProxyError("bad_request", f"{path}: addresses of private networks are not passed on")
@@ -2322,6 +2545,7 @@ class Request:
     dialect: str = "anthropic"          # of the client
     ext: Mapping = field(default_factory=dict)      # what only its own dialect's renderer reads
     left_out: tuple = ()                # hosted tools that no other service offers
+    routed: str = ""                    # the owner's rule or role that gave it its model
 
     def is_native_to(self, provider: Provider) -> bool:
         """Whether the upstream speaks the client's own language: nothing is translated then."""
@@ -2597,6 +2821,7 @@ class AnswerShape(NamedTuple):
     """What the client of one request can take, and how names and ids are turned back."""
     shows_thinking: bool = True         # thinking blocks may be sent at all
     thinking_text: bool = True          # ... with their text
+    signs_calls: bool = False           # calls have their signature with them, shown or not
     one_call: bool = False
     wrap_signature: Callable[[str, str], str] = lambda raw, kind: raw
     remember: Callable[[str, str], None] = lambda call_id, raw: None
@@ -2639,6 +2864,7 @@ class Assembler:
         self._late: list[str] = []          # thoughts after text: [A4] holds them until more comes
         self._letters = 0                   # sent so far, for upstreams that report no usage
         self._is_muted = False              # a call that is left out: so are its arguments
+        self._streamed: list[str] = []      # arguments of the last call, where they came in pieces
         self._ids = set(shape.used_ids)
         self._actions = {
             Kind.TEXT: self._text, Kind.THINKING: self._thinking, Kind.CALL: self._call,
@@ -2676,7 +2902,9 @@ class Assembler:
         if not self.has_text and not self.calls and stop is Stop.END:
             self._switch(Kind.TEXT, out)        # only thinking came: some clients need a text
         self._close(out)
-        if self.calls or stop is Stop.TOOL:
+        is_cut = stop is Stop.LENGTH and bool(self._streamed) and not is_json(
+            "".join(self._streamed))        # in the middle of its last call
+        if (self.calls or stop is Stop.TOOL) and not is_cut:
             stop = Stop.TOOL if self.calls else Stop.END
         out.append(Finish(stop or Stop.END, self.known_usage(), word if is_sequence else None,
                           word if stop is Stop.REFUSAL else ""))
@@ -2781,7 +3009,7 @@ class Assembler:
             return
         if self._late:
             self._flush_late(out)
-        if call.signature and self.shape.shows_thinking:
+        if call.signature and (self.shape.shows_thinking or self.shape.signs_calls):
             if self.open is not Kind.THINKING:
                 # a carrier: clients echo thinking blocks only
                 self._switch(Kind.THINKING, out)
@@ -2796,6 +3024,7 @@ class Assembler:
         self._switch(Kind.CALL, out, call_id, name)
         out.append(Piece(self.index, Kind.ARGUMENTS, ""))
         self.calls += 1
+        self._streamed = []
         if call.arguments is not None:
             self._arguments(json_encode(arguments), out)
             self._close(out)
@@ -2803,11 +3032,13 @@ class Assembler:
     def _arguments(self, text: str, out: list) -> None:
         if not self._is_muted and self.open in (Kind.CALL, Kind.SERVER_CALL):
             self._letters += len(text)
+            self._streamed.append(text)
             for start in range(0, len(text), 8192):
                 out.append(Piece(self.index, Kind.ARGUMENTS, text[start:start + 8192]))
 
     def _server_call(self, call: ToolCall, out: list) -> None:
         self._switch(Kind.SERVER_CALL, out, call.id, call.name)
+        self._streamed = []
         if call.arguments is not None:
             self._arguments(json_encode(call.arguments), out)
             self._close(out)
@@ -2972,11 +3203,15 @@ def _whole_block(start: BlockStart, parts: Mapping[Kind, list]) -> Any:
     if start.kind in (Kind.OPAQUE, Kind.FOUND):
         return Opaque(start.block) if start.kind is Kind.OPAQUE else start.block
     made = ToolCall if start.kind is Kind.CALL else ServerCall
-    return made(start.id, start.name, json.loads(texts.get(Kind.ARGUMENTS) or "{}"))
+    told = texts.get(Kind.ARGUMENTS) or "{}"
+    arguments = json.loads(told) if is_json(told) else None
+    return made(start.id, start.name, arguments) if isinstance(arguments, dict) else None
 
 
 def collect(deltas: Iterable) -> Reply:
-    """The Reply of a complete stream; a Fault in it is raised as its error."""
+    """The Reply of a complete stream; a Fault in it is raised as its error.  A call that the limit
+    cut is left out; one that is damaged otherwise is ProxyError cut, never a call of something
+    else."""
     blocks, start, parts, finish = [], None, {}, None
     for delta in deltas:
         if isinstance(delta, BlockStart):
@@ -2991,7 +3226,9 @@ def collect(deltas: Iterable) -> Reply:
             raise delta.error
     if finish is None:
         raise ProxyError("cut", "the answer has no finish")
-    return Reply(tuple(blocks), finish)
+    if None in blocks and finish.stop is not Stop.LENGTH:
+        raise ProxyError("cut", "the upstream's answer is damaged: a call's arguments are no JSON")
+    return Reply(tuple(b for b in blocks if b is not None), finish)
 
 
 def deltas_of(reply: Reply) -> list:
@@ -3514,6 +3751,13 @@ def tool_name(name: str) -> str:
     return safe[:55] + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
+def call_reference(call_id: str) -> str:
+    """A call id OpenAI takes: any signs (Kimi's must stay as they are), 64 at most."""
+    if len(call_id) <= 64:
+        return call_id
+    return call_id[:48] + hashlib.sha256(call_id.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def tool_id(call_id: str) -> str:
     """A call id Claude takes."""
     if _ID.match(call_id):
@@ -3522,11 +3766,11 @@ def tool_id(call_id: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_-]", "_", call_id) + digest
 
 
-# Thinking signatures travel to the client inside `agp1.<family><kind><tag>.<raw>`: family g or c,
-# kind t (of this block's text) or f (of the next tool call), tag of the provider.  They go back
-# only to the family and provider that minted them, never changed.
+# Thinking signatures travel to the client inside `agp1.<family><kind><tag>.<raw>`: family g, c, o
+# (Chat) or r (Responses), kind t (of this block's text) or f (of the next tool call), tag of the
+# provider.  They go back only to the family and provider that minted them, never changed.
 
-_ENVELOPE = re.compile(r"agp1\.([gc])([tf])([a-z0-9]*)\.(.+)\Z", re.S)
+_ENVELOPE = re.compile(r"agp1\.([gcor])([tf])([a-z0-9]*)\.(.+)\Z", re.S)
 
 
 class Signature(NamedTuple):
@@ -3600,20 +3844,22 @@ def is_blank(block: Any) -> bool:
 def merge_turns(turns: Iterable[Turn], mended: Mended) -> list[Turn]:
     """Blank texts and empty assistant turns dropped, neighbours of one role joined: Claude refuses
     both.  An emptied user turn keeps a dot, so that the order of roles stays."""
-    joined: list[tuple[str, list]] = []
+    def joined(rows: Iterable[tuple[str, tuple]]) -> list[tuple[str, tuple]]:
+        return [(role, tuple(b for _, blocks in group for b in blocks))
+                for role, group in itertools.groupby(rows, lambda row: row[0])]
+    rows = []
     for turn in turns:
-        blocks = [b for b in turn.blocks if not is_blank(b)]
-        if len(blocks) < len(turn.blocks):
-            mended["blank texts left out"] += len(turn.blocks) - len(blocks)
-        if turn.role == "assistant" and all(isinstance(b, Thinking) for b in blocks):
-            mended["empty turns left out"] += 1
-            continue            # a thought without words or deeds leaves nothing to answer
-        if joined and joined[-1][0] == turn.role:
-            mended["turns of one role joined"] += 1
-            joined[-1][1].extend(blocks)
-        else:
-            joined.append((turn.role, blocks))
-    return [Turn(role, tuple(blocks) or (Text("."),)) for role, blocks in joined]
+        blocks = tuple(b for b in turn.blocks if not is_blank(b))
+        mended["blank texts left out"] += len(turn.blocks) - len(blocks)
+        rows.append((turn.role, blocks))
+    whole = joined(rows)        # first: in Responses a thought is an item of its own
+    # a thought without words or deeds leaves nothing to answer
+    kept = [(role, blocks) for role, blocks in whole if role != "assistant"
+            or not all(isinstance(b, Thinking) for b in blocks)]
+    out = joined(kept)
+    mended["empty turns left out"] += len(whole) - len(kept)
+    mended["turns of one role joined"] += len(rows) - len(whole) + len(kept) - len(out)
+    return [Turn(role, blocks or (Text("."),)) for role, blocks in out]
 
 
 def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
@@ -3621,7 +3867,8 @@ def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
     clients count ids anew in every turn, and a result must not answer two calls."""
     taken = {b.id for turn in turns for b in turn.blocks if isinstance(b, ToolCall)}
     seen: set[str] = set()
-    newest: dict[str, list] = {}        # id -> those it stands for in the latest turn, in order
+    newest: dict[str, collections.deque] = {}   # id -> what it stands for in the latest turn
+    counts: dict[str, int] = {}         # id -> the last number it got
     out = []
     for turn in turns:
         blocks, called = [], set()
@@ -3629,17 +3876,21 @@ def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
             if isinstance(block, ToolCall):
                 own = block.id
                 if block.id in seen:
-                    own = next(name for n in range(2, len(taken) + 3)
-                               for name in (f"{block.id}_{n}",) if name not in taken)
+                    number = counts.get(block.id, 1) + 1
+                    while f"{block.id}_{number}" in taken:
+                        number += 1
+                    own, counts[block.id] = f"{block.id}_{number}", number
                     mended["repeated call ids numbered"] += 1
-                newest[block.id] = [*(newest[block.id] if block.id in called else ()), own]
+                if block.id not in called:
+                    newest[block.id] = collections.deque()
+                newest[block.id].append(own)
                 called.add(block.id)
                 seen.add(own)
                 taken.add(own)
                 block = replace(block, id=own) if own != block.id else block
             elif isinstance(block, ToolResult) and newest.get(block.call_id):
                 stands_for = newest[block.call_id]
-                own = stands_for.pop(0) if len(stands_for) > 1 else stands_for[0]
+                own = stands_for.popleft() if len(stands_for) > 1 else stands_for[0]
                 block = replace(block, call_id=own) if own != block.call_id else block
             blocks.append(block)
         out.append(Turn(turn.role, tuple(blocks)))
@@ -3828,6 +4079,7 @@ def answer_shape(request: Request, turns: list[Turn], mended: Mended, family: st
                                       in_prose=not request.tools)
     return AnswerShape(
         shows_thinking=request.thinking.is_shown, thinking_text=request.thinking.shows_text,
+        signs_calls=request.dialect == "gemini",
         one_call=request.one_call, remember=remember, client_call=client_call,
         remember_text=remember_text, prefill=prefill, pick_json=pick_json,
         wrap_signature=lambda raw, kind: wrap_signature(family, kind, tag, raw),
@@ -3861,7 +4113,8 @@ class EventRelay:
         self._named = f'"{self.member}":{quote(state.model)}'
 
     def renamed(self, text: str) -> str:
-        """The first member of that name is the event's own: in strings its quotes are escaped."""
+        """The first member of that name is the event's own, as Chat orders them: in strings its
+        quotes are escaped."""
         return _text_member(self.member).sub(lambda _: self._named, text, 1)
 
     def usage(self) -> Usage:
@@ -4570,6 +4823,8 @@ class _Messages:
             if signature and signature.kind == "t" and (self.is_thinking or self.is_lax):
                 self.sent.append(signature.raw)
                 return [{"type": "thinking", "thinking": block.text, "signature": signature.raw}]
+            if self.is_lax and block.text and not block.signature:     # signs none, and wants them
+                return [{"type": "thinking", "thinking": block.text, "signature": ""}]
             self.mended["thoughts of other models left out"] += bool(block.text)
             return []
         if isinstance(block, ToolCall):
@@ -4591,6 +4846,12 @@ class _Messages:
         return [] if is_blank(block) else [{"type": "text", "text": block.text}]
 
 
+def _hidden(wish: ThinkingWish, target: Target) -> dict:
+    """What the client does not see cannot come back: a signature is checked against its text."""
+    is_shown = wish.shows_text or "unsigned_thinking" in target.provider.quirks
+    return {} if is_shown else {"display": "omitted"}
+
+
 def _native_thinking(request: Request, target: Target, may_think: bool, most: int) -> dict:
     """`thinking`, `output_config` and `max_tokens`: they depend on each other."""
     wish, name = request.thinking, target.upstream_id.lower()
@@ -4599,11 +4860,11 @@ def _native_thinking(request: Request, target: Target, may_think: bool, most: in
                 **({"thinking": {"type": "disabled"}} if wish.is_on is False else {})}
     if any(fnmatch.fnmatchcase(name, p) for p in ADAPTIVE_MODELS) and wish.budget_tokens is None:
         effort = {"minimal": "low"}.get(wish.effort, wish.effort)
-        return {"max_tokens": most, "thinking": {"type": "adaptive"},
+        return {"max_tokens": most, "thinking": {"type": "adaptive", **_hidden(wish, target)},
                 **({"output_config": {"effort": effort}} if effort else {})}
     budget = max(1024, wish.budget_tokens or EFFORT_BUDGETS.get(wish.effort) or 8192)
     return {"max_tokens": most if most > budget else budget + most,
-            "thinking": {"type": "enabled", "budget_tokens": budget}}
+            "thinking": {"type": "enabled", "budget_tokens": budget, **_hidden(wish, target)}}
 
 
 def _native_tools(request: Request, repairs: frozenset) -> dict:
@@ -4681,7 +4942,7 @@ def anthropic_render_request(request: Request, target: Target, signatures: Any,
         body["metadata"] = {"user_id": request.more["user"]}
     if "no_cache_control" not in target.provider.quirks:
         _mark_for_cache(body)
-    for name in [r[5:] for r in repairs if r.startswith("drop ")]:
+    for name in [r.partition(" ")[2] for r in repairs if r.startswith(("drop ", "unset "))]:
         for path in [p for _, p in beta_fields(name)] or [name]:
             body = without(body, path.split("."))
     betas = [beta for is_wanted, beta in (
@@ -4878,7 +5139,8 @@ def anthropic_render_reply(state: AnthropicAnswer, reply: Reply) -> dict:
 # Answers of Anthropic upstreams
 
 def anthropic_path(target: Target, request: Request) -> str:
-    return "/v1/messages" + ("?" + request.native.query if request.native.query else "")
+    query = request.native.query if request.native else ""
+    return "/v1/messages" + ("?" + query if query else "")
 
 
 _STOPS = {words.anthropic: stop for stop, words in STOP_WORDS.items()}
@@ -4893,7 +5155,7 @@ def anthropic_parse_usage(usage: Any) -> dict[str, int]:
              "written": written, "output": usage.get("output_tokens"),
              "thinking": object_of(usage.get("output_tokens_details")).get("thinking_tokens"),
              "searches": object_of(usage.get("server_tool_use")).get("web_search_requests")}
-    return {name: count for name, count in found.items() if isinstance(count, int) and count}
+    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
 
 
 def _parse_block(block: dict) -> list[tuple[Kind, Any]]:
@@ -5146,6 +5408,8 @@ class _Tools:
         row = dict_at(choice, "tool_choice")
         kind = str(row.get("type") or "function")
         row = {**row, **object_of(row.get(kind))}
+        if kind in ("auto", "any", "none") and "name" not in row:       # Anthropic's, of editors
+            return tools, (kind, "")
         if kind == "allowed_tools":
             named = {openai_name(*_named(t)) for t in objects_of(row.get("tools"))}
             mode = "any" if row.get("mode") == "required" else "auto"
@@ -5266,6 +5530,9 @@ OPENAI_PARTS: dict[str, Callable[[Mapping, str, Any], tuple]] = {
                     _text_part),
     **dict.fromkeys(("image_url", "input_image"), _image_part),
     **dict.fromkeys(("file", "input_file"), _file_part), "input_audio": _audio_part,
+    "thinking": lambda row, path, _: (Thinking(
+        text_at(row.get("thinking") or "", path + ".thinking"), str(row.get("signature") or "")),),
+    "redacted_thinking": lambda row, path, _: (),
     "refusal": lambda row, path, _: (Text(text_at(row.get("refusal"), path + ".refusal")),),
     # some clients write Anthropic's blocks for models that are called claude
     "image": lambda row, path, _: (media_of_data(
@@ -5276,7 +5543,8 @@ OPENAI_PARTS: dict[str, Callable[[Mapping, str, Any], tuple]] = {
         openai_arguments(row.get("input"))),),
     "tool_result": lambda row, path, read: (ToolResult(
         text_at(row.get("tool_use_id"), path + ".tool_use_id"),
-        read(row.get("content"), path + ".content"), row.get("is_error") is True),),
+        tuple(b for b in read(row.get("content"), path + ".content")
+              if isinstance(b, (Text, Media))), row.get("is_error") is True),),
 }
 
 
@@ -5290,10 +5558,19 @@ def openai_content(content: Any, path: str) -> tuple:
     for position, row in enumerate(list_at(content, path)):
         where = f"{path}.{position}"
         kind = dict_at(row, where).get("type")
-        if kind not in OPENAI_PARTS:
-            raise invalid(where + ".type", f"{kind!r} is not supported")
+        if not isinstance(kind, str) or kind not in OPENAI_PARTS:
+            raise invalid(where + ".type", f"{str(kind)[:40]!r} is not supported")
         out.extend(OPENAI_PARTS[kind](row, where, openai_content))
     return tuple(out)
+
+
+def openai_blocks(content: Any, path: str, is_model: bool = False) -> tuple:
+    """The blocks that may stand on a side: calls are a model's, results and media a person's."""
+    blocks = openai_content(content, path)
+    if not is_model and any(isinstance(b, ToolCall) for b in blocks):
+        raise invalid(path.rpartition(".")[0] + ".role", "assistant is required beside a tool_use")
+    return tuple(b for b in blocks
+                 if isinstance(b, Text) or isinstance(b, (ToolCall, Thinking)) == is_model)
 
 
 def _openai_effort(body: Mapping) -> ThinkingWish:
@@ -5329,7 +5606,7 @@ def _openai_format(wanted: Any, path: str) -> dict:
         raise invalid(path + ".type", "text, json_object or json_schema is required")
     row = object_of(row.get("json_schema")) or row
     return {"json_schema": dict_at(row.get("schema"), path + ".schema"),
-            "name": str(row.get("name") or "answer")}
+            "name": str(row.get("name") or "answer"), "strict": row.get("strict") is True}
 
 
 def _openai_limit(body: Mapping, *names: str) -> int | None:
@@ -5359,7 +5636,7 @@ def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> d
     form = _openai_format(*wanted)
     more = _openai_more(body)
     if "name" in form:
-        more["schema_name"] = form.pop("name")
+        more.update(schema_name=form.pop("name"), schema_strict=form.pop("strict"))
     _, wish = model_variant(model)
     asked = _openai_effort(body)
     search = tools.search_wish()
@@ -5380,7 +5657,7 @@ def _openai_request(dialect: str, body: dict, headers: Mapping[str, str], raw: b
     try:
         found = fields(body, model)
     except ProxyError as err:
-        if not raw or err.kind != "invalid_request":
+        if not raw or err.kind not in ("invalid_request", "no_response"):
             raise
         found, refused = {"turns": ()}, err
     return Request(
@@ -5418,7 +5695,7 @@ def _chat_turns(messages: Any) -> tuple[tuple, tuple]:
         role = dict_at(message, path).get("role")
         if role not in ("tool", "function", "user", "assistant", "system", "developer"):
             raise invalid(path + ".role", "system, developer, user, assistant or tool is required")
-        blocks = openai_content(message.get("content"), path + ".content")
+        blocks = openai_blocks(message.get("content"), path + ".content", role == "assistant")
         if role in ("system", "developer"):
             if turns:
                 turns.append(Turn("system", blocks))
@@ -5427,12 +5704,14 @@ def _chat_turns(messages: Any) -> tuple[tuple, tuple]:
         elif role in ("tool", "function"):
             call_id = (text_at(message.get("tool_call_id"), path + ".tool_call_id")
                        if role == "tool" else called.get(str(message.get("name")), "call_0"))
+            blocks = tuple(b for b in blocks if not isinstance(b, ToolResult))
             turns.append(Turn("user", (ToolResult(call_id, blocks),)))
         elif role == "user":
             turns.append(Turn("user", blocks))
         else:
             calls = tuple(_chat_call(dict_at(row, path), f"{path}.tool_calls.{i}")
-                          for i, row in enumerate(message.get("tool_calls") or ()))
+                          for i, row in enumerate(list_at(message.get("tool_calls") or [],
+                                                          path + ".tool_calls")))
             old = message.get("function_call")
             if isinstance(old, dict):
                 call_id = called[str(old.get("name"))] = f"call_{position}"
@@ -5448,11 +5727,11 @@ def _chat_turns(messages: Any) -> tuple[tuple, tuple]:
 def _chat_fields(body: dict, model: str) -> dict:
     if body.get("n") not in (None, 1):
         raise invalid("n", "more than one choice is not supported by this model's provider")
-    if set(body.get("modalities") or ("text",)) != {"text"}:
+    if any(m != "text" for m in list_at(body.get("modalities") or [], "modalities")):
         raise invalid("modalities", "only text is supported by this model's provider")
     tools = _Tools()
     old = [{"type": "function", "function": f} for f in objects_of(body.get("functions"))]
-    tools.add((body.get("tools") or []) + old, "tools")
+    tools.add(list_at(body.get("tools") or [], "tools") + old, "tools")
     if isinstance(body.get("web_search_options"), dict):
         tools.hosted["web_search"] = {}
     choice = body.get("function_call", body.get("tool_choice"))
@@ -5485,7 +5764,7 @@ def _told_output(value: Any, path: str) -> tuple:
                is not None else "[timeout]") for row in objects_of(value))),)
     if isinstance(value, dict):
         return (Text(json_encode(value)),)
-    return openai_content(value, path)
+    return tuple(b for b in openai_blocks(value, path) if not isinstance(b, ToolResult))
 
 
 class _Items:
@@ -5503,9 +5782,22 @@ class _Items:
             path = f"input.{position}"
             kind = str(dict_at(item, path).get("type") or "message")
             self._READERS.get(kind, _Items.opaque)(self, item, path)
+        self.turns = self._joined()
+
+    def _joined(self) -> list[Turn]:
+        """The turns, what the model thinks, says and calls in a row being one: a thought alone
+        would count for an empty turn."""
+        out: list[tuple[str, list]] = []
+        for turn in self.turns:
+            if out and turn.role == out[-1][0] == "assistant":
+                out[-1][1].extend(turn.blocks)
+            else:
+                out.append((turn.role, list(turn.blocks)))
+        return [Turn(role, tuple(blocks)) for role, blocks in out]
 
     def message(self, item: dict, path: str) -> None:
-        role, blocks = item.get("role"), openai_content(item.get("content"), path + ".content")
+        role = item.get("role")
+        blocks = openai_blocks(item.get("content"), path + ".content", role == "assistant")
         if role in ("system", "developer"):
             if self.turns:
                 self.turns.append(Turn("system", blocks))
@@ -5554,7 +5846,10 @@ class _Items:
     def compaction(self, item: dict, path: str) -> None:
         told = str(item.get("encrypted_content") or "")
         if told.startswith("agp1.summary."):
-            text = base64.b64decode(told[13:].encode("ascii", "replace")).decode("utf-8", "replace")
+            try:
+                text = base64.b64decode(told[13:]).decode("utf-8", "replace")
+            except ValueError as err:
+                raise invalid(path + ".encrypted_content", "damaged") from err
             self.turns.append(Turn("user", (Text(reminder("The conversation so far:\n" + text)),)))
 
     def reference(self, item: dict, path: str) -> None:
@@ -5624,13 +5919,14 @@ def _responses_fields(body: dict, model: str) -> dict:
     include = body.get("include")
     fields = _openai_fields({**told, **body}, model, tools, (told.get("format"), "text.format"))
     thinking = fields["thinking"]
-    shows = bool(object_of(body.get("reasoning")).get("summary"))
+    encrypted = isinstance(include, list) and "reasoning.encrypted_content" in include
+    # a thought comes back with its signature, which is void without the text it was made for
+    shows = encrypted or bool(object_of(body.get("reasoning")).get("summary"))
     return {**fields, "system": system + tuple(items.system), "turns": tuple(items.turns),
             "max_tokens": _openai_limit(body, "max_output_tokens"),
             "thinking": replace(thinking, shows=True, shows_text=shows),
             "ext": {"tools": tools.kinds, "echo": responses_echo(body),
-                    "encrypted": isinstance(include, list)
-                    and "reasoning.encrypted_content" in include}}
+                    "encrypted": encrypted}}
 
 
 def chat_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
@@ -5640,7 +5936,9 @@ def chat_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = F
     body = dict_at(body, "body")
     ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
     if "messages" not in body and ("input" in body or "instructions" in body):
-        return _openai_request("chat", body, headers, b"", _responses_fields, ext)
+        request = _openai_request("chat", body, headers, b"", _responses_fields, ext)
+        # what a response says again of its request, Chat does not
+        return replace(request, ext={k: v for k, v in request.ext.items() if k != "echo"})
     return _openai_request("chat", body, headers, raw, _chat_fields, ext)
 
 
@@ -5659,7 +5957,7 @@ def _completion_fields(body: dict, model: str) -> dict:
     rest = {k: v for k, v in body.items() if k not in ("prompt", "tools", "tool_choice")}
     fields = _chat_fields({**rest, "messages": [{"role": "user", "content": text}]}, model)
     return {**fields, "thinking": ThinkingWish(False),
-            "ext": {"echo": prompt if body.get("echo") is True else ""}}
+            "ext": {"prompt": prompt if body.get("echo") is True else ""}}
 
 
 def completion_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
@@ -5701,7 +5999,7 @@ class ChatAnswer:
 
 def chat_answer(request: Request, now: int) -> ChatAnswer:
     return ChatAnswer(request.model, now, request.ext.get("usage", False),
-                      request.ext.get("tools", {}), echo=request.ext.get("echo"))
+                      request.ext.get("tools", {}), echo=request.ext.get("prompt"))
 
 
 def chat_usage(usage: Usage) -> dict:
@@ -5862,8 +6160,8 @@ def chat_render_reply(state: ChatAnswer, reply: Reply) -> dict:
                                      if told.kind == "custom" else arguments))
     if calls:
         message.update(content=text or None, tool_calls=calls)
-    if reply.finish.stop is Stop.REFUSAL:
-        message["refusal"] = text or reply.finish.explanation or "refused"
+    if reply.finish.stop is Stop.REFUSAL and not text:      # what was said stays where it was said
+        message["refusal"] = reply.finish.explanation or "refused"
     end, notes = 0, []
     for block in reply.blocks:
         end += len(block.text) if isinstance(block, Text) else 0
@@ -5880,22 +6178,20 @@ def chat_render_reply(state: ChatAnswer, reply: Reply) -> dict:
 
 class _Call:
     """A call of an upstream as it comes in pieces."""
-    __slots__ = ("id", "name", "parts", "sent", "is_open", "is_closed", "looked_at")
+    __slots__ = ("id", "name", "parts", "sent", "is_open", "is_closed", "looked_at", "whole")
 
     def __init__(self, call_id: str, name: str):
         self.id, self.name, self.parts = call_id, name, []
         self.sent, self.is_open, self.is_closed, self.looked_at = 0, False, False, -1
+        self.whole = False
 
     def is_whole(self) -> bool:
         """Whether its arguments are complete JSON; looked at once for each length."""
-        if not self.parts or self.looked_at == len(self.parts):
-            return False
-        self.looked_at = len(self.parts)
-        try:
-            json.loads("".join(self.parts))
-        except (ValueError, RecursionError):
-            return False
-        return True
+        if self.looked_at != len(self.parts):
+            self.looked_at = len(self.parts)
+            self.whole = bool(self.parts) and self.parts[-1].rstrip().endswith("}") and is_json(
+                "".join(self.parts))
+        return self.whole
 
 
 class CallQueue:
@@ -5979,7 +6275,7 @@ def wanted_effort(wish: ThinkingWish) -> str:
     if wish.is_on is False:
         return "none"
     if wish.budget_tokens is not None:
-        return next(name for most, name in LEVEL_BY_BUDGET if wish.budget_tokens <= most)
+        return next((name for most, name in LEVEL_BY_BUDGET if wish.budget_tokens <= most), "high")
     return "" if wish.effort == "auto" else wish.effort
 
 
@@ -6003,8 +6299,9 @@ def without_refused(body: dict, repairs: Iterable[str]) -> dict:
     """`body` without the parameters that its upstream refused to know; `max_tokens` may have been
     wanted under its other name."""
     for limit in [int(r[6:]) for r in repairs if r.startswith("limit ")]:
-        body = {k: min(v, limit) if k in ("max_tokens", "max_completion_tokens",
-                                          "max_output_tokens") else v for k, v in body.items()}
+        body = {k: min(v, limit) if isinstance(v, int) and k in (
+            "max_tokens", "max_completion_tokens", "max_output_tokens") else v
+            for k, v in body.items()}
     for path in [r.partition(" ")[2] for r in repairs if r.startswith(("drop ", "unset "))]:
         value = body.get(path.split(".")[0])
         body = without(body, path.split("."))
@@ -6047,7 +6344,7 @@ class _ChatMessages:
 
     def assistant(self, turn: Turn) -> None:
         text = "\n\n".join(b.text for b in turn.blocks if isinstance(b, Text))
-        calls = [{"id": b.id, "type": "function", "function": {
+        calls = [{"id": call_reference(b.id), "type": "function", "function": {
             "name": tool_name(b.name), "arguments": json_encode(b.arguments)}}
             for b in turn.blocks if isinstance(b, ToolCall)]
         message: dict = {"role": "assistant", "content": text or None}
@@ -6067,7 +6364,8 @@ class _ChatMessages:
                 if own is None or not self.replays:
                     self.mended["thoughts of other models left out"] += bool(block.text)
                 elif own.raw.startswith("["):
-                    details += objects_of(json.loads(own.raw))
+                    with contextlib.suppress(ValueError, RecursionError):   # a client changed it
+                        details += objects_of(json.loads(own.raw))
                 else:
                     told.append(block.text)
         if details:
@@ -6095,8 +6393,8 @@ class _ChatMessages:
         text = "\n".join(b.text for b in result.blocks if isinstance(b, Text))
         media = [_chat_media(b) for b in result.blocks if isinstance(b, Media)]
         note = f"\n[{len(media)} files follow]" if media else ""
-        self.out.append({"role": "tool", "tool_call_id": result.call_id,
-                         "content": (text + note).strip() or "(no output)"})
+        self.out.append({"role": "tool", "tool_call_id": call_reference(result.call_id),
+                         "content": (text + note).strip("\n") or "(no output)"})
         return media
 
     def _say(self, parts: list[dict]) -> None:
@@ -6147,6 +6445,7 @@ def chat_render_request(request: Request, target: Target, signatures: Any,
         else:
             body["response_format"] = {"type": "json_schema", "json_schema": {
                 "name": request.more.get("schema_name") or "answer",
+                **({"strict": True} if request.more.get("schema_strict") else {}),
                 "schema": request.json_schema}}
         if as_text or request.json_schema == ANY_OBJECT and "json" not in "".join(system).lower():
             system.append(schema_order(request.json_schema))
@@ -6156,8 +6455,7 @@ def chat_render_request(request: Request, target: Target, signatures: Any,
         messages.out.insert(0, {"role": "system", "content": "\n\n".join(system)})
     body = without_refused({k: v for k, v in body.items() if v is not None}, repairs)
     shape = answer_shape(request, turns, mended, "o", target.provider.signature_tag, signatures)
-    return Rendered(body, {}, shape._replace(
-        shows_thinking=request.thinking.is_on is not False), mended)
+    return Rendered(body, {}, shape, mended)
 
 
 def chat_path(target: Target, request: Request) -> str:
@@ -6208,6 +6506,7 @@ class ChatParser:
         self.queue = CallQueue()
         self._by_index: dict[Any, _Call] = {}
         self._details: list[dict] = []
+        self._waiting: list[tuple[Kind, Any]] = []      # said amid the pieces of a call
         self._is_thinking = self._has_finish = self._has_content = self._is_refusal = False
         self._tags = ThinkTags() if "inline_think" in target.provider.quirks else None
 
@@ -6239,7 +6538,7 @@ class ChatParser:
             thought = "".join(str(d.get("text") or d.get("summary") or "") for d in details)
         if thought:
             self._is_thinking = self._has_content = True
-            out.append((Kind.THINKING, thought))
+            self._aside([(Kind.THINKING, thought)], out)
         content = delta.get("content")
         if isinstance(content, list):
             content = "".join(str(p.get("text") or "") for p in objects_of(content))
@@ -6258,15 +6557,21 @@ class ChatParser:
         for position, row in enumerate(rows):
             self._call(position, row)
         if rows:
-            self._end_thought(out)
+            if not self._waiting:
+                self._end_thought(out)
             out += self.queue.pieces()
 
     def _say(self, text: str, out: list) -> None:
-        self._end_thought(out)
-        if self.queue.calls:
-            out += self.queue.pieces(True)
         self._has_content = True
-        out += self._tags.feed(text) if self._tags else [(Kind.TEXT, text)]
+        self._end_thought(self._waiting if self._waiting else out)
+        self._aside(self._tags.feed(text) if self._tags else [(Kind.TEXT, text)], out)
+
+    def _aside(self, pieces: list, out: list) -> None:
+        """Text and thoughts; amid the pieces of a call they wait, or its rest would be lost."""
+        if self._waiting or not all([call.is_whole() for call in self.queue.calls]):
+            self._waiting += pieces
+        else:
+            out += self.queue.pieces(True) + pieces
 
     def _keep(self, details: list[dict]) -> None:
         """Reasoning details as they are to be sent back: pieces of one entry joined."""
@@ -6291,8 +6596,10 @@ class ChatParser:
         inner = object_of(row.get("function") or row.get("custom"))
         name, call_id = str(inner.get("name") or ""), str(row.get("id") or "")
         index = row.get("index")
-        if index is None:       # by its id; else the last one goes on
-            index = call_id or next(reversed(self._by_index), position)
+        if index is None:       # by its id; else the last one goes on, unless this is a new one
+            last = next(reversed(self._by_index), None)
+            is_new = last is None or name and (position or self._by_index[last].parts)
+            index = call_id or (("row", len(self._by_index)) if is_new else last)
         call = self._by_index.get(index)
         if call is None or call_id and call.id and call_id != call.id:
             call = self._by_index[index] = _Call(call_id, name)
@@ -6312,8 +6619,11 @@ class ChatParser:
                                            "code": 502}})
         self._has_finish = True
         out: list[tuple[Kind, Any]] = self._tags.end() if self._tags else []
+        if not self._waiting:
+            self._end_thought(out)
+        out += self.queue.pieces(True) + self._waiting
+        self._waiting = []
         self._end_thought(out)
-        out += self.queue.pieces(True)
         stop = Stop.REFUSAL if self._is_refusal else _CHAT_STOPS.get(word, Stop.END)
         return [*out, (Kind.FINISH, (stop, word if stop is Stop.REFUSAL else ""))]
 
@@ -6327,12 +6637,13 @@ def openai_relay_body(request: Request, target: Target, repairs: frozenset,
     if request.model != target.upstream_id:
         changes["model"] = quote(target.upstream_id)
     if any(r.startswith(("drop ", "unset ")) for r in repairs):
+        text, changes = json_splice(text, changes), {}      # what was added here is dropped too
         body = json.loads(text)
         rest = without_refused(body, repairs)
         changes.update({k: None if k not in rest else json_encode(rest[k])
                         for k in {*body, *rest} if rest.get(k) != body.get(k)
                         or (k in body) != (k in rest)})
-    raw = json_splice(text, changes).encode("utf-8") if changes else request.native.raw
+    raw = json_splice(text, changes).encode("utf-8")
     return Rendered(raw, dict(request.native.headers), AnswerShape(), Mended())
 
 
@@ -6346,8 +6657,10 @@ def chat_relay_request(request: Request, target: Target,
                        repairs: frozenset = frozenset()) -> Rendered:
     """The client's own Chat body; usage is asked for in streams, since it is counted here."""
     changes: dict = {}
-    if variant_effort(request):
-        changes["reasoning_effort"] = quote(variant_effort(request))
+    if variant_effort(request):         # in the words of this service
+        wish = model_variant(request.model)[1]
+        changes.update({k: json_encode(v) for k, v in _chat_thinking(
+            replace(request, thinking=wish), target).items()})
     if request.is_streaming and not request.ext.get("usage") and (
             "no_stream_options" not in target.provider.quirks):
         changes["stream_options"] = '{"include_usage":true}'
@@ -6375,8 +6688,7 @@ class ChatRelay(EventRelay):
         self.counts.update(chat_parse_usage(value.get("usage") or choice.get("usage")))
         delta = object_of(choice.get("delta"))
         self.has_finish |= bool(choice.get("finish_reason"))
-        self.has_content |= self.has_finish or any(delta.get(k) for k in (
-            "content", "tool_calls", "reasoning_content", "reasoning", "refusal", "function_call"))
+        self.has_content |= self.has_finish or any(v for k, v in delta.items() if k != "role")
         if value.get("choices") == [] and value.get("usage") and not self.state.wants_usage:
             return ""
         return self.renamed(event) + "\n\n"
@@ -6425,7 +6737,7 @@ class ResponsesAnswer:
     texts: list = field(default_factory=list)
     custom: InputText | None = None
     signature: str = ""
-    wants_usage: bool = True
+    is_complete: bool = False
 
 
 def responses_answer(request: Request, now: int) -> ResponsesAnswer:
@@ -6509,7 +6821,7 @@ def _responses_start(state: ResponsesAnswer, delta: BlockStart) -> str:
 def _open_thought(state: ResponsesAnswer) -> str:
     if state.item is not None:
         return ""
-    return _open_item(state, {"id": new_id("rs_"), "type": "reasoning", "summary": [],
+    return _open_item(state, {"id": new_id("rs_agp"), "type": "reasoning", "summary": [],
                               "status": "in_progress"})
 
 
@@ -6526,6 +6838,8 @@ def _responses_arguments(state: ResponsesAnswer, text: str) -> str:
 
 def _responses_piece(state: ResponsesAnswer, delta: Piece) -> str:
     kind, text = delta.kind, delta.text
+    if not text:
+        return ""
     if kind is Kind.TEXT:
         state.texts.append(text)
         return _numbered(state, "response.output_text.delta", **_item_place(state), content_index=0,
@@ -6634,12 +6948,15 @@ def _responses_end_fields(state: ResponsesAnswer, finish: Finish) -> tuple[str, 
 
 def _responses_finish(state: ResponsesAnswer, delta: Finish) -> str:
     status, fields = _responses_end_fields(state, delta)
+    state.is_complete = True
     return _numbered(state, "response." + status, response=_response(state, status, **fields))
 
 
 def _responses_fault(state: ResponsesAnswer, delta: Fault) -> str:
     told = openai_render_error(delta.error, "")["error"]
-    code = {"invalid_request": "invalid_prompt"}.get(delta.error.kind, told["code"])
+    code = told["code"]
+    if code is None and delta.error.rule.status == 400:     # Codex repeats every other code
+        code = "invalid_prompt"
     message = told["message"]
     if delta.error.retry_after_s is not None and code == "rate_limit_exceeded":
         message += f" Please try again in {int(delta.error.retry_after_s + 0.999)}s."
@@ -6664,28 +6981,44 @@ def responses_render_reply(state: ResponsesAnswer, reply: Reply) -> dict:
     for delta in deltas_of(reply)[:-1]:
         responses_render_delta(state, delta)
     status, fields = _responses_end_fields(state, reply.finish)
+    state.is_complete = True
     return _response(state, status, **fields)
 
 
-def responses_expand(body: dict, kept: Callable[[str], Any]) -> tuple[dict, str]:
-    """(the body with what an earlier response is about put before its input, that response's id
-    where it is known).  `kept` gives {"previous", "input", "output"} of an id, or None."""
-    told, items = str(body.get("previous_response_id") or ""), []
-    seen: set[str] = set()
-    at = told
-    while at and at not in seen:
+def responses_recall(body: Any, kept: Callable[[str], Any]) -> tuple[Any, dict]:
+    """(the body with what an earlier response is about put before its input, what is to be known of
+    that).  `kept` gives the row of an id, or None; see Replies."""
+    if not isinstance(body, dict):
+        return body, {}
+    given = body.get("input", [])
+    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    told = body.get("previous_response_id")
+    if not isinstance(given, list):
+        return body, {}
+    items, at, seen, is_relayed = [], told, set(), True
+    while isinstance(at, str) and at and at not in seen:
         seen.add(at)
         row = kept(at)
         if row is None:
-            return body, ""
+            return body, {"input": given}
         items = [*row["input"], *row["output"], *items]
-        at = str(row.get("previous") or "")
+        is_relayed = is_relayed and row["relayed"]
+        at = row.get("previous")
     if not told:
-        return body, ""
-    given = body.get("input", [])
-    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        return body, {"input": given}
+    whole = items + given
     rest = {k: v for k, v in body.items() if k != "previous_response_id"}
-    return {**rest, "input": items + (given if isinstance(given, list) else [])}, told
+    return {**rest, "input": whole}, {"input": given, "expanded": whole, "previous": told,
+                                      "is_ours": not is_relayed}
+
+
+def responses_keep(state: ResponsesAnswer, request: Request, is_relayed: bool) -> tuple | None:
+    """(id, row for Replies) of an answer that its client may go on from; None where it may not."""
+    echo = request.ext.get("echo", {})
+    if not (state.is_complete and echo.get("store") and "input" in request.ext):
+        return None
+    return state.id, {"previous": request.ext.get("previous"), "input": request.ext["input"],
+                      "output": state.output, "relayed": is_relayed}
 
 
 # Responses: requests to upstreams
@@ -6719,7 +7052,7 @@ class _InputItems:
                 else:
                     self.mended["thoughts of other models left out"] += bool(block.text)
             elif isinstance(block, ToolCall):
-                self.out.append({"type": "function_call", "call_id": block.id,
+                self.out.append({"type": "function_call", "call_id": call_reference(block.id),
                                  "name": tool_name(block.name),
                                  "arguments": json_encode(block.arguments)})
             elif isinstance(block, Text):
@@ -6730,8 +7063,8 @@ class _InputItems:
         parts: list[dict] = []
         for block in turn.blocks:
             if isinstance(block, ToolResult):
-                self.out.append({"type": "function_call_output", "call_id": block.call_id,
-                                 "output": self._output(block)})
+                self.out.append({"type": "function_call_output", "output": self._output(block),
+                                 "call_id": call_reference(block.call_id)})
             elif isinstance(block, Note):
                 self._say("user", parts)
                 self._say("developer", [{"type": "input_text", "text": block.text}])
@@ -6793,16 +7126,17 @@ def responses_render_request(request: Request, target: Target, signatures: Any,
     if request.json_schema is not None and "schema_as_text" in repairs:
         system.append(schema_order(request.json_schema))
     elif request.json_schema is not None:
+        if request.json_schema == ANY_OBJECT:       # OpenAI wants to read the word, too
+            system.append(schema_order(ANY_OBJECT))
         told["format"] = {"type": "json_object"} if request.json_schema == ANY_OBJECT else {
             "type": "json_schema", "name": request.more.get("schema_name") or "answer",
-            "schema": request.json_schema, "strict": False}
+            "schema": request.json_schema, "strict": bool(request.more.get("schema_strict"))}
     if told:
         body["text"] = told
     if system:
         body["instructions"] = "\n\n".join(system)
     shape = answer_shape(request, turns, mended, "r", target.provider.signature_tag, signatures)
-    return Rendered(without_refused(body, repairs), {}, shape._replace(
-        shows_thinking=wish.is_on is not False), mended, tuple(items.sent))
+    return Rendered(without_refused(body, repairs), {}, shape, mended, tuple(items.sent))
 
 
 def responses_path(target: Target, request: Request) -> str:
@@ -6815,8 +7149,7 @@ _TEXT_EVENTS = {        # what a delta's event says
     "response.output_text.delta": Kind.TEXT, "response.refusal.delta": Kind.TEXT,
     "response.reasoning_summary_text.delta": Kind.THINKING,
     "response.reasoning_text.delta": Kind.THINKING}
-_ARGUMENT_EVENTS = ("response.function_call_arguments.delta",
-                    "response.custom_tool_call_input.delta")
+_PARALLEL = ("parallel", "multi_tool_use.parallel", "multi_tool_use_parallel")
 _INCOMPLETE = {"max_output_tokens": Stop.LENGTH, "content_filter": Stop.REFUSAL}
 
 
@@ -6825,6 +7158,18 @@ def responses_fault(event: Mapping) -> UpstreamFault:
     told = object_of(object_of(event.get("response")).get("error")) or object_of(event.get("error"))
     told = told or {k: v for k, v in event.items() if k in ("code", "message", "param")}
     return UpstreamFault({"error": told})
+
+
+def parallel_calls(call: _Call) -> list[_Call]:
+    """The calls inside one that OpenAI's models sometimes write in their place; else just it."""
+    rows = [r for r in objects_of(openai_arguments("".join(call.parts)).get("tool_uses"))
+            if str(r.get("recipient_name")).startswith("functions.")]
+    calls = [_Call("" if at else call.id, r["recipient_name"][10:]) for at, r in enumerate(rows)]
+    for one, row in zip(calls, rows):
+        one.parts.append(json_encode(object_of(row.get("parameters"))))
+    for one in calls or [call]:
+        one.is_closed = True
+    return calls or [call]
 
 
 class ResponsesParser:
@@ -6845,7 +7190,7 @@ class ResponsesParser:
             self._said.add(place)
             self._is_refusal |= kind == "response.refusal.delta"
             return [(_TEXT_EVENTS[kind], str(event.get("delta") or ""))]
-        if kind in _ARGUMENT_EVENTS and place in self._calls:
+        if kind == "response.function_call_arguments.delta" and place in self._calls:
             self._calls[place].parts.append(str(event.get("delta") or ""))
             return self.queue.pieces()
         handler = self._EVENTS.get(kind)
@@ -6860,7 +7205,8 @@ class ResponsesParser:
                                               openai_name(str(item.get("name") or ""),
                                                           str(item.get("namespace") or "")))
             self._has_call = True
-            self.queue.calls.append(call)
+            if call.name not in _PARALLEL:      # those are looked at when they are whole
+                self.queue.calls.append(call)
             return self.queue.pieces()
         return []
 
@@ -6877,6 +7223,8 @@ class ResponsesParser:
             if place not in self._said and rows:
                 out.append((Kind.THINKING, "\n\n".join(str(r.get("text") or "") for r in rows)))
             if item.get("encrypted_content"):
+                if place not in self._said and not rows:
+                    out.append((Kind.THINKING, None))       # it has no text to open its block
                 out.append((Kind.SIGNATURE, (str(item["encrypted_content"]), True)))
             return [*out, (Kind.BLOCK_END, None)]
         if kind == "message":
@@ -6900,6 +7248,7 @@ class ResponsesParser:
             elif not call.parts and arguments:
                 call.parts.append(str(arguments))
             call.is_closed = True
+            self.queue.calls += parallel_calls(call) if call.name in _PARALLEL else []
         return self.queue.pieces()
 
     def _annotation(self, event: dict, place: Any) -> list:
@@ -6930,28 +7279,37 @@ class ResponsesParser:
 
 # Responses: relayed
 
-def _own_items(text: str) -> str:
-    """An `input` without the reasoning that was made here, which OpenAI cannot read."""
+def _own_items(text: str, drops_all: bool) -> str:
+    """An `input` without the reasoning that was made here, which OpenAI cannot read; or without
+    any, where a service refused what another one made."""
     if not text.startswith("["):
         return text
+
+    def is_kept(item: str) -> bool:
+        if not ('"agp1.' in item or '"rs_agp' in item or drops_all):
+            return True
+        told = object_of(json.loads(item))
+        return not (str(told.get("encrypted_content", "")).startswith("agp1.")
+                    or told.get("type") == "reasoning" and (
+                        drops_all or str(told.get("id")).startswith("rs_agp")))
     kept = [text[at:end] for _, _, at, end in json_spans(text)]
-    return "[" + ",".join(i for i in kept if '"agp1.' not in i or not str(object_of(
-        json.loads(i)).get("encrypted_content", "")).startswith("agp1.")) + "]"
+    return "[" + ",".join(filter(is_kept, kept)) + "]"
 
 
 def responses_relay_request(request: Request, target: Target,
                             repairs: frozenset = frozenset()) -> Rendered:
     """The client's own Responses body.  `repairs`: `expand` puts an earlier response that only this
-    proxy knows before its input."""
+    proxy knows before its input, `reasoning` leaves that of other services out."""
     changes: dict = {}
-    if "expand" in repairs and "expanded" in request.ext:
+    if "expanded" in request.ext and ("expand" in repairs or request.ext["is_ours"]):
         changes.update(previous_response_id=None, input=json_encode(request.ext["expanded"]))
     text = request.native.raw.decode("utf-8")
-    if '"agp1.' in text:
+    drops_all = "reasoning" in repairs
+    if '"agp1.' in text or '"rs_agp' in text or drops_all:
         for name, _, at, end in json_spans(text):
             if name == "input":
                 changes.setdefault("input", text[at:end])
-                changes["input"] = _own_items(changes["input"])
+                changes["input"] = _own_items(changes["input"], drops_all)
     effort = variant_effort(request)
     if effort:
         told = object_of(json.loads(text).get("reasoning"))
@@ -6976,6 +7334,7 @@ class ResponsesRelay(EventRelay):
             return ""
         kind = value.get("type")
         if kind in ("error", "response.failed") or not kind and value.get("error"):
+            self.state.sequence -= 1        # what is told in its place takes its number
             raise responses_fault(value)
         response = object_of(value.get("response"))
         if response:
@@ -6989,7 +7348,7 @@ class ResponsesRelay(EventRelay):
         if kind == "response.created":
             self.state.begun = True
         if kind in ("response.completed", "response.incomplete"):
-            self.has_finish = self.is_over = True
+            self.has_finish = self.is_over = self.state.is_complete = True
             self.state.output = objects_of(response.get("output"))
         self.has_content |= self.has_finish or kind == "response.output_item.added" or bool(
             value.get("delta"))
@@ -6999,6 +7358,7 @@ class ResponsesRelay(EventRelay):
         if value.get("error") or not isinstance(value.get("output"), list):
             raise responses_fault(value)
         self.state.id, self.state.output = str(value.get("id") or ""), objects_of(value["output"])
+        self.state.is_complete = value.get("status") != "in_progress"
         self.counts.update(chat_parse_usage(value.get("usage")))
 
 
@@ -7239,7 +7599,7 @@ class _Contents:
             text += "".join(f"\n[file {n + 1} of {len(images)} follows]"
                             for n in range(len(images)))
         if result.is_error:
-            response = {"error": text.strip() or "failed without output"}
+            response = {"error": text.strip("\n") if text.strip() else "failed without output"}
         else:
             response = {"result": text.strip("\n") or ("(image)" if images else "(no output)")}
         if "calls_as_text" in self.repairs:
@@ -7470,7 +7830,7 @@ def gemini_parse_usage(meta: Mapping) -> dict[str, int]:
              "visible": meta.get("candidatesTokenCount"),
              "thinking": meta.get("thoughtsTokenCount"),
              "output": total - prompt - extra if total and prompt else 0}
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
 
 
 def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
@@ -7567,7 +7927,7 @@ def gemini_unwrap(text: Any) -> str:
 
 
 def gemini_wrap(signature: str) -> str:
-    return base64.b64encode(signature.encode("utf-8")).decode("ascii")
+    return base64.b64encode(signature.encode("utf-8", "replace")).decode("ascii")
 
 
 def json_schema_of(node: Any, depth: int = 0) -> Any:
@@ -7601,17 +7961,26 @@ class _GeminiTurns:
     order."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[str, str]] = []        # (id, name) of calls not yet answered
-        self.calls = 0
+        self.waiting: dict[str, dict] = {}      # name -> ids of its calls not yet answered
+        self.ids: set[str] = set()
+        self.calls, self.thought = 0, ""    # the latter: begun, and not yet signed
 
     def read(self, contents: Any) -> tuple:
-        turns = []
+        turns: list[Turn] = []
         for position, content in enumerate(list_at(contents, "contents")):
             path = f"contents.{position}"
             role = dict_at(content, path).get("role")
-            if role not in _GEMINI_ROLES:
+            if not isinstance(role, (str, type(None))) or role not in _GEMINI_ROLES:
                 raise invalid(path + ".role", "user or model is required")
-            turns.append(Turn(_GEMINI_ROLES[role], self.parts(content.get("parts"), path)))
+            if turns and turns[-1].role != _GEMINI_ROLES[role]:
+                self.thought = ""       # nothing followed it
+            if role == "model" and turns and turns[-1].role != "assistant":
+                self.waiting = {}       # a call that was never answered is not to be answered now
+            side, blocks = _GEMINI_ROLES[role], self.parts(content.get("parts"), path)
+            if side == "user" and any(isinstance(b, ToolCall) for b in blocks):
+                raise invalid(path + ".role", "model is required beside a functionCall")
+            turns.append(Turn(side, tuple(b for b in blocks if side != "user"
+                                          or not isinstance(b, Thinking))))
         if not turns:
             raise invalid("contents", "at least one content is required")
         return tuple(turns)
@@ -7621,8 +7990,15 @@ class _GeminiTurns:
         rows = [parts] if isinstance(parts, dict) else list_at(parts or [], path + ".parts")
         for position, part in enumerate(rows):
             where = f"{path}.parts.{position}"
-            out += self._part({"text": part} if isinstance(part, str) else dict_at(part, where),
-                              where)
+            part = {"text": part} if isinstance(part, str) else dict_at(part, where)
+            found, held, self.thought = self._part(part, where), self.thought, ""
+            if part.get("thought") is True and found:   # it came in pieces, signed with the last
+                found = [Thinking(held + found[0].text, found[0].signature)]
+                if not found[0].signature:
+                    self.thought = found.pop().text
+            elif held:
+                found.insert(0, Thinking(held, ""))
+            out += found
         return tuple(out)
 
     def _part(self, part: dict, path: str) -> list:
@@ -7647,7 +8023,8 @@ class _GeminiTurns:
     def _call(self, call: dict, path: str) -> ToolCall:
         name, self.calls = text_at(call.get("name"), path + ".name"), self.calls + 1
         call_id = str(call.get("id") or f"{tool_id(name)}-{self.calls}")
-        self.waiting.append((call_id, name))
+        self.waiting.setdefault(name, {})[call_id] = None
+        self.ids.add(call_id)
         arguments = dict_at(call.get("args") or {}, path + ".args")
         if json_depth_exceeds(arguments):
             raise invalid(path + ".args", f"nested deeper than {MAX_JSON_DEPTH}")
@@ -7655,18 +8032,18 @@ class _GeminiTurns:
 
     def _answer(self, answer: dict, path: str) -> ToolResult:
         name, given = text_at(answer.get("name") or "", path + ".name"), str(answer.get("id") or "")
-        match = next((w for w in self.waiting if w[0] == given), None) or next(
-            (w for w in self.waiting if w[1] == name), None)
-        if match:
-            self.waiting.remove(match)
+        waiting = self.waiting.get(name, {})
+        match = given if given in self.ids else next(iter(waiting), "")
+        waiting.pop(match, None)
         told = dict(dict_at(answer.get("response") or {}, path + ".response"))
-        told.pop("name", None)          # Vercel's SDK repeats it there
+        if told.keys() == {"name", "content"} and told["name"] == name:
+            del told["name"]            # Vercel's SDK repeats it there
         key = next((k for k in ("error", "output", "result", "content") if told.keys() == {k}), "")
         text = told[key] if key and isinstance(told[key], str) else json_encode(
             told[key] if key else told) if told else ""
         media = [self._media(dict_at(_told(row, "inlineData"), path), path)
                  for row in objects_of(answer.get("parts")) if _told(row, "inlineData")]
-        return ToolResult(match[0] if match else given or name, (Text(text), *media),
+        return ToolResult(match or given or name, (Text(text), *media),
                           key == "error")
 
     @staticmethod
@@ -7705,7 +8082,9 @@ def _gemini_tools(body: Mapping) -> dict:
     mode = str(config.get("mode") or "AUTO").upper()
     if mode not in _GEMINI_MODES:
         raise invalid("toolConfig.functionCallingConfig.mode", "AUTO, ANY, NONE or VALIDATED")
-    names = [n for n in _told(config, "allowedFunctionNames") or () if n in tools]
+    path = "toolConfig.functionCallingConfig.allowedFunctionNames"
+    names = [n for n in list_at(_told(config, "allowedFunctionNames") or [], path)
+             if text_at(n, path) in tools]
     if names and mode in ("ANY", "VALIDATED"):
         tools = {n: t for n, t in tools.items() if n in names}
     choice = ("tool", names[0]) if mode == "ANY" and len(names) == 1 else (_GEMINI_MODES[mode], "")
@@ -7741,8 +8120,10 @@ def _gemini_fields(body: Mapping, model: str) -> dict:
     given = {_SNAKE.sub("_", name).lower(): value for name, value in config.items()}
     if given.get("candidate_count") not in (None, 1):
         raise invalid("generationConfig.candidateCount", "only one candidate is supported")
-    if {str(m).upper() for m in given.get("response_modalities") or ()} - {"TEXT", "IMAGE"}:
-        raise invalid("generationConfig.responseModalities", "only text is supported")
+    path = "generationConfig.responseModalities"
+    if {str(m).upper() for m in list_at(given.get("response_modalities") or [], path)} - {
+            "TEXT", "IMAGE"}:
+        raise invalid(path, "only text is supported")
     if _told(body, "cachedContent"):
         raise invalid("cachedContent", "not supported by this model's provider")
     reading = _GeminiTurns()
@@ -7859,6 +8240,12 @@ def _gemini_support(state: GeminiAnswer, citation: Mapping) -> None:
                            "groundingChunkIndices": [index]})
 
 
+def _whole_json(parts: list[str]) -> Any:
+    """What the pieces of a call's arguments say, None where they are no JSON."""
+    told = "".join(parts) or "{}"
+    return json.loads(told) if is_json(told) else None
+
+
 def _gemini_parts(state: GeminiAnswer, delta: Any) -> list[dict]:
     """The parts that a delta completes."""
     if isinstance(delta, BlockStart):
@@ -7872,16 +8259,18 @@ def _gemini_parts(state: GeminiAnswer, delta: Any) -> list[dict]:
     if isinstance(delta, BlockEnd):
         call, state.call = state.call, None
         if call and state.open_kind is Kind.CALL:
-            arguments = json.loads("".join(call[2]) or "{}")
+            arguments = _whole_json(call[2])
+            if not isinstance(arguments, dict):     # cut by the limit: nothing to be called
+                return []
             part = {"functionCall": {"id": call[0], "name": call[1], "args": arguments}}
             signature, state.signature = state.signature, ""
             return [{**part, "thoughtSignature": signature} if signature else part]
         if call:
-            state.queries.append(str(json.loads("".join(call[2]) or "{}").get("query") or ""))
+            state.queries.append(str(object_of(_whole_json(call[2])).get("query") or ""))
         return []
     if delta.kind is Kind.ARGUMENTS:
         state.call[2].append(delta.text)
-    elif delta.kind is Kind.SIGNATURE:
+    elif delta.kind is Kind.SIGNATURE and delta.text:
         told = unwrap_signature(delta.text)
         if told and told.kind == "f":
             state.signature = gemini_wrap(delta.text)
@@ -7999,8 +8388,8 @@ def gemini_relay_request(request: Request, target: Target,
         changes[name] = json_encode({**object_of(body.get(name)), **{
             k: v for k, v in config.items() if k == "thinkingConfig"}})
     for path in [r[5:].split(".") for r in repairs if r.startswith("drop ")]:
-        body = json.loads(text)
-        rest = without(body, path)
+        text, changes = json_splice(text, changes), {}
+        rest = without(json.loads(text), path)
         changes[path[0]] = json_encode(rest[path[0]]) if path[0] in rest else None
     text = json_splice(text, changes) if changes else text
     return Rendered(text.encode("utf-8"), {}, AnswerShape(), mended)
@@ -8018,7 +8407,9 @@ class GeminiRelay(EventRelay):
         if value.get("error"):
             raise UpstreamFault(value)
         self._read(value)
-        return self.state.frame(self.renamed(data))
+        if value.get(self.member) not in (None, self.state.model):
+            data = json_splice(data, {self.member: quote(self.state.model)})
+        return self.state.frame(data.replace("\n", " "))
 
     def _read(self, value: dict) -> None:
         self.counts.update(gemini_parse_usage(object_of(value.get("usageMetadata"))))
@@ -8216,23 +8607,82 @@ class Connection:
             self.sock.close()
 
 
+def _is_exempt(host: str, port: int | None, name: str) -> bool:
+    """Whether an entry of $NO_PROXY names a host: itself, its domain, a network, or all."""
+    import ipaddress
+    if name == "*":
+        return True
+    if "/" in name:
+        with contextlib.suppress(ValueError):       # a name, no address
+            return ipaddress.ip_address(host) in ipaddress.ip_network(name, False)
+        return False
+    name, _, only = name.partition(":") if name.count(":") == 1 else (name.strip("[]"), "", "")
+    name = name.lstrip("*").lstrip(".")
+    return bool(name) and (not only or only == str(port)) and (
+        host == name or host.endswith("." + name))
+
+
+SOCKS_FAILURES = {1: "general failure", 2: "not allowed by its rules", 3: "network unreachable",
+                  4: "host unreachable", 5: "connection refused", 6: "expired"}
+
+
+def socks_connection(via: urllib.parse.SplitResult, host: str, port: int,
+                     timeout_s: float) -> socket.socket:
+    """A connection to `host` through a SOCKS5 proxy (RFC 1928, 1929), which looks up the name.
+    Raises OSError."""
+    sock = socket.create_connection((via.hostname, via.port or 1080), timeout_s)
+    try:
+        def take(count: int) -> bytes:
+            data = b""
+            while len(data) < count:
+                more = sock.recv(count - len(data))
+                if not more:
+                    raise ConnectionError(errno.ECONNRESET, "the SOCKS proxy hung up")
+                data += more
+            return data
+        user, word = (urllib.parse.unquote(t or "").encode()[:255]
+                      for t in (via.username, via.password))
+        sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
+        version, method = take(2)
+        if version != 5 or method not in ((0, 2) if user else (0,)):
+            raise ConnectionError(errno.EACCES, "the SOCKS proxy wants another sign-in")
+        if method == 2:
+            sock.sendall(b"\1%c%b%c%b" % (len(user), user, len(word), word))
+            if take(2)[1]:
+                raise ConnectionError(errno.EACCES, "the SOCKS proxy refused its password")
+        name = host.encode("idna") if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
+        kind = b"\4" if ":" in host else b"\3%c" % len(name)
+        sock.sendall(b"\5\1\0" + kind + name + port.to_bytes(2, "big"))
+        _, failure, _, bound = take(4)
+        if failure:
+            raise ConnectionError(errno.EHOSTUNREACH, "the SOCKS proxy says: "
+                                  + SOCKS_FAILURES.get(failure, f"failure {failure}"))
+        take({1: 4, 4: 16}.get(bound) or take(1)[0])
+        take(2)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class ConnectionCache:
     """Kept upstream connections by (scheme, host, port, proxy).  The lock guards `_idle` and
     `opened`, and is never held while a socket is used."""
 
-    def __init__(self, clock: Clock, environ: Mapping[str, str]):
-        self.clock, self.environ = clock, environ
+    def __init__(self, clock: Clock, environ: Mapping[str, str],
+                 settings: Callable[[], Mapping[str, Any]] = lambda: {}):
+        self.clock, self.environ, self.settings = clock, environ, settings
         self.opened = 0
         self._lock = threading.Lock()
         self._idle: dict[tuple, list[Connection]] = {}
-        self._tls: ssl.SSLContext | None = None
+        self._tls: dict[str, ssl.SSLContext] = {}       # by the file of further authorities
 
     def take(self, base_url: str, timeout_s: float, proxy: str = "",
              fresh: bool = False) -> Connection:
         """A live connection to `base_url`; raises ProxyError network or stall."""
         url = urllib.parse.urlsplit(base_url)
         key = (url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80),
-               proxy or self._environment_proxy(url))
+               self._proxy_for(url, proxy))
         while not fresh:
             with self._lock:
                 kept = self._idle.get(key)
@@ -8265,33 +8715,44 @@ class ConnectionCache:
         for connection in kept:
             connection.close()
 
-    def _environment_proxy(self, url: urllib.parse.SplitResult) -> str:
-        """$HTTPS_PROXY for https hosts that $NO_PROXY does not name."""
-        if url.scheme != "https":
-            return ""
+    def _proxy_for(self, url: urllib.parse.SplitResult, own: str) -> str:
+        """The proxy's URL, "" for none: the account's own, else that of the settings (`direct` is
+        none), else $HTTPS_PROXY, $HTTP_PROXY or $ALL_PROXY for hosts that $NO_PROXY does not name
+        and that are not this machine."""
+        chosen = own or self.settings().get("proxy", "")
+        if chosen:
+            return "" if chosen == "direct" else chosen
         env = {name.lower(): value for name, value in self.environ.items()}
-        names = [n.strip().lstrip(".") for n in env.get("no_proxy", "").split(",") if n.strip()]
-        host = url.hostname or ""
-        if any(n == "*" or host == n or host.endswith("." + n) for n in names):
+        host, names = url.hostname or "", env.get("no_proxy", "").split(",")
+        is_here = host == "localhost" or host == "::1" or host.startswith("127.")
+        if is_here or any(_is_exempt(host, url.port, n.strip().lower()) for n in names):
             return ""
-        return env.get("https_proxy", "") or env.get("all_proxy", "")
+        return env.get(f"{url.scheme}_proxy", "") or env.get("all_proxy", "")
 
     def _tls_context(self) -> ssl.SSLContext:
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        return self._tls
+        file = self.settings().get("ca_file", "")
+        if file not in self._tls:
+            context = ssl.create_default_context()
+            if file:
+                context.load_verify_locations(os.path.expanduser(file))
+            self._tls[file] = context
+        return self._tls[file]
 
     def _open(self, key: tuple, timeout_s: float) -> socket.socket:
         scheme, host, port, proxy = key
         via = urllib.parse.urlsplit(proxy if "//" in proxy
                                     else "http://" + proxy) if proxy else None
-        address = (via.hostname, via.port or 8080) if via else (host, port)
+        is_socks = via is not None and via.scheme.startswith("socks")
+        address = (via.hostname, via.port or 8080) if via and not is_socks else (host, port)
         if scheme == "https":
             opener: http.client.HTTPConnection = http.client.HTTPSConnection(
                 *address, timeout=timeout_s, context=self._tls_context())
         else:
             opener = http.client.HTTPConnection(*address, timeout=timeout_s)
-        if via:
+        if is_socks:
+            # where http.client would connect by itself; TLS comes after it
+            opener._create_connection = lambda *_: socks_connection(via, host, port, timeout_s)
+        elif via:
             headers = {}
             if via.username:
                 pair = f"{via.username}:{via.password or ''}"
@@ -8346,6 +8807,7 @@ class Account:
     priority: int = 0                       # lower first
     weight: float = 1.0
     models: tuple = ()                      # () serves all of its provider's
+    tags: tuple = ()                        # words that groups choose accounts by
     max_in_flight: int = 0                  # 0 is no limit
     soft_limit: float | None = None         # None takes the setting
     proxy: str = ""
@@ -8399,7 +8861,7 @@ class Account:
 
 # what a person may edit while the account goes on
 ACCOUNT_CELLS = ("provider", "pools", "project", "enabled", "priority", "weight",
-                 "models", "proxy", "max_in_flight", "soft_limit", "headers", "user_agent")
+                 "models", "tags", "proxy", "max_in_flight", "soft_limit", "headers", "user_agent")
 
 
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
@@ -8411,7 +8873,7 @@ def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account
     return Account(
         row["name"], provider, credential, row.get(credential, ""),
         pools=tuple(providers[p] for p in provider.pools), weight=float(row.get("weight", 1)),
-        models=tuple(row.get("models", ())),
+        models=tuple(row.get("models", ())), tags=tuple(map(str, row.get("tags", ()))),
         headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()), **given)
 
 
@@ -8467,37 +8929,11 @@ class Candidate:
         self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
 
 
-def _is_named(name: str, provider: Provider, is_stand_in: bool = True) -> bool:
-    """Whether the provider takes a name (lower-case) as it is."""
-    patterns = provider.names + (provider.stand_ins if is_stand_in else ())
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
-
-
-def upstream_id(model: Model, provider: Provider) -> str:
-    """The id `provider` knows the model by, "" where it does not serve it."""
-    if provider.catalogue == "as asked":
-        is_named = _is_named(model.id.lower(), provider)
-        return model.id.replace("-thinking", "") if is_named else ""
-    if provider.catalogue == "key_id":
-        return model.key_id
-    if provider.catalogue == "cli_id":
-        return GEMINI_CLI_IDS.get(model.key_id, "")
-    return model.id if model.on_cloud_code else ""
-
-
-def account_serves(account: Account, model: Model, provider: Provider,
-                   facts: Facts | None) -> str:
-    """The upstream id of `model` in this pool of the account, "" when it does not serve it."""
-    if account.models and model.id not in account.models:
-        return ""
-    served = upstream_id(model, provider)
-    if provider.catalogue == "as asked":        # its list leaves aliases out
-        return served or (model.id if model.id in account.models else "")
-    listed = {m.id for m in facts.models} if facts else ()
-    if not served and provider is account.provider and (
-            model.id in account.models or model.id in listed):
-        served = model.id
-    return served if not listed or served in listed else ""
+class Plan(NamedTuple):
+    """Who may serve a request: the models its name means, and candidates by rank."""
+    models: tuple
+    candidates: list
+    is_group: bool = False      # several names in their order: another one may take what one cannot
 
 
 def plain_model_name(name: str) -> str:
@@ -8510,6 +8946,53 @@ def normal_model_name(name: str) -> str:
     """The plain name in lower case, a Claude's without date."""
     name = plain_model_name(name).lower().replace("@", "-")
     return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
+
+
+def virtual_model(name: str, wanted: str, config: Config) -> Group | None:
+    """The group that a name is, or an alias that stands for more than one plain model."""
+    if name.lower() in config.groups:
+        return config.groups[name.lower()]
+    for spelled in map(normal_model_name, (name, wanted) if config.aliases else ()):
+        patterns = [p for p in config.aliases if fnmatch.fnmatchcase(spelled, p)]
+        if patterns:
+            targets = config.aliases[max(patterns, key=len)]
+            is_plain = len(targets) == 1 and targets[0].lower() not in config.groups and (
+                targets[0].partition("/")[0].lower() not in config.providers)
+            return None if is_plain else Group("priority", tuple(map(GroupItem, targets)))
+    return None
+
+
+def _is_named(name: str, provider: Provider, is_stand_in: bool = True) -> bool:
+    """Whether the provider takes a name (lower-case) as it is."""
+    patterns = provider.names + (provider.stand_ins if is_stand_in else ())
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def upstream_id(model: Model, provider: Provider) -> str:
+    """The id `provider` knows the model by, "" where it does not serve it."""
+    if provider.catalogue == "as asked":
+        is_named = _is_named(model.id.lower(), provider)
+        return model.id.replace("-thinking", "") if is_named else ""
+    if provider.catalogue in ("key_id", "vertex"):
+        return model.key_id
+    if provider.catalogue == "cli_id":
+        return GEMINI_CLI_IDS.get(model.key_id, "")
+    return model.id if model.on_cloud_code else ""
+
+
+def account_serves(account: Account, model: Model, provider: Provider,
+                   facts: Facts | None) -> str:
+    """The upstream id of `model` in this pool of the account, "" when it does not serve it."""
+    if account.models and model.id not in account.models:
+        return ""
+    served = upstream_id(model, provider)
+    listed = {m.id for m in facts.models} if facts else ()
+    if provider.catalogue == "as asked":        # its list leaves aliases out
+        return served or (model.id if model.id in account.models or model.id in listed else "")
+    if not served and provider is account.provider and (
+            model.id in account.models or model.id in listed):
+        served = model.id
+    return served if not listed or served in listed else ""
 
 
 def model_from_id(name: str, label: str = "", **limits: int) -> Model:
@@ -9120,6 +9603,7 @@ class AccountPool:
         self.bindings, self.queue = Bindings(), Queue()
         self._probing: set[tuple] = set()                   # keys of candidates under test
         self._virtual = 0.0
+        self._turns: dict[tuple, int] = {}                  # (group, conversation) -> first member
         # candidates by model ids, and models by names: as long as accounts and facts stay
         self._prepared: dict[tuple, Any] = {}
         # account -> (last use, health, burst tokens), as it was last stored
@@ -9195,6 +9679,104 @@ class AccountPool:
                     prepared.clear()
         return found
 
+    def plan(self, name: str, wanted: str, config: Config, seed: str = "",
+             depth: int = 0) -> Plan:
+        """Who serves what a name means; `seed` tells a conversation, whose random orders stay.
+        Raises ProxyError not_found."""
+        wanted = wanted or name
+        group = virtual_model(name, wanted, config)
+        if group is not None and depth < 8:     # groups and aliases may lead in a circle
+            return self._plan_group(name, group, config, seed, depth)
+        head, _, rest = wanted.partition("/")
+        is_prefix = rest and any(head.lower() == p.id for a in self.accounts for p in a.providers)
+        if is_prefix and not any(m.id.lower() == wanted.lower() for m in self.listed_models()):
+            return self._plan_at(rest, head.lower(), config)
+        try:
+            models = self.models_for(name, config.aliases, wanted)
+        except ProxyError:
+            if config.unknown_model == "default" and name != config.default_model:
+                return self.plan(config.default_model, "", config, seed, depth + 1)
+            if config.unknown_model != "pass":
+                raise
+            return self._plan_at(wanted, "*", config)
+        return Plan(models, self.candidates(*models))
+
+    def _plan_at(self, name: str, provider: str, config: Config) -> Plan:
+        """A name at one provider (`*`: any): who takes names as they are asked for gets it."""
+        asked = [a for a in self.accounts if a.provider.catalogue == "as asked"
+                 and provider in (a.provider.id, "*") and (not a.models or name in a.models)]
+        if asked:
+            model = MODELS.get(name.lower()) or next(
+                (m for m in self.listed_models() if m.id.lower() == name.lower()),
+                model_from_id(name))
+            return Plan((model,), sorted((Candidate(a, a.provider, model, model.id)
+                                          for a in asked), key=lambda c: c.rank))
+        models = self.models_for(name, {}, name)
+        return Plan(models, [c for c in self.candidates(*models)
+                             if provider in (c.provider.id, "*")])
+
+    def _plan_group(self, name: str, group: Group, config: Config, seed: str,
+                    depth: int) -> Plan:
+        models: list[Model] = []
+        found: list[Candidate] = []
+        missing = ProxyError("not_found", f"model: nobody serves {name}")
+        is_alias = name.lower() not in config.groups
+        plain = replace(config, aliases={}) if is_alias else config     # whose targets are plain
+        for place, item in enumerate(self._members(name, group, config, seed)):
+            try:
+                plan = (self._plan_at(item.model, item.provider, config) if item.provider
+                        else self.plan(item.model, "", plain, seed, depth + 1))
+            except ProxyError as err:
+                missing = err
+                continue
+            models += plan.models
+            for candidate in plan.candidates:
+                account = candidate.account
+                if item.account in ("", account.name, account.label) and (
+                        not item.tag or item.tag in account.tags):
+                    mine = copy.copy(candidate)
+                    mine.rank = (place, *candidate.rank)
+                    found.append(mine)
+        if not models:
+            raise missing
+        return Plan(tuple(models), found, True)
+
+    def _members(self, name: str, group: Group, config: Config, seed: str) -> list[GroupItem]:
+        """The group's items in the order of its strategy, groups in it in their place."""
+        items = list(group.items)
+        if group.strategy in ("random", "weighted"):
+            is_weighted = group.strategy == "weighted"
+            items = ordered(items, f"{name} {seed}", lambda i: i.weight if is_weighted else 1.0)
+        elif group.strategy == "round-robin":
+            turn = self._turn(name, seed) % len(items)
+            items = items[turn:] + items[:turn]
+        out: list[GroupItem] = []
+        for item in items:
+            inner = config.groups.get(item.model.lower())
+            head, _, rest = item.model.partition("/")
+            if inner is not None and item.model.lower() != name.lower():
+                out += [i._replace(**{cell: getattr(i, cell) or getattr(item, cell)
+                                      for cell in ("account", "tag", "provider")})
+                        for i in self._members(item.model, inner, config, seed)]
+            elif rest and not item.provider and head.lower() in config.providers:
+                out.append(item._replace(model=rest, provider=head.lower()))
+            else:
+                out.append(item)
+        return out
+
+    def _turn(self, name: str, seed: str) -> int:
+        """Whose turn it is in a group: the next one's; for a conversation whose it was at first,
+        which spares caches and signatures."""
+        with self._lock:
+            if seed and (name, seed) in self._turns:
+                return self._turns[name, seed]
+            turn = self._turns[name, ""] = self._turns.get((name, ""), -1) + 1
+            if len(self._turns) > 2000:
+                self._turns = {key: at for key, at in self._turns.items() if not key[1]}
+            if seed:
+                self._turns[name, seed] = turn
+            return turn
+
     def listed_models(self) -> list[Model]:
         """Models that accounts or their upstreams' lists name and this file does not."""
         with self._lock:
@@ -9204,9 +9786,11 @@ class AccountPool:
 
     def offers(self) -> list[tuple[Model, list[Candidate]]]:
         """What is served by name; who takes any name is asked for none of the catalogue."""
+        hidden = self.settings.get("hidden_models", ())
         rows = [(model, [c for c in self.candidates(model) if c.account.models
                          or "*" not in c.provider.names or model.id not in MODELS])
-                for model in (*MODELS.values(), *self.listed_models())]
+                for model in (*MODELS.values(), *self.listed_models())
+                if not any(fnmatch.fnmatchcase(model.id.lower(), h.lower()) for h in hidden)]
         return [(model, candidates) for model, candidates in rows if candidates]
 
     def view(self) -> View:
@@ -9662,6 +10246,75 @@ def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionC
     raise ProxyError("revoked", f"{GRANT_ERRORS[said]} ({said})")
 
 
+# Google's key files: a service account signs for its token, gcloud's own login refreshes it
+
+def _der(data: bytes, at: int = 0) -> tuple[bytes, int]:
+    """(content, where the next one begins) of the DER element at `at`."""
+    size, begin = data[at + 1], at + 2
+    if size & 0x80:
+        begin += size & 0x7f
+        size = int.from_bytes(data[at + 2:begin], "big")
+    return data[begin:begin + size], begin + size
+
+
+def _der_numbers(data: bytes) -> list[int]:
+    numbers, at = [], 0
+    while at < len(data):
+        value, at = _der(data, at)
+        numbers.append(int.from_bytes(value, "big"))
+    return numbers
+
+
+def rs256(message: bytes, pem: str) -> bytes:
+    """The signature of RFC 7518's RS256 (PKCS #1 v1.5 with SHA-256) by a key in PKCS #8.  Not in
+    constant time: it is done once an hour, and nobody else can start it.  Raises ValueError."""
+    try:
+        data = base64.b64decode("".join(line for line in pem.splitlines() if "-----" not in line))
+        outer, _ = _der(data)
+        _, at = _der(outer)                 # version
+        _, at = _der(outer, at)             # algorithm
+        _, modulus, _, exponent, *_ = _der_numbers(_der(_der(outer, at)[0])[0])
+    except (IndexError, ValueError) as err:
+        raise ValueError("its private_key is no RSA key in PKCS #8") from err
+    size = (modulus.bit_length() + 7) // 8
+    # DigestInfo of SHA-256 (RFC 8017, section 9.2)
+    info = bytes.fromhex("3031300d060960864801650304020105000420") + hashlib.sha256(
+        message).digest()
+    padded = b"\0\1" + b"\xff" * (size - len(info) - 3) + b"\0" + info
+    return pow(int.from_bytes(padded, "big"), exponent, modulus).to_bytes(size, "big")
+
+
+def google_token(info: Any, account: Account, connections: ConnectionCache,
+                 now: float) -> tuple[str, float]:
+    """(access token, epoch seconds of its end) for a key file: of a service account, or what
+    `gcloud auth application-default login` leaves.  Raises ProxyError."""
+    def part(value: Any) -> str:
+        raw = value if isinstance(value, bytes) else json_encode(value).encode()
+        return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    info = object_of(info)
+    if info.get("type") == "service_account":
+        claims = {"iss": info.get("client_email"), "aud": GOOGLE_AUDIENCE, "iat": int(now),
+                  "exp": int(now) + 3600, "scope": CLOUD_SCOPE}
+        signed = part({"alg": "RS256", "typ": "JWT"}) + "." + part(claims)
+        try:
+            mark = rs256(signed.encode(), str(info.get("private_key")))
+        except ValueError as err:
+            raise ProxyError("no_secret", f"its key file cannot be used: {err}") from err
+        fields = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+                  "assertion": f"{signed}.{part(mark)}"}
+    elif info.get("type") == "authorized_user":
+        fields = {"grant_type": "refresh_token", **{
+            n: str(info.get(n)) for n in ("client_id", "client_secret", "refresh_token")}}
+    else:
+        raise ProxyError("no_secret", f"a key file of type {info.get('type')!r} is not supported")
+    answer, error = oauth_post(account.provider, fields, connections, account.proxy)
+    if not answer:
+        raise ProxyError("revoked", f"{GRANT_ERRORS.get(error, 'the key file was refused')} "
+                         f"({error})")
+    lifetime = answer.get("expires_in")
+    return answer["access_token"], now + (lifetime if isinstance(lifetime, int) else 3600)
+
+
 def user_agent(account: Account, provider: Provider, model: str = "") -> str:
     """The pool's fixed User-Agent with this machine's system in Go's naming."""
     system = {"win32": "windows"}.get(sys.platform, sys.platform)
@@ -9677,6 +10330,9 @@ def auth_header(provider: Provider, token: str) -> dict[str, str]:
     """How the upstream wants to see a key or an access token."""
     if not token:
         return {}               # a server of one's own
+    if provider.auth == "google":
+        is_token = token.startswith(("ya29.", "ey"))
+        return {"Authorization": "Bearer " + token} if is_token else {"x-goog-api-key": token}
     is_bearer = provider.auth in ("bearer", "oauth")
     return {"Authorization": "Bearer " + token} if is_bearer else {provider.auth: token}
 
@@ -9730,7 +10386,8 @@ class Tokens:
         with account.lock:
             left_s = account.token_expires_at - self.clock.now()
             is_alive = account.access_token and account.access_token != refused
-            if is_alive and (account.credential != "refresh_token" or left_s > life_s):
+            is_static = account.credential != "refresh_token" and not account.token_expires_at
+            if is_alive and (is_static or left_s > life_s):
                 return account.access_token
             failed = account.failure
             if failed and self.clock.monotonic() - failed[0] < 5:
@@ -9751,6 +10408,9 @@ class Tokens:
                 token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
             else:
                 token, expires_at = resolve_secret(account.secret) if account.secret else "", 0.0
+                if token.startswith("{"):
+                    token, expires_at = google_token(json_decode(token.encode()), account,
+                                                     self.connections, self.clock.now())
                 if refused and token == refused:
                     raise ProxyError("revoked", "the credential is not accepted; put a new one "
                                      "into accounts.json")
@@ -10075,10 +10735,93 @@ def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
     return [window for window in told if window]
 
 
+def _number(value: Any) -> float:
+    """A number that may be told as a text; 0 for anything else."""
+    try:
+        return 0.0 if isinstance(value, bool) else finite(str(value))
+    except ValueError:
+        return 0.0
+
+
+def _zai_windows(answer: Mapping, now: float) -> list[Window]:
+    rows = objects_of(object_of(answer.get("data")).get("limits"))
+    words = {("TOKENS_LIMIT", 3): "5h", ("TOKENS_LIMIT", 6): "weekly"}
+    return [Window("account" if (r.get("type"), r.get("unit")) in words else "tools",
+                   words.get((r.get("type"), r.get("unit")), "monthly"),
+                   max(0.0, 1 - _number(r.get("percentage")) / 100),
+                   _number(r.get("nextResetTime")) / 1000, now) for r in rows]
+
+
+def _kimi_windows(answer: Mapping, now: float) -> list[Window]:
+    def window(name: str, row: Mapping) -> Window | None:
+        most = _number(row.get("limit"))
+        left = _number(row.get("remaining")) if "remaining" in row else most - _number(
+            row.get("used"))
+        told = next((row[n] for n in ("reset_at", "resetAt", "reset_time", "resetTime")
+                     if row.get(n)), "")
+        after = next((_number(row[n]) for n in ("reset_in", "resetIn", "ttl") if n in row), 0.0)
+        at = parse_timestamp(str(told)) or (now + after if after else 0.0)
+        return Window("account", name, max(0.0, min(1.0, left / most)), at, now) if most else None
+    rows = [window("weekly", object_of(answer.get("usage")))]
+    for row in objects_of(answer.get("limits")):
+        span = object_of(row.get("window"))
+        name = f"{span.get('duration')} {str(span.get('timeUnit') or '').lower()}".strip()
+        rows.append(window("5h" if name.startswith(("300 ", "5 h")) else name,
+                           object_of(row.get("detail"))))
+    return [row for row in rows if row]
+
+
+def _balance_windows(answer: Mapping, now: float) -> list[Window]:
+    """Money that is left says when nothing is left, and no fraction."""
+    told = [object_of(answer.get("data")).get("available_balance"),
+            *(row.get("total_balance") for row in objects_of(answer.get("balance_infos")))]
+    known = [_number(value) for value in told if value is not None]
+    left = None if max(known, default=1) > 0 else 0.0
+    return [Window("account", "balance", left, 0.0, now)] if known else []
+
+
+def _openrouter_windows(answer: Mapping, now: float) -> list[Window]:
+    row = object_of(answer.get("data"))
+    most = _number(row.get("limit"))
+    left = _number(row.get("limit_remaining"))
+    return [Window("account", "credits", max(0.0, min(1.0, left / most)), 0.0, now)] if most else []
+
+
+QUOTA_FORMS: dict[str, Callable[[Mapping, float], list[Window]]] = {
+    # form of a provider's quota answer -> its windows (the vendors' pages, and clients' sources)
+    "zai": _zai_windows, "kimi": _kimi_windows, "balance": _balance_windows,
+    "openrouter": _openrouter_windows}
+
+
+def read_key_quota(account: Account, connections: ConnectionCache, now: float) -> list[Window]:
+    """What is left to a key, by its provider's free reading.  Raises ProxyError."""
+    provider = account.provider
+    status, _, raw = simple_call(
+        connections, "GET", provider.quota,
+        {**auth_header(provider, resolve_secret(account.secret)),
+         "User-Agent": user_agent(account, provider)}, None, account.proxy, QUOTA_TIMEOUT_S)
+    with contextlib.suppress(ValueError):       # no JSON: no reading
+        if status == 200:
+            return QUOTA_FORMS[provider.quota_form](object_of(json_decode(raw)), now)
+    raise ProxyError("server", f"its quota could not be read: status {status}")
+
+
 _LISTS = {      # dialect -> path of its free list, the list's member, more headers
     "gemini": ("/v1beta/models?pageSize=1", "models", {}),
     "anthropic": ("/v1/models?limit=1000", "data", {"anthropic-version": "2023-06-01"}),
+    "chat": ("/models", "data", {}), "responses": ("/models", "data", {}),
 }
+_SIZES = {      # what a list's row may call a model's limits
+    "context": ("context_length", "context_window", "max_model_len", "max_context_length",
+                "max_input_tokens", "inputTokenLimit"),
+    "output": ("max_output_tokens", "max_completion_tokens", "max_tokens", "outputTokenLimit")}
+
+
+def _listed_row(row: Mapping) -> Model:
+    """A row of an upstream's list with what sizes it tells."""
+    limits = {what: next((row[n] for n in names if type(row.get(n)) is int and row[n] > 0), 0)
+              for what, names in _SIZES.items()}
+    return model_from_id(row["id"], str(row.get("display_name") or row.get("name") or ""), **limits)
 
 
 def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ...]:
@@ -10086,6 +10829,10 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
     it has no list.  Raises ProxyError revoked when the key is not accepted."""
     path, member, headers = _LISTS[account.provider.dialect]
     secret = resolve_secret(account.secret) if account.secret else ""
+    if account.provider.catalogue == "vertex":      # has no free list; a token is proof enough
+        if secret.startswith("{"):
+            google_token(json_decode(secret.encode()), account, connections, time.time())
+        return ()
     status, _, raw = simple_call(
         connections, "GET", account.provider.base_urls[0] + path,
         {**auth_header(account.provider, secret), **headers,
@@ -10094,6 +10841,8 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         answer = object_of(json_decode(raw))
     except ValueError:
         answer = {}
+    if isinstance(answer.get("models"), list) and member == "data":
+        member = "models"
     if status in (200, 404, 405, 501) and member not in answer and (
             account.provider.catalogue == "as asked"):
         return ()               # a server that is merely compatible
@@ -10102,9 +10851,8 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         is_refused = status in (400, 401, 403)
         told = "the key was not accepted" if is_refused else "its models could not be listed"
         raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message))}")
-    return tuple(model_from_id(row["id"], str(row.get("display_name") or ""))
-                 for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
-                 and row["id"] not in MODELS)
+    return tuple(_listed_row(row) for row in objects_of(answer[member])
+                 if isinstance(row.get("id"), str) and row["id"] not in MODELS)
 
 
 # The browser sign-in
@@ -10163,6 +10911,12 @@ class Login:
         port = self._listener.server_address[1] if self._listener else provider.ports[0]
         self.redirect = provider.redirect.format(port=port)
         challenge = hashlib.sha256(self._verifier.encode()).digest()
+        if not provider.scopes:     # OpenRouter's way: no client, the answer is a key
+            self.redirect += "?state=" + self.state
+            self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
+                "callback_url": self.redirect, "code_challenge_method": "S256", "code_challenge":
+                base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii")})
+            return
         self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
             "client_id": clients[0][0], "redirect_uri": self.redirect, "response_type": "code",
             "scope": provider.scopes, "access_type": "offline", "prompt": "consent",     # [O3]
@@ -10206,6 +10960,8 @@ class Login:
     def exchange(self, code: str, connections: ConnectionCache) -> dict:
         """The token endpoint's answer with its `refresh_token`; the secret that worked comes first
         in `clients` then.  A refused secret does not use up the code."""
+        if not self.provider.scopes:
+            return self._exchange_for_key(code, connections)
         error = ""
         for client_id, secret in [c for c in self.clients if c[0] == self.clients[0][0]]:
             answer, error = oauth_post(self.provider, {
@@ -10221,6 +10977,18 @@ class Login:
             raise ProxyError("revoked", "that code is wrong, or was used already")
         why = GRANT_ERRORS.get(error, "the vendor gave no refresh token")
         raise ProxyError("revoked", f"{why} ({redact(error) or 'no refresh_token'})")
+
+    def _exchange_for_key(self, code: str, connections: ConnectionCache) -> dict:
+        status, _, raw = simple_call(
+            connections, "POST", self.provider.token_url, {"Content-Type": "application/json"},
+            json_encode({"code": code, "code_verifier": self._verifier,
+                         "code_challenge_method": "S256"}).encode())
+        with contextlib.suppress(ValueError):       # no JSON: no key either
+            key = object_of(json_decode(raw)).get("key")
+            if status == 200 and isinstance(key, str):
+                remember_secret(key)
+                return {"key": key}
+        raise ProxyError("revoked", f"that code is wrong, or was used already ({status})")
 
     def close(self) -> None:
         listener, self._listener = self._listener, None
@@ -10623,6 +11391,8 @@ class Keeper:
                     self.read(account, provider)
             if account.provider.catalogue == "as asked":
                 self.list_models(account)
+            if account.provider.quota:
+                self.read_key(account)
             self._renew(account, now)
 
     def _renew(self, account: Account, now: float) -> None:
@@ -10648,6 +11418,25 @@ class Keeper:
             self.pool.note_facts(key, Facts("", "", "", check_key(account, self.connections), now))
         except (ProxyError, ConfigError) as err:        # what is asked for will tell
             self.log.line("%s: its models could not be listed: %s", account.label, err)
+
+    def read_key(self, account: Account) -> None:
+        """What is left to a key, now and then."""
+        key, now = (account.name, account.provider.id), self.clock.now()
+        if now < self._read_at.get(("quota", *key), 0) + self.interval(account, account.provider):
+            return
+        self._read_at["quota", account.name, account.provider.id] = now
+        try:
+            self.pool.note_windows(key, read_key_quota(account, self.connections, now))
+        except (ProxyError, ConfigError) as err:        # requests go on without it
+            self.log.line("%s: %s", account.label, err)
+
+    def list_missing(self) -> bool:
+        """Whether a list was read that was never asked for, or could not be had."""
+        asked = [a for a in self.pool.accounts if a.enabled and (
+            a.provider.catalogue == "as asked") and not self.pool.facts((a.name, a.provider.id))]
+        for account in asked:
+            self.list_models(account)
+        return any(self.pool.facts((a.name, a.provider.id)) for a in asked)
 
     def interval(self, account: Account, provider: Provider) -> float:
         """Seconds between two readings now, with jitter so that accounts do not come in step."""
@@ -10739,6 +11528,8 @@ class Dialect(NamedTuple):
     relay_request: Any = None       # (Request, Target, repairs) -> Rendered: same on both sides
     relay: Any = None               # (state) -> machine that takes whole events
     count: Count | None = None      # how an upstream of this language counts tokens
+    recall: Any = None              # (body, kept) -> (body with what came before, what is known)
+    keep: Any = None                # (state, Request, is relayed) -> (id, row to keep) or None
     render_count: Any = None        # (tokens) -> the answer to a client that has them counted
     call_prefix: str = "call_"      # of a call's id that is made here
     begins_early: bool = False      # a held stream opens with its beginning, not just a keep-alive
@@ -10774,7 +11565,7 @@ DIALECTS = {
         gemini_parse_error, anthropic_relay_request, AnthropicRelay,
         Count(lambda target: "" if "no_count" in target.provider.quirks
               else "/v1/messages/count_tokens", anthropic_count_body, "input_tokens"),
-        lambda tokens: {"input_tokens": tokens}, "toolu_", True, True,
+        None, None, lambda tokens: {"input_tokens": tokens}, "toolu_", True, True,
         is_error=lambda body: body.get("type") == "error" and isinstance(
             object_of(body.get("error")).get("type"), str)),
     "chat": Dialect(
@@ -10790,13 +11581,14 @@ DIALECTS = {
         ResponsesParser, lambda model, provider, wish: (
             wish.tool == "web_search" and "no_search" not in provider.quirks),
         gemini_parse_error, responses_relay_request, ResponsesRelay, fetches=True,
-        render_count=lambda tokens: {"object": "response.input_tokens", "input_tokens": tokens}),
+        recall=responses_recall, keep=responses_keep, render_count=lambda tokens: {
+            "object": "response.input_tokens", "input_tokens": tokens}),
     "gemini": Dialect(
         gemini_parse_request, gemini_answer, gemini_render_delta, gemini_render_reply,
         gemini_render_error, gemini_keep_alive, None, gemini_render_request, gemini_path,
         lambda target: gemini_parse_event, can_search, gemini_parse_error, gemini_relay_request,
         GeminiRelay, Count(gemini_count_path, gemini_count_body, "totalTokens"),
-        lambda tokens: {"totalTokens": tokens, "promptTokensDetails": [
+        render_count=lambda tokens: {"totalTokens": tokens, "promptTokensDetails": [
             {"modality": "TEXT", "tokenCount": tokens}]}, sounds=True),
 }
 
@@ -10816,6 +11608,8 @@ def unsupported(request: Request, provider: Provider, model: Model) -> str:
         if kind in ("audio", "video") and not dialect.sounds or (
                 kind == "video" and provider.dialect != "gemini"):
             return f"{block.path}: {model.id} takes no {kind}"
+        if block.url and provider.dialect == "chat" and kind != "image":
+            return f"{block.path}: {model.id} takes {kind} as data only, not by its URL"
         if block.url and not (dialect.fetches and not block.url.startswith("gs:") or (
                 provider.dialect == "gemini" and not provider.envelope
                 and _FETCHED_BY_GEMINI.match(block.url))):
@@ -10834,8 +11628,8 @@ class Meaning(NamedTuple):
 
 
 _REFUSED_PARAMETER = (      # OpenAI's, Mistral's, Groq's and vLLM's ways to name a parameter
-    r"(?:unsupported|unknown|unrecognized|unexpected)[\w ]*?(?:parameter|argument|field|value|"
-    r"property)[\w ]*:? [`'\"]?([a-z_]+(?:\.[a-z_]+)*)"
+    r"(?:unsupported|unknown|unrecognized|unexpected)[\w ]{0,40}?(?:parameter|argument|field|"
+    r"value|property)[\w ]{0,40}:? [`'\"]?([a-z_]+(?:\.[a-z_]+)*)"
     r"|(?:parameter|property|field|argument) [`'\"]([a-z_]+)[`'\"] is (?:not supported|unsupported)"
     r"|[`']([a-z_]+)[`'](?: is| does)? (?:not supported|unsupported|not allowed|does not "
     r"support)|body\.([a-z_]+(?:\.[a-z_]+)*): extra inputs are not permitted")
@@ -10851,6 +11645,9 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
             "signature"),
     Meaning((400,), "", r"function response parts is equal|function call turn comes immediately"
             r"|tool_use_id|`tool_use` ids were found", "pairing"),
+    Meaning((400,), "INVALID_ENCRYPTED_CONTENT", "", "signature"),
+    Meaning((400,), "", r"encrypted.content.{1,80}(could not be|cannot be|not valid|invalid)",
+            "signature"),
     Meaning((400,), "NOT_FOUND_ERROR", "", "model_missing"),
     Meaning((400,), "OVERLOADED_ERROR", "", "capacity"),
     Meaning((400,), "PERMISSION_ERROR", "", "denied"),
@@ -10941,6 +11738,7 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
            ("no_thinking",)),
     Repair(r"invalid `signature`|signature: field required|bound to a different|cannot be modified",
            ("signatures",), ("thinking",)),
+    Repair(r"encrypted.content", ("signatures",), ("reasoning",)),
     Repair(r"function response parts|function call turn comes|tool_use_id|`tool_use` ids",
            ("calls_as_text",), ("pairs",)),
     Repair(r"budget_tokens|thinking.?budget|thinking.?level", ("no_budget",), ()),
@@ -10948,10 +11746,12 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"input_schema|function_declarations|proto field|unknown name", (
         "core_schemas", "bare_schemas"), ()),
     Repair(r"unexpected value\(s\) `([\w-]+)`.*anthropic-beta", ("drop {}",), ("drop {}",)),
-    Repair(r"(?<!body\.)\b([\w.]+): extra inputs are not permitted", ("drop {}",), ("drop {}",)),
+    Repair(r"(?:body\.)?\b([a-z_][\w.]*): extra inputs are not permitted", ("drop {}",),
+           ("drop {}",)),
     Repair(r"max_tokens: \d+ > (\d+)|supports at most (\d+)", ("limit {}",), ()),
     Repair(r"previous.response", (), ("expand",)),
     Repair(r"invalid schema for", ("core_schemas", "bare_schemas"), ()),
+    Repair(r"(output_config\.effort)", ("unset {}",), ()),
     Repair(r"output_config\.format|output_format|json_schema|response_format",
            ("schema_as_text",), ()),
     Repair(r"unsupported value: [`'\"]([a-z_.]+)", ("unset {}",), ("unset {}",)),
@@ -10962,9 +11762,18 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
 ))
 
 
+NEVER_DROPPED = frozenset((     # a request without them is another one: better refused
+    "model", "messages", "input", "contents", "prompt", "system", "instructions", "stream", "tools",
+    "content", "role", "type", "name", "functions"))
+NOT_FOR_OTHERS = frozenset((    # refused for a value or in company: the next request may have them
+    "tool_choice", "response_format", "text", "stop", "user", "metadata", "thinking", "reasoning"))
+
+
 def is_lasting(repair: str) -> bool:
     """Whether every request to this upstream will need it; what one client's own fields caused is
     nothing that others should lose."""
+    if repair.startswith("drop ") and repair[5:] in NOT_FOR_OTHERS:
+        return False
     return repair in ("last_turn", "system_role", "no_budget", "schema_as_text") or (
         repair.startswith("limit ")) or repair.startswith("drop ") and (
         repair[5:].isidentifier() or bool(beta_fields(repair[5:])))
@@ -10976,7 +11785,8 @@ def next_repair(message: str, is_relayed: bool, done: Iterable[str]) -> str:
         match = row.text.search(message)
         for step in (row.relayed if is_relayed else row.translated) if match else ():
             named = next(filter(None, match.groups()), "")
-            if step.format(named) not in done:
+            is_whole = step in ("drop {}", "unset {}") and named in NEVER_DROPPED
+            if step.format(named) not in done and not is_whole:
                 return step.format(named)
     return ""
 
@@ -10995,6 +11805,7 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error:
     """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
     model's window, for upstreams that say `too long` without numbers."""
     facts = parse_error(raw, headers, now)
+    facts = facts._replace(message=facts.message[:MAX_ERROR_LETTERS])
     if status == 200:           # an event in a stream: Google tells a code, Anthropic a type
         word = next((r for r in facts.reasons if r.lower() in _TYPE_STATUS), "")
         status = facts.code or _TYPE_STATUS.get(word.lower(), 500)
@@ -11028,6 +11839,7 @@ def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What a client of the same language is to see of an upstream's head: limits are passed on,
     never made up."""
     return {name: value for name, value in headers.items() if re.fullmatch(r"[a-z0-9-]+", name)
+            and not re.search(r"-organi[sz]ation|-project", name)     # whose account it is
             and (name.startswith(("anthropic-", "x-ratelimit-", "openai-", "x-codex-"))
                  or name in ("request-id", "x-request-id", "x-should-retry"))}
 
@@ -11114,7 +11926,7 @@ class Pipe:
             self.fault = self.understand(err.body)
         except ProxyError as err:
             self.fault = err
-        except (ValueError, TypeError, LookupError, RecursionError) as err:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
 
@@ -11198,6 +12010,62 @@ class RelayPipe(Pipe):
         if self.machine.is_over:
             out.append(self.machine.end())
             self.is_done = True
+
+
+def vertex_host(url: str, project: str) -> str:
+    """Vertex has a host for each place, which stands in the project as `project/place`."""
+    place = project.partition("/")[2]
+    if "//aiplatform.googleapis.com" not in url or place in ("", "global"):
+        return url
+    if place in ("us", "eu"):
+        return url.replace("aiplatform.googleapis", f"aiplatform.{place}.rep.googleapis")
+    return url.replace("//aiplatform", f"//{place}-aiplatform")
+
+
+# What rules change in a body
+
+def _set_at(body: dict, path: str, value: Any, is_default: bool) -> dict:
+    head, _, rest = path.partition(".")
+    if rest:
+        return {**body, head: _set_at(object_of(body.get(head)), rest, value, is_default)}
+    return body if is_default and head in body else {**body, head: value}
+
+
+def prepended(body: dict, text: str, dialect: str) -> dict:
+    """An upstream's body with a text before its system texts."""
+    if dialect == "chat":
+        return {**body, "messages": [{"role": "system", "content": text},
+                                     *body.get("messages", ())]}
+    if dialect == "responses":
+        told = body.get("instructions")
+        return {**body, "instructions": f"{text}\n\n{told}" if told else text}
+    if dialect == "gemini":
+        name = "system_instruction" if "system_instruction" in body else "systemInstruction"
+        told = object_of(body.get(name))
+        return {**body, name: {**told, "parts": [{"text": text}, *told.get("parts", ())]}}
+    told = body.get("system") or []
+    rows = told if isinstance(told, list) else [{"type": "text", "text": told}]
+    return {**body, "system": [{"type": "text", "text": text}, *rows]}
+
+
+def edited_body(body: Any, edits: Iterable[Edit], provider: Provider) -> Any:
+    """What goes upstream after the rules; of a relayed body only the members they name change."""
+    raw = body if isinstance(body, bytes) else None
+    whole = json.loads(raw) if raw is not None else body
+    inner = old = whole["request"] if provider.envelope else whole
+    for edit in edits:
+        for values, is_default in ((edit.set, False), (edit.default, True)):
+            for path, value in values.items():
+                inner = _set_at(inner, path, value, is_default)
+        for path in edit.drop:
+            inner = without(inner, path.split("."))
+        if edit.system:
+            inner = prepended(inner, edit.system, provider.dialect)
+    if raw is None:
+        return {**whole, "request": inner} if provider.envelope else inner
+    return json_splice(raw.decode("utf-8"), {
+        name: json_encode(inner[name]) if name in inner else None for name in {*old, *inner}
+        if name not in inner or name not in old or inner[name] is not old[name]}).encode("utf-8")
 
 
 # Calls
@@ -11417,17 +12285,27 @@ class Services:
     tokens: Tokens
     calibration: Calibration
     state: State | None = None
+    replies: Replies | None = None
     keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
-    learned: dict = field(default_factory=dict)     # (provider, model) -> repairs it always needs
+    learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
     counts: dict = field(default_factory=dict)      # content key -> tokens an upstream counted
     counting: Any = field(default_factory=lambda: threading.BoundedSemaphore(8))
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
-    def candidates(self, name: str, wanted: str = "") -> list[Candidate]:
-        """Who serves what a name means; raises ProxyError not_found."""
+    def plan(self, name: str, wanted: str = "", seed: str = "") -> Plan:
+        """Who serves what a name means; raises ProxyError not_found.  What an upstream serves may
+        not have been asked yet."""
         wanted = wanted or model_variant(name)[0]
-        return self.pool.candidates(*self.pool.models_for(name, self.config.aliases, wanted))
+        try:
+            return self.pool.plan(name, wanted, self.config, seed)
+        except ProxyError:
+            if self.keeper is None or not self.keeper.list_missing():
+                raise
+        return self.pool.plan(name, wanted, self.config, seed)
+
+    def candidates(self, name: str, wanted: str = "") -> list[Candidate]:
+        return self.plan(name, wanted).candidates
 
     def count(self, request: Request, model: Model) -> int:
         """Our own count of a request's input tokens for a model, as calibrated."""
@@ -11435,13 +12313,73 @@ class Services:
                           * self.calibration.factor(model.id)))
 
 
-def call_head(candidate: Candidate, provider: Provider, token: str,
+# Rules
+
+def rule_holds(when: Mapping, request: Request, headers: Mapping[str, str],
+               count: Callable[[], int],
+               provider: Provider | None = None) -> bool:
+    """Whether all conditions of a rule hold; those about an upstream only where one is given."""
+    def is_like(text: str, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(text.lower(), pattern.lower())
+    checks: dict[str, Callable[[Any], bool]] = {
+        "model": lambda p: is_like(request.model, p) or is_like(request.wanted, p),
+        "client": lambda p: request.dialect == p,
+        "upstream": lambda p: provider is not None and provider.dialect == p,
+        "provider": lambda p: provider is not None and is_like(provider.id, p),
+        "headers": lambda rows: all(is_like(headers.get(n.lower(), ""), p)
+                                    for n, p in rows.items()),
+        "tool": lambda p: any(is_like(t.name, p) for t in request.tools),
+        "over_tokens": lambda n: count() > n, "under_tokens": lambda n: count() < n,
+        "has_tools": lambda b: bool(request.tools) is b,
+        "has_images": lambda b: any(not m.media_type.startswith("audio/")
+                                    for m in request.media) is b,
+        "thinks": lambda b: (request.thinking.is_on is True) is b,
+        "streams": lambda b: request.is_streaming is b}
+    return all(checks[name](wanted) for name, wanted in when.items())
+
+
+def route_for(request: Request, headers: Mapping[str, str], config: Config,
+              count: Callable[[], int]) -> tuple[str, str]:
+    """(the name that serves instead of the one asked for, why); ("", "") where that stays.  Rules
+    come before roles; who names a group or a provider gets it."""
+    for number, rule in enumerate(config.rules):
+        if rule.to and rule_holds(rule.when, request, headers, count):
+            return rule.to, f"rule {number + 1}"
+    head = request.wanted.partition("/")
+    if request.wanted.lower() in config.groups or head[1] and head[0].lower() in config.providers:
+        return "", ""
+    roles: dict[str, Callable[[int], bool]] = {
+        "long_context": lambda over: count() > over,
+        "background": lambda _: bool(request.small) or "haiku" in request.wanted.lower(),
+        "web_search": lambda _: request.search is not None,
+        "image": lambda _: any(m.media_type.startswith("image/") for m in request.media),
+        "think": lambda _: request.thinking.is_on is True, "default": lambda _: True}
+    for role, is_meant in roles.items():
+        to, over = config.routes.get(role, ("", 0))
+        if role == "background" and not to and request.small:
+            to = config.background_model
+        if to and is_meant(over):
+            return to, role
+    return "", ""
+
+
+def initiator_headers(request: Request) -> dict[str, str]:
+    """What a service that bills by it is told, truthfully: who spoke last, and whether there are
+    images."""
+    last = request.turns[-1].blocks if request.turns else ()
+    is_tool = any(isinstance(b, ToolResult) for b in last)
+    return {"X-Initiator": "agent" if is_tool else "user",
+            **({"Copilot-Vision-Request": "true"} if request.media else {})}
+
+
+def call_head(candidate: Candidate, provider: Provider, request: Request, token: str,
               rendered: Rendered) -> dict[str, str]:
     """Everything that goes into the head of a call, the owner's own headers last."""
     account = candidate.account
     return call_headers(
         {"Content-Type": "application/json", "Accept-Encoding": "identity",
          "User-Agent": user_agent(account, provider, candidate.upstream_id)},
+        initiator_headers(request) if "initiator" in provider.quirks else {},
         auth_header(provider, token), rendered.headers, dict(provider.headers),
         dict(account.headers))
 
@@ -11459,6 +12397,9 @@ class Attempt:
     looks_up: bool = False          # the project is asked for again
 
 
+OTHERS_MAY = ("form", "too_long", "bad_request", "no_search")  # what another of a group may take
+
+
 class Conducting:
     """One request on its way over the accounts.  `client` is who waits for it: it has
     `wait(sock, seconds)`, `pause(seconds)`, `wake()`, `aim(model, is_relayed)`, `render(delta)` and
@@ -11474,15 +12415,14 @@ class Conducting:
         self.began = services.clock.monotonic()
         self.waited_s = 0.0
         self.last: ProxyError | None = None
-        self.is_fallback = False
+        self.is_fallback = self.is_group = False
 
     def run(self, fold: bool) -> tuple[OpenStream, bytes] | Reply | bytes:
         """A stream from its first content on, with what is to be sent first; or the whole Reply,
         as bytes where it came in the client's own language."""
         services, request = self.services, self.request
         ask = Ask(request.conversation, request.agent, self.client.wake)
-        self._aim(*services.pool.models_for(request.model, services.config.aliases,
-                                            request.wanted))
+        self._aim(services.plan(request.model, request.wanted, request.conversation))
         try:
             while True:
                 choice = services.pool.lease(self.candidates, self.tried, ask)
@@ -11503,10 +12443,10 @@ class Conducting:
         finally:
             services.pool.leave(ask)
 
-    def _aim(self, *models: Model) -> None:
-        """Candidates for these models; what others cannot take goes to its own dialect only."""
-        self.used, self.record.used = models[0], models[0].id
-        self.candidates = self.services.pool.candidates(*models)
+    def _aim(self, plan: Plan) -> None:
+        """Candidates for a plan; what others cannot take goes to its own dialect only."""
+        self.used, self.record.used = plan.models[0], plan.models[0].id
+        self.candidates, self.is_group = plan.candidates, plan.is_group
         if self.request.search is not None:
             self.candidates = self._searchers(self.candidates)
         if self.request.refusal is not None or self.request.max_tokens == 0:
@@ -11558,6 +12498,8 @@ class Conducting:
         if not verdicts and self.services.pool.accounts and not self.request.max_tokens == 0:
             raise ProxyError("not_found", f"model: no account serves {self.request.model}; run "
                              "`python3 agproxy.py models` to see which account serves what")
+        if self.last and self.last.kind in OTHERS_MAY:
+            raise self.last
         refused = refusal(self.request.model, verdicts, now, self.last)
         refused.headers = self.last.headers if self.last else {}
         pair = fallback_for(self.used) if self.used.id in MODELS else ""
@@ -11571,7 +12513,7 @@ class Conducting:
             raise refused
         self.is_fallback, self.record.note = True, f"fell back from {self.used.id}"
         self.tries_left, self.soft_failures = self.services.config.max_attempts, 0
-        self._aim(model)
+        self._aim(Plan((model,), others))
 
     def _wait(self, choice: Choice) -> None:
         """Waits for the soonest release, or refuses where that is too far away."""
@@ -11587,7 +12529,13 @@ class Conducting:
     def _after(self, candidate: Candidate, error: ProxyError) -> None:
         """After a candidate failed: the next one, or the answer to the client."""
         if error.rule.step in (Step.CLIENT, Step.REPAIR):
-            raise error
+            others = [c for c in self.candidates if c not in self.tried
+                      and (c.provider.id, c.model.id) != (candidate.provider.id,
+                                                          candidate.model.id)]
+            if not (self.is_group and others and error.kind in OTHERS_MAY):
+                raise error
+            self.tried.update(c for c in self.candidates if c not in others)
+            return
         if error.kind == "absent":
             pool, pair = self.services.pool, (candidate.account.name, candidate.provider.id)
             known = pool.facts(pair) or Facts("", "", "", (), 0)
@@ -11609,7 +12557,7 @@ class Conducting:
         a short wait.  Raises the ProxyError that ended its turn."""
         candidate, pool = lease.candidate, self.services.pool
         provider = self._spoken(candidate)
-        key = candidate.provider.id, candidate.upstream_id
+        key = candidate.provider.id, candidate.upstream_id, provider.dialect
         attempt = Attempt(pool.hosts(provider),
                           repairs=self.services.learned.get(key, frozenset()))
         while True:
@@ -11682,7 +12630,7 @@ class Conducting:
         account, provider = candidate.account, candidate.provider
         attempt.token = services.tokens.access(account, attempt.refused)
         if not provider.envelope:
-            return ""
+            return account.project
         facts = pool_facts(services.pool, services.tokens, account, provider, attempt.token,
                            attempt.looks_up, self.client.pause)
         if facts.absent:
@@ -11698,8 +12646,15 @@ class Conducting:
                         config.tool_hardening)
         is_relayed = self.request.is_native_to(provider)
         self.client.aim(candidate.model, is_relayed)
+
+        def estimate() -> int:
+            return services.count(request, candidate.model)
         rendered = (dialect.relay_request(request, target, attempt.repairs) if is_relayed else
                     dialect.render_request(request, target, services.signatures, attempt.repairs))
+        edits = [e for e in config.rules if e[2:] != Edit({})[2:] and rule_holds(
+            e.when, request, self.client.headers, estimate, provider)]
+        if edits:
+            rendered = rendered._replace(body=edited_body(rendered.body, edits, provider))
         attempt.sent = rendered.sent or attempt.sent
         self.record.mended, self.record.refused = rendered.mended, tuple(attempt.mended)
 
@@ -11707,9 +12662,6 @@ class Conducting:
             windows = read_limit_headers(head, services.clock.now())
             if windows:
                 services.pool.note_windows(candidate.pair, windows)
-
-        def estimate() -> int:
-            return services.count(request, candidate.model)
 
         def understand(status: int, head: Mapping[str, str], raw: Any) -> ProxyError:
             note_limits(head)
@@ -11731,8 +12683,8 @@ class Conducting:
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         body = rendered.body
-        call = Call(attempt.hosts[0], dialect.path(target, request),
-                    call_head(candidate, provider, attempt.token, rendered),
+        call = Call(vertex_host(attempt.hosts[0], project), dialect.path(target, request),
+                    call_head(candidate, provider, request, attempt.token, rendered),
                     body if isinstance(body, bytes) else json_encode(body).encode("ascii"),
                     account.proxy, pipe, understand,
                     config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
@@ -11755,8 +12707,11 @@ class Conducting:
 
     def _tell(self, lease: Lease, attempt: Attempt, headers: dict[str, str]) -> None:
         """What the head of the answer says about how it came to be."""
-        self.client.route = f"{lease.candidate.account.label}; {lease.reason}"
+        routed = f"; {self.request.routed}" if self.request.routed else ""
+        self.client.route = f"{lease.candidate.account.label}; {lease.reason}{routed}"
         self.client.more_headers = dict(headers)
+        if self.request.left_out and not self._is_native_to(lease.candidate):
+            self.client.more_headers["x-agproxy-left-out"] = ", ".join(self.request.left_out)
         if attempt.mended:
             self.client.more_headers["x-agproxy-repair"] = ", ".join(attempt.mended)
             self.record.note = "repaired: " + ", ".join(attempt.mended)
@@ -11787,7 +12742,7 @@ def count_upstream(services: Services, request: Request) -> int | None:
         account, provider = candidate.account, candidate.provider.speaking(request.dialect)
         dialect = DIALECTS[provider.dialect]
         is_relayed = request.is_native_to(provider)
-        target = Target(candidate.model, provider, candidate.upstream_id)
+        target = Target(candidate.model, provider, candidate.upstream_id, account.project)
         if verdict.state not in ("usable", "soft", "busy") or (request.refusal and not is_relayed):
             continue
         path = dialect.count.path(target) if dialect.count else ""
@@ -11795,7 +12750,8 @@ def count_upstream(services: Services, request: Request) -> int | None:
                 not services.counting.acquire(blocking=False)):
             return None             # nobody waits in line for a count
         try:
-            repairs = services.learned.get((provider.id, candidate.upstream_id), frozenset())
+            repairs = services.learned.get((provider.id, candidate.upstream_id, provider.dialect),
+                                           frozenset())
             rendered = (dialect.relay_request(request, target, repairs) if is_relayed else
                         dialect.render_request(request, target, services.signatures, repairs))
             body = dialect.count.wrap(rendered.body, target)
@@ -11803,10 +12759,11 @@ def count_upstream(services: Services, request: Request) -> int | None:
             key = content_key(candidate.upstream_id, raw.decode("utf-8"))
             count = services.counts.get(key)
             if count is None:
-                headers = call_head(candidate, provider, services.tokens.access(account),
-                                    rendered)
+                headers = call_head(candidate, provider, request,
+                                    services.tokens.access(account), rendered)
                 status, _, answer = simple_call(
-                    services.connections, "POST", pool.hosts(provider)[0] + path, headers, raw,
+                    services.connections, "POST",
+                    vertex_host(pool.hosts(provider)[0], account.project) + path, headers, raw,
                     account.proxy, COUNT_TIMEOUT_S)
                 if status == 404:       # merely compatible: not asked again
                     services.learned[provider.id, "count"] = frozenset(("none",))
@@ -11920,8 +12877,11 @@ def request_row(record: Record, now: float) -> dict:
     return row
 
 
-def spoken_at(path: str) -> str:
+def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
     """The dialect of a path, in which its errors are told."""
+    if path.startswith(("/v1/models", "/models")) and "authorization" in headers and (
+            "anthropic-version" not in headers):
+        return "chat"
     if re.match(r"/v1beta\w*/(?!openai)|/v1/.+:\w+\Z", path):
         return "gemini"
     if re.search(r"/(chat/completions|completions|responses|embeddings)\b|/openai/", path):
@@ -11937,7 +12897,8 @@ class Exchange:
                  headers: dict[str, str], body: bytes = b""):
         self.downstream, self.services = downstream, services
         self.method, self.path, self.query = line.method, line.path, line.query
-        self.headers, self.body, self.dialect = headers, body, DIALECTS[spoken_at(line.path)]
+        self.headers, self.body, self.dialect = headers, body, DIALECTS[
+            spoken_at(line.path, headers)]
         self.record = Record(new_id("req_"), started_at=time.monotonic(),
                              client=headers.get("user-agent", "-").split(" ")[0][:40])
         self.is_http_1_0 = line.is_http_1_0
@@ -11952,7 +12913,7 @@ class Exchange:
         self.pipe: Any = None                       # of the call under way
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
-        self.is_woken, self._waker = False, None
+        self.is_woken, self._waker, self.is_relayed = False, None, False
         self.last_out_at = self.last_content_at = time.monotonic()
 
     # Answers
@@ -11970,7 +12931,9 @@ class Exchange:
             fields["x-agproxy-account"] = self.record.account
         if self.route:
             fields["x-agproxy-route"] = self.route
-        if "request-id" in self.more_headers:       # the upstream's own: ours beside it
+        if self.dialect is not DIALECTS["anthropic"]:       # where OpenAI's SDKs look for it
+            fields["x-request-id"] = self.record.id
+        if {"request-id", "x-request-id"} & self.more_headers.keys():   # not ours: it stands beside
             fields["x-agproxy-request"] = self.record.id
         fields.update(self.more_headers)
         lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n"
@@ -12022,8 +12985,8 @@ class Exchange:
         return self.dialect.render_delta(self.state, delta)
 
     def fault_event(self, error: ProxyError) -> bytes:
-        """The event that ends a stream by `error`, which is noted; the connection ends too."""
-        self.keeps_alive = False
+        """The event that ends a stream by `error`, which is noted.  The connection goes on: its
+        framing ends as any other, and a client that was promised to keep it may use it at once."""
         self.record.note = redact(f"{error.kind}: {error.message}")
         if error.rule.step is Step.NEXT:
             error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
@@ -12068,7 +13031,7 @@ class Exchange:
 
     def aim(self, model: Model, is_relayed: bool) -> None:
         """Told before each call: the model that is asked."""
-        self.model = model
+        self.model, self.is_relayed = model, is_relayed
         if self.scale_window:
             self.state.scale = () if is_relayed else (self.scale_window, model.context_tokens)
 
@@ -12139,6 +13102,13 @@ class Exchange:
             self.last_out_at = self.last_content_at = now
         if out:
             self.downstream.send(out)
+
+    def keep_reply(self) -> None:
+        """Before its last bytes go out: a client may go on from an answer as soon as it has it."""
+        kept = self.dialect.keep and self.request and self.services.replies and (
+            self.dialect.keep(self.state, self.request, self.is_relayed))
+        if kept:
+            self.services.replies.keep(*kept, len(self.body) + len(kept[1]["output"]) * 1000)
 
     def report(self) -> None:
         """The request's line and counters, once it is over."""
@@ -12318,6 +13288,7 @@ class RelayedStream:
         if self.is_ending:
             return
         self.is_ending, self.outcome = True, error
+        self.exchange.keep_reply()
         if error is not None:
             out += self.exchange.fault_event(error)
         last = self.exchange.frame(out) + self.exchange.last_frame()
@@ -12710,6 +13681,8 @@ class Handler:
             exchange.send_error(err)
         except ClientGone:
             raise
+        except RecursionError:
+            exchange.send_error(invalid("", "the body is nested too deeply"))
         except Exception as err:
             self.services.log.line("%s failed: %s", exchange.record.id, short_trace(err))
             exchange.send_error(ProxyError("internal",
@@ -12743,7 +13716,10 @@ class Handler:
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
         has_key = route.access == "api" and server.guard is not None
         if has_key:
-            server.guard.check(headers, time.monotonic())
+            query = dict(urllib.parse.parse_qsl(exchange.query))
+            in_query = {"x-goog-api-key": query["key"]} if "key" in query and (
+                spoken_at(exchange.path) == "gemini") else {}   # as Google's own API takes it
+            server.guard.check({**in_query, **headers}, time.monotonic())
         host = headers.get("host", "").lower()
         name, port = re.fullmatch(r"(?s)(.*?)(?::([0-9]{1,5}))?", host).groups()
         is_own = name in config.hosts or name in loopback and (
@@ -12762,10 +13738,7 @@ class Handler:
             exchange.aim(model, False)
             self._reply_locally(exchange, request)
             return False
-        name = self.services.config.background_model
-        if request.small and name and self._serves(name):
-            request = replace(request, model=name, wanted=model_variant(name)[0])
-            exchange.record.note = f"in the background: {request.small}"
+        request = self._routed(exchange, request)
         conducting = Conducting(self.services, request, exchange, exchange.record)
         try:
             answer = conducting.run(fold=not request.is_streaming)
@@ -12777,6 +13750,18 @@ class Handler:
             return self._stream(exchange, *answer)
         self._reply_whole(exchange, answer)
         return False
+
+    def _routed(self, exchange: Exchange, request: Request) -> Request:
+        """The request under the name that the owner's routes say; what nobody serves stays."""
+        name, why = route_for(request, exchange.headers, self.services.config,
+                              lambda: self.services.count(request, exchange.model))
+        if not name or not self._serves(name):
+            return request
+        exchange.record.note = f"routed: {why}" + (f", {request.small}" if request.small else "")
+        wanted, wish = model_variant(name)
+        return replace(request, model=name, wanted=wanted, routed=why,
+                       thinking=replace(wish, shows=request.thinking.is_shown) if wish
+                       else request.thinking)
 
     def _serves(self, name: str) -> bool:
         with contextlib.suppress(ProxyError):       # nobody knows the name
@@ -12823,18 +13808,21 @@ class Handler:
 
     def named_model(self, name: str) -> Model:
         """The model that a name means here; raises ProxyError not_found."""
-        model, *_ = self.services.pool.models_for(
-            name.rpartition("models/")[2] or name, self.services.config.aliases,
-            model_variant(name)[0])
-        return model
+        return self.services.plan(name.rpartition("models/")[2] or name).models[0]
 
     def parse(self, exchange: Exchange, is_count: bool) -> Request:
         try:
             body = json_decode(exchange.body)
         except ValueError as err:
             raise invalid("", f"the body is not valid JSON: {err}") from None
+        known: dict = {}
+        if exchange.dialect.recall and self.services.replies:
+            body, known = exchange.dialect.recall(body, self.services.replies.get)
         request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
                                                  exchange.query, exchange.path)
+        if known:
+            echo = {**request.ext["echo"], "previous_response_id": known.get("previous")}
+            request = replace(request, ext={**request.ext, **known, "echo": echo})
         config = self.services.config
         if request.small and (exchange.headers.get("x-agproxy-small") == "off"
                               or request.small not in config.small_requests):
@@ -12851,13 +13839,16 @@ class Handler:
     def _reply_whole(self, exchange: Exchange, reply: Reply | bytes) -> None:
         exchange.record.first_byte_at = time.monotonic()
         if isinstance(reply, bytes):
+            exchange.keep_reply()
             exchange.send_bytes(200, "application/json", reply)
         elif exchange.request.is_streaming:     # a stream that needs no upstream
             out = "".join(map(exchange.render, deltas_of(reply))).encode("ascii")
             head = exchange.open_stream()
             exchange.downstream.send(head + exchange.frame(out) + exchange.last_frame())
         else:
-            exchange.send_json(200, exchange.dialect.render_reply(exchange.state, reply))
+            whole = exchange.dialect.render_reply(exchange.state, reply)
+            exchange.keep_reply()
+            exchange.send_json(200, whole)
 
     def _stream(self, exchange: Exchange, stream: OpenStream, out: bytes) -> bool:
         """Sends what is there; an answer that is still going on is handed over."""
@@ -12867,6 +13858,8 @@ class Handler:
         if error is not None:
             out += exchange.fault_event(error)
         is_over = answer.is_done or error is not None
+        if is_over:
+            exchange.keep_reply()
         data = exchange.open_stream() + exchange.frame(out)
         try:
             exchange.downstream.send(data + exchange.last_frame() if is_over else data)
@@ -12887,11 +13880,10 @@ def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any,
                         dialect: str = "anthropic") -> None:
     exchange.dialect = DIALECTS[dialect]
     services, request = handler.services, handler.parse(exchange, True)
-    models = services.pool.models_for(request.model, services.config.aliases, request.wanted)
+    models, candidates, _ = services.plan(request.model, request.wanted)
     exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
     count = count_upstream(services, request)
     how = "upstream" if count is not None else "estimate"
-    candidates = services.pool.candidates(*models)
     is_native = bool(candidates) and request.is_native_to(
         candidates[0].provider.speaking(request.dialect))
     if count is None:
@@ -13073,7 +14065,8 @@ ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
           functools.partial(Handler.generate, dialect="gemini")),
     Route("POST", GEMINI_PATH + r":countTokens", "api",
           functools.partial(answer_count_tokens, dialect="gemini")),
-    Route("GET HEAD", r"/v1beta\w*(/openai)?/models(?:/(?P<id>.+))?", "api", answer_models),
+    Route("POST", GEMINI_PATH + r":\w+", "api", answer_not_offered),
+    Route("GET HEAD", r"/v1beta\w*(/openai)?/models(?:/(?P<id>[^:]+))?", "api", answer_models),
     Route("GET HEAD", r"(?:/v1)?(?:/v1)?/models(?:/(?P<id>.+))?", "api", answer_models),
     Route("GET HEAD", r"/", "public", answer_root),
     Route("GET HEAD", r"/api/hello", "public", answer_root),
@@ -13291,7 +14284,7 @@ def sim_check_schema(schema: Any, where: str, depth: int = 0) -> str | None:
         return _SIM_UNKNOWN % (min(unknown), where)
     if depth > 16:
         return f"{where}: maximum schema depth exceeded"
-    kind = schema.get("type")
+    kind = str(schema.get("type")).lower()
     if kind not in ("object", "array", "string", "number", "integer", "boolean"):
         return f"Proto field is not repeating, cannot start list. ({where}.type)"
     if "enum" in schema and (kind != "string" or not schema["enum"]
@@ -13308,7 +14301,7 @@ def sim_check_schema(schema: Any, where: str, depth: int = 0) -> str | None:
                  if text), None)
 
 
-def _sim_check_contents(contents: Any) -> str | None:
+def _sim_check_contents(contents: Any, is_enveloped: bool) -> str | None:
     if not isinstance(contents, list) or not contents:
         return "contents is not specified"
     calls = 0
@@ -13319,7 +14312,7 @@ def _sim_check_contents(contents: Any) -> str | None:
         for part in parts:
             if sum(kind in part for kind in _PART_KINDS) != 1:
                 return "required oneof field 'data' must have one initialized field"
-            if part.get("text") == "" and not part.get("thought"):
+            if part.get("text") == "" and is_enveloped and not part.get("thought"):
                 return "text content blocks must be non-empty"
         answers = sum("functionResponse" in p for p in parts)
         if answers != calls:
@@ -13365,6 +14358,32 @@ def _sim_check_signatures(contents: list, family: str, is_thinking: bool) -> str
     return None
 
 
+_SIM_SNAKE = {n: re.sub("_(.)", lambda m: m[1].upper(), n) for n in (
+    "include_thoughts", "thinking_budget", "thinking_level", "thinking_config", "stop_sequences",
+    "generation_config", "system_instruction", "tool_config", "function_declarations",
+    "parameters_json_schema", "function_calling_config", "allowed_function_names", "google_search",
+    "response_schema", "response_json_schema", "response_mime_type", "max_output_tokens")}
+
+
+def sim_camel(value: Any) -> Any:
+    """The body with names in camel case: the Gemini API takes both kinds."""
+    if isinstance(value, dict):
+        return {_SIM_SNAKE.get(k, k): sim_camel(v) for k, v in value.items()}
+    return [sim_camel(v) for v in value] if isinstance(value, list) else value
+
+
+def sim_from_key(body: Mapping) -> dict:
+    """The body of the Gemini API as Cloud Code would have it: its SDKs tell a streamed answer in as
+    many contents as it had chunks."""
+    inner, contents = sim_camel(body), []
+    for content in inner.get("contents") or ():
+        if contents and contents[-1]["role"] == content.get("role"):
+            contents[-1]["parts"] += content["parts"]
+        else:
+            contents.append({**content, "parts": list(content.get("parts") or ())})
+    return {**inner, "contents": contents}
+
+
 def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str | None:
     """Why the service would answer 400 to this request, None when it would not."""
     unknown = inner.keys() - _INNER_KEYS
@@ -13387,7 +14406,7 @@ def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str 
         if inner["contents"] and inner["contents"][-1].get("role") != "user":
             return ("This model does not support assistant message prefill. The conversation must "
                     "end with a user message.")
-    text = _sim_check_contents(inner.get("contents"))
+    text = _sim_check_contents(inner.get("contents"), is_enveloped)
     if text:
         return text
     for tool in inner.get("tools", ()):
@@ -13395,7 +14414,8 @@ def sim_refuses(inner: Mapping, model: Model | None, is_enveloped: bool) -> str 
             where = f"request.tools[0].function_declarations[{position}]"
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}", row.get("name", "")):
                 return f"Invalid function name at '{where}'"
-            text = sim_check_schema(row.get("parameters"), where + ".parameters")
+            text = sim_check_schema(row["parameters"], where + ".parameters") if (
+                is_enveloped or "parameters" in row) else None      # the Gemini API has two forms
             if text:
                 return text
     return _sim_check_signatures(inner["contents"], family, bool(budget))
@@ -13461,6 +14481,8 @@ def sim_from_native(body: Mapping) -> dict:
         for block in _native_blocks(message):
             if block["type"] == "text":
                 parts.append({"text": block["text"]})
+            elif block["type"] in ("image", "document"):
+                parts.append({"inlineData": {}})
             elif block["type"] == "tool_use":
                 names[block["id"]] = block["name"]
                 parts.append({"functionCall": {"name": block["name"], "args": block["input"]}})
@@ -13474,9 +14496,14 @@ def sim_from_native(body: Mapping) -> dict:
     tools = [{"name": t["name"], "parameters": t.get("input_schema") or {}}
              for t in body.get("tools", ()) if "name" in t]
     choice = object_of(body.get("tool_choice"))
-    calling = {"mode": "ANY", "allowedFunctionNames": [choice["name"]]} if "name" in choice else {}
+    calling = {"mode": "ANY", **({"allowedFunctionNames": [choice["name"]]} if "name" in choice
+                                 else {})} if choice.get("type") in ("any", "tool") else {}
     system = body.get("system") or ""
+    form = object_of(body.get("output_format")
+                     or object_of(body.get("output_config")).get("format"))
     return {"contents": contents, "tools": [{"functionDeclarations": tools}],
+            "generationConfig": {"responseSchema": form.get("schema"),
+                                 "stopSequences": body.get("stop_sequences", ())},
             "toolConfig": {"functionCallingConfig": calling},
             "systemInstruction": {"parts": [{"text": json_encode(system)}]}}
 
@@ -13517,7 +14544,7 @@ def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
         if name in meant and (name in required or kind):
             arguments[name] = meant[name]
         elif name in required:
-            values = child.get("enum") or [_SIM_VALUES[child.get("type", "string")]]
+            values = child.get("enum") or [_SIM_VALUES[child.get("type", "string").lower()]]
             arguments[name] = values[0]
     if kind == "read":
         arguments = {n: v for n, v in arguments.items() if v == path or n in required}
@@ -13528,6 +14555,8 @@ def _sim_steps(prompt: str, inner: Mapping) -> list[tuple[str, dict]]:
     """(tool name, arguments) of every call the prompt asks for, in its order."""
     tools = [row for tool in inner.get("tools", ())
              for row in tool.get("functionDeclarations", ())]
+    tools = [{**t, "parameters": t.get("parameters") or t.get("parametersJsonSchema") or {}}
+             for t in tools]
     calling = inner.get("toolConfig", {}).get("functionCallingConfig", {})
     if calling.get("mode") == "ANY":
         allowed = calling.get("allowedFunctionNames")
@@ -13558,14 +14587,21 @@ def _sim_texts(content: Mapping) -> list[str]:
             and not p["text"].lstrip().startswith("<system-reminder>")]
 
 
-def _sim_value(schema: Mapping, prompt: str) -> Any:
+def _sim_value(schema: Mapping, prompt: str, defs: Mapping = {}) -> Any:
     """A JSON value of a schema, for requests that want structured output."""
-    kind = schema.get("type", "string")
+    defs = schema.get("$defs", defs)
+    if "$ref" in schema:
+        return _sim_value(defs[schema["$ref"].rpartition("/")[2]], prompt, defs)
+    if schema.get("anyOf"):
+        return _sim_value(schema["anyOf"][0], prompt, defs)
+    kind = str(schema.get("type", "string")).lower()
     if schema.get("enum"):
         return schema["enum"][0]
     if kind == "object":
-        return {name: _sim_value(child, prompt)
+        return {name: _sim_value(child, prompt, defs)
                 for name, child in schema.get("properties", {}).items()}
+    if kind == "array":
+        return [_sim_value(schema["items"], prompt, defs)] if "items" in schema else []
     return prompt[:40] or "demo" if kind == "string" else _SIM_VALUES[kind]
 
 
@@ -13582,7 +14618,7 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
     system = inner.get("systemInstruction", {}).get("parts", ())
     wanted = next(filter(None, (str(text).partition(
         "JSON value of this schema and nothing else: ")[2]
-        for text in (prompt, *(p.get("text") for p in system)))), "")
+        for text in (*_sim_texts(contents[last]), *(p.get("text") for p in system)))), "")
     if schema or wanted:
         with contextlib.suppress(ValueError):       # the prompt only spoke of a schema
             return [[{"text": json_encode(_sim_value(schema or json.loads(wanted), prompt))}]]
@@ -13602,6 +14638,8 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
         text = ("".join(f"{n} " for n in range(1, int(count[1]) + 1)) if count else
                 f"This is the simulated upstream. {f'I see {images} image(s). ' if images else ''}"
                 f"You said: {prompt[:200]}")
+    for stop in config.get("stopSequences", ()):
+        text = text.partition(stop)[0]
     words = re.findall(r"\S+\s*|\s+", text)
     return [[{"text": "".join(words[i:i + 3])}]
             for i in range(0, len(words), 3)] or [[{"text": "."}]]
@@ -13611,7 +14649,8 @@ def sim_native_answer(body: Mapping) -> dict:
     """The whole Message: a signed thought where thinking is on, then what the agent says."""
     content: list[dict] = []
     if object_of(body.get("thinking")).get("type") in ("enabled", "adaptive"):
-        thought = "Thinking about the request."
+        thought = "" if body["thinking"].get("display") == "omitted" else (
+            "Thinking about the request.")
         content.append({"type": "thinking", "thinking": thought,
                         "signature": sim_native_signature(thought)})
     parts = [part for batch in sim_agent(sim_from_native(body)) for part in batch]
@@ -13776,14 +14815,15 @@ def sim_from_openai(body: Mapping) -> dict:
         elif role in ("user", "assistant"):
             add("model" if role == "assistant" else "user", _sim_parts(item.get("content")))
             for row in item.get("tool_calls") or ():
-                call(row["id"], row["function"]["name"], row["function"]["arguments"])
+                inner = row[row["type"]]
+                call(row["id"], inner["name"], inner.get("arguments") or inner.get("input"))
     rows = [t for item in (given if isinstance(given, list) else ())
             for t in (item.get("tools") or () if item.get("type") == "additional_tools" else ())]
     rows = [inner for t in [*(body.get("tools") or ()), *rows] for inner in t.get("tools", [t])]
     tools = [{"name": f["name"], "parameters": f.get("parameters") or {
         "properties": {"input": {"type": "string"}}, "required": ["input"]},
         "is_custom": t["type"] == "custom"}
-        for t in rows for f in [t.get("function", t)] if "name" in f]
+        for t in rows for f in [t.get(t["type"], t)] if "name" in f]
     choice = body.get("tool_choice")
     named = object_of(object_of(choice).get("function") or choice).get("name")
     forced = named or choice == "required"
@@ -13792,7 +14832,8 @@ def sim_from_openai(body: Mapping) -> dict:
     calling = {"mode": "ANY", **({"allowedFunctionNames": [named]} if named else {})}
     return {"contents": contents or [{"role": "user", "parts": [{"text": "."}]}],
             "tools": [{"functionDeclarations": tools}],
-            "generationConfig": {"responseSchema": schema} if schema else {},
+            "generationConfig": {"responseSchema": schema, "stopSequences": [
+                stop] if isinstance(stop := body.get("stop") or [], str) else stop},
             "toolConfig": {"functionCallingConfig": calling if forced else {}},
             "systemInstruction": {"parts": [{"text": json_encode(body)[:20000]}]}}
 
@@ -13800,6 +14841,7 @@ def sim_from_openai(body: Mapping) -> dict:
 def sim_chat_answer(body: Mapping) -> tuple[dict, list[dict]]:
     """(the message, its deltas) of a Chat answer."""
     inner = sim_from_openai(body)
+    custom = {t["name"] for t in inner["tools"][0]["functionDeclarations"] if t["is_custom"]}
     deltas: list[dict] = [{"role": "assistant", "content": ""}]
     message: dict = {"role": "assistant", "content": None}
     if body.get("reasoning_effort") not in (None, "none"):
@@ -13813,12 +14855,14 @@ def sim_chat_answer(body: Mapping) -> tuple[dict, list[dict]]:
                 continue
             calls = message.setdefault("tool_calls", [])
             text = json_encode(part["functionCall"]["args"])
-            row = {"id": "call_sim" + os.urandom(8).hex(), "type": "function",
-                   "function": {"name": part["functionCall"]["name"], "arguments": text}}
-            deltas.append({"tool_calls": [{"index": len(calls), **row, "function": {
-                **row["function"], "arguments": ""}}]})
-            deltas += [{"tool_calls": [{"index": len(calls),
-                                        "function": {"arguments": text[at:at + 9]}}]}
+            name, kind, key = part["functionCall"]["name"], "function", "arguments"
+            if name in custom:
+                kind, key, text = "custom", "input", str(part["functionCall"]["args"]["input"])
+            row = {"id": "call_sim" + os.urandom(8).hex(), "type": kind,
+                   kind: {"name": name, key: text}}
+            deltas.append({"tool_calls": [{"index": len(calls), **row, kind: {
+                "name": name, key: ""}}]})
+            deltas += [{"tool_calls": [{"index": len(calls), kind: {key: text[at:at + 9]}}]}
                        for at in range(0, len(text), 9)]
             calls.append(row)
     return message, deltas
@@ -13871,8 +14915,11 @@ def sim_response(body: Mapping) -> dict:
     prompt, spent = len(json_encode(body)) // 4, len(json_encode(output)) // 4
     return {"id": "resp_sim" + os.urandom(8).hex(), "object": "response", "created_at": 1795000000,
             "status": "completed", "error": None, "incomplete_details": None,
-            "model": body["model"], "output": output, "metadata": {}, "usage": {
-                "input_tokens": prompt, "input_tokens_details": {"cached_tokens": 3},
+            "model": body["model"], "output": output, "metadata": {},
+            "parallel_tool_calls": True, "tool_choice": body.get("tool_choice", "auto"),
+            "tools": body.get("tools", []), "usage": {
+                "input_tokens": prompt,
+                "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0},
                 "output_tokens": spent, "output_tokens_details": {"reasoning_tokens": 2},
                 "total_tokens": prompt + spent}}
 
@@ -13901,10 +14948,11 @@ def sim_response_events(response: Mapping) -> Iterator[dict]:
         if part:
             kind = "content_part" if item["type"] == "message" else "reasoning_summary_part"
             yield {"type": f"response.{kind}.added", **place, "part": {**part, "text": ""}}
+        more = {"logprobs": []} if item["type"] == "message" else {}
         for at in range(0, len(text), 12):
-            yield {"type": name + ".delta", **place, "delta": text[at:at + 12]}
+            yield {"type": name + ".delta", **place, "delta": text[at:at + 12], **more}
         done = "text" if part else "arguments" if "arguments" in item else "input"
-        yield {"type": name + ".done", **place, done: text}
+        yield {"type": name + ".done", **place, done: text, **more}
         if part:
             yield {"type": f"response.{kind}.done", **place, "part": part}
         yield {"type": "response.output_item.done", "output_index": index, "item": item}
@@ -14245,7 +15293,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
     def _generate(self, account: SimAccount, body: dict, key_model: str | None,
                   is_whole: bool = False) -> None:
         server, is_enveloped = self.server, key_model is None
-        inner = body.get("request") if is_enveloped else body
+        inner = body.get("request") if is_enveloped else sim_from_key(body)
         name = body.get("model") if is_enveloped else urllib.parse.unquote(key_model)
         is_cli = "user_prompt_id" in body
         model = next((m for m in MODELS.values() if name == (
@@ -14406,8 +15454,11 @@ class SimUpstream(http.server.ThreadingHTTPServer):
 
 def sim_provider(sim: SimUpstream, provider: Provider) -> Provider:
     """The row with every address of the simulator in place of its own."""
+    ends = tuple((d, (sim.url + "/v1" * (d in ("chat", "responses")),)) for d, _ in (
+        (provider.dialect, ()), *provider.endpoints))
     return provider._replace(
-        base_urls=(sim.url,), token_url=sim.url + "/token", auth_url=sim.url + "/auth",
+        base_urls=ends[0][1], endpoints=ends[1:], quota="",
+        token_url=sim.url + "/token", auth_url=sim.url + "/auth",
         userinfo_url=sim.url + "/userinfo", client_id="sim-client", client_secret="sim-secret")
 
 
@@ -14529,7 +15580,7 @@ def touch_account(services: Services, candidate: Candidate) -> None:
     """One small request, so that a quota window begins; its answer is of no interest."""
     class Nobody:
         """The client of a request that nobody waits for."""
-        route, more_headers, state, pipe = "", {}, None, None
+        route, more_headers, headers, state, pipe = "", {}, {}, None, None
 
         def wait(self, sock: Any, seconds: float) -> None:
             if not readable([sock], min(seconds, 30)):
@@ -14568,10 +15619,11 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
         pool.replace([account_from_row(row, edited.providers) for row in edited.accounts],
                      edited.settings)
     file = AccountsFile(path, flags, log, apply)
-    connections = ConnectionCache(clock, os.environ)
+    connections = ConnectionCache(clock, os.environ, lambda: services.config.settings)
     tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
     services = Services(config, pool, connections, clock, log, Meters(), Memory(clock, state),
-                        tokens, Calibration(clock, state), state, simulator=sim.url if sim else "")
+                        tokens, Calibration(clock, state), state, Replies(clock, state),
+                        simulator=sim.url if sim else "")
     services.keeper = Keeper(pool, tokens, file.watch, log,
                              lambda candidate: touch_account(services, candidate))
     try:
@@ -14616,9 +15668,20 @@ def offline(args: argparse.Namespace) -> contextlib.AbstractContextManager[Servi
 
 def client_variables(client: str, url: str, key: str) -> dict[str, str]:
     """What a client is started with; claude takes the key as a token only."""
-    row = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": key or "agproxy"}
-    more = {} if os.path.basename(client) == "claude" else {"ANTHROPIC_API_KEY": key or "agproxy"}
-    return {**row, **more}
+    key = key or "agproxy"
+    row = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": key, "OPENAI_BASE_URL": url + "/v1",
+           "OPENAI_API_KEY": key, "AGPROXY_KEY": key, "GOOGLE_GEMINI_BASE_URL": url,
+           "GEMINI_API_KEY": key}
+    return row if os.path.basename(client) == "claude" else {**row, "ANTHROPIC_API_KEY": key}
+
+
+def client_options(client: str, url: str) -> list[str]:
+    """What must stand on the command line of a client that reads no variables."""
+    if os.path.basename(client) != "codex":
+        return []
+    provider = (f'{{name="agproxy",base_url="{url}/v1",env_key="AGPROXY_KEY",'
+                'wire_api="responses"}')
+    return ["-c", "model_providers.agproxy=" + provider, "-c", 'model_provider="agproxy"']
 
 
 def server_url(server: ProxyServer) -> str:
@@ -14682,7 +15745,9 @@ def command_serve(args: argparse.Namespace) -> int:
         policies = {a.provider.policy for a in server.services.pool.accounts} - {""}
         say(*(f"terms     {policy}" for policy in sorted(policies)))
         key = "$PROXY_API_KEY" if config.api_key else "agproxy"
-        say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude")
+        say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
+            f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
+            f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
         if server.services.simulator:
             say(f"simulator {server.services.simulator}  "
                 """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
@@ -14704,9 +15769,11 @@ def command_run(args: argparse.Namespace) -> int:
     with open(args.log_file or os.devnull, "a", encoding="utf-8") as out:
         with running_proxy(args, out) as server:
             key = server.services.config.api_key
-            environment = {**os.environ, **client_variables(args.client, server_url(server), key)}
+            url = server_url(server)
+            environment = {**os.environ, **client_variables(args.client, url, key)}
+            options = client_options(args.client, url)
             signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C belongs to the client
-            child = subprocess.Popen([client, *args.arguments], env=environment)
+            child = subprocess.Popen([client, *options, *args.arguments], env=environment)
             signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
             code = child.wait()
             server.services.config.settings["drain_s"] = 1.0    # nobody is left to wait for
@@ -14760,7 +15827,7 @@ def read_secret(option: str | None, prompt: str) -> str:
 def browser_login(args: argparse.Namespace, provider: Provider,
                   connections: ConnectionCache) -> tuple[dict, dict]:
     """(token answer, client cells to store) of a sign-in by browser, by paste, or both at once."""
-    clients = oauth_clients(provider, os.environ)
+    clients = oauth_clients(provider, os.environ) if provider.scopes else [("", "")]
     is_found = not clients
     clients = clients or discover_clients(provider, os.environ)
     if not clients:
@@ -14837,6 +15904,8 @@ def show_readings(args: argparse.Namespace, name: str | None, max_age_s: float =
         read_at = {(row["name"], q["pool"]): q["read_at"] for row in found.pool.report()
                    for q in row["quotas"]}
         for account in chosen:
+            if account.provider.quota and not found.pool.is_stopped(account):
+                found.keeper.read_key(account)
             for provider in account.providers if account.provider.envelope else ():
                 is_old = now - read_at.get((account.label, provider.id), 0) > max_age_s or (
                     max_age_s < 1e9 and found.pool.has_stated_limit((account.name, provider.id)))
@@ -14859,14 +15928,18 @@ def account_add(args: argparse.Namespace) -> int:
     if provider is None or not provider.base_urls:
         known = ", ".join(p for p, r in config.providers.items() if r.base_urls)
         raise ConfigError(f"--provider: one of {known} is required, not {args.provider}")
-    connections, cells = ConnectionCache(Clock(), os.environ), {}
+    connections, cells = ConnectionCache(Clock(), os.environ, lambda: config.settings), {}
     row = {"name": args.name, "provider": provider.id, "project": args.project}
     is_key = provider.auth != "oauth"
     if args.refresh_token if is_key else args.key:
         wanted = "a key: --key -" if is_key else "a sign-in, or --refresh-token -"
         raise ConfigError(f"{provider.id} takes {wanted}")
-    if is_key:
-        row["api_key"] = read_secret(args.key, f"API key for {provider.id}: ")
+    if is_key and provider.auth_url and not args.key and sys.stdin.isatty():
+        agree(provider)
+        row["api_key"] = browser_login(args, provider, connections)[0]["key"]
+    elif is_key:
+        is_keyless = provider.id in KEYLESS and not args.key
+        row["api_key"] = "" if is_keyless else read_secret(args.key, f"API key for {provider.id}: ")
         agree(provider)
     elif args.refresh_token:
         row["refresh_token"], _, told = read_secret(args.refresh_token, "").partition("|")
@@ -15087,9 +16160,8 @@ def command_why(args: argparse.Namespace) -> int:
 def command_explain(args: argparse.Namespace) -> int:
     """What would happen to a request for this model now: a dry run, nothing is sent."""
     with offline(args) as found:
-        models = found.pool.models_for(args.model, found.config.aliases,
-                                       model_variant(args.model)[0])
-        chosen, reason, sheet = found.pool.explain(found.pool.candidates(*models))
+        models, candidates, _ = found.plan(args.model)
+        chosen, reason, sheet = found.pool.explain(candidates)
         now = found.clock.now()
     told = ", else ".join(f"{model.id} ({model.label})" for model in models)
     say(f"{args.model} -> {told}", *sheet_lines(sheet_rows(sheet, now)))
@@ -15098,6 +16170,134 @@ def command_explain(args: argparse.Namespace) -> int:
         return 5 if sheet else 4
     say(f"would use {chosen.candidate.account.label} ({chosen.candidate.provider.id}): {reason}")
     return 0
+
+
+# Routing
+
+def routing_lines(config: Config) -> list[str]:
+    """Aliases, groups, roles and rules as they are in force."""
+    lines = [f"alias  {name} -> {', '.join(to)}" for name, to in sorted(config.aliases.items())]
+    for name, group in sorted(config.groups.items()):
+        lines.append(f"group  {name} ({group.strategy})")
+        for number, item in enumerate(group.items, 1):
+            cells = {c: v for c, v in item._asdict().items() if c != "model" and v not in ("", 1.0)}
+            lines.append(f"    {number}. {item.model}"
+                         + "".join(f"  {cell}={value}" for cell, value in cells.items()))
+    for role, (to, over) in config.routes.items():
+        lines.append(f"route  {role}{f' over {over} tokens' if role == 'long_context' else ''}"
+                     f" -> {to}")
+    for number, rule in enumerate(config.rules, 1):
+        told = {c: v for c, v in rule._asdict().items() if v and c != "when"}
+        lines.append(f"rule   {number}. when {json_encode(rule.when)}: {json_encode(told)}")
+    return lines
+
+
+def edit_routing(args: argparse.Namespace, change: Callable[[dict], Any]) -> int:
+    """Changes the accounts file, which is validated whole, and says what it is now."""
+    edit_accounts(config_path(args.accounts, os.environ), change)
+    say(*routing_lines(load_config(config_path(args.accounts, os.environ), {}, os.environ)))
+    return 0
+
+
+def command_routes(args: argparse.Namespace) -> int:
+    """What is routed where; with a role and a name, sets that role."""
+    if args.role and args.role not in ROUTE_ROLES:
+        raise ConfigError(f"a role is one of {', '.join(ROUTE_ROLES)}, not {args.role}")
+    if args.role:
+        def change(stored: dict) -> None:
+            routes = stored.setdefault("routes", {})
+            if args.to is None:
+                routes.pop(args.role, None)
+            else:
+                routes[args.role] = {"over_tokens": args.over, "to": args.to} if args.over else (
+                    args.to)
+        return edit_routing(args, change)
+    lines = routing_lines(load_config(config_path(args.accounts, os.environ), {}, os.environ))
+    say(*lines or ["Nothing is routed: each model is served by the accounts that have it.",
+                   "Begin with: python3 agproxy.py alias NAME MODEL"])
+    return 0
+
+
+def command_alias(args: argparse.Namespace) -> int:
+    """Lists aliases; sets one; without targets removes it."""
+    if args.name is None:
+        return command_routes(argparse.Namespace(**{**vars(args), "role": None}))
+
+    def change(stored: dict) -> None:
+        aliases = stored.setdefault("aliases", {})
+        if not args.models and args.name not in aliases:
+            raise ConfigError(f"there is no alias {args.name}")
+        aliases.pop(args.name, None)
+        if args.models:
+            aliases[args.name] = args.models[0] if len(args.models) == 1 else args.models
+    return edit_routing(args, change)
+
+
+def group_of(stored: dict, name: str) -> list:
+    """The members of a stored group; raises ConfigError where there is none."""
+    group = object_of(stored.get("groups")).get(name)
+    if group is None:
+        names = ", ".join(object_of(stored.get("groups"))) or "none"
+        raise ConfigError(f"there is no group {name}; there are: {names}")
+    return group["models"]
+
+
+def member_at(models: list, text: str) -> int:
+    """The place of a member given by its number or name; raises ConfigError."""
+    names = [m if isinstance(m, str) else str(m.get("model")) for m in models]
+    if text.isdecimal() and 1 <= int(text) <= len(models):
+        return int(text) - 1
+    if text not in names:
+        raise ConfigError(f"{text} is not in the group; there are: {', '.join(names)}")
+    return names.index(text)
+
+
+def group_create(stored: dict, args: argparse.Namespace) -> None:
+    if args.name in stored.setdefault("groups", {}):
+        raise ConfigError(f"there is a group {args.name} already")
+    stored["groups"][args.name] = {"strategy": args.strategy, "models": args.models}
+
+
+def group_move(stored: dict, args: argparse.Namespace) -> None:
+    models = group_of(stored, args.name)
+    if len(args.models) != 2 or not args.models[1].isdecimal():
+        raise ConfigError("groups move NAME MEMBER POSITION")
+    member = models.pop(member_at(models, args.models[0]))
+    models.insert(int(args.models[1]) - 1, member)
+
+
+def group_remove(stored: dict, args: argparse.Namespace) -> None:
+    models = group_of(stored, args.name)
+    for text in args.models:
+        del models[member_at(models, text)]
+    if not models:
+        raise ConfigError(f"the group would be empty; groups delete {args.name} removes it")
+
+
+def group_delete(stored: dict, args: argparse.Namespace) -> None:
+    group_of(stored, args.name)
+    del stored["groups"][args.name]
+
+
+GROUP_ACTIONS = {       # name -> (change of the stored object, help, whether it takes models)
+    "create": (group_create, "a new group of MODELs, in their order", True),
+    "add": (lambda stored, args: group_of(stored, args.name).extend(args.models),
+            "MODELs behind those there are", True),
+    "move": (group_move, "MEMBER (number or name) to POSITION", True),
+    "remove": (group_remove, "MEMBERs out of it", True),
+    "delete": (group_delete, "the whole group", False),
+    "test": (None, "which account would serve it now", False),
+    "list": (None, "all groups, aliases, routes and rules", False),
+}
+
+
+def command_groups(args: argparse.Namespace) -> int:
+    if args.action == "test":
+        args.model = args.name
+        return command_explain(args)
+    if args.action in (None, "list"):
+        return command_routes(argparse.Namespace(**{**vars(args), "role": None}))
+    return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
 
 
 def rooms(path: str) -> list[tuple[int, int, str]]:
@@ -15126,6 +16326,9 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
     "quota": (command_quota, "what is left, until when, and how fast it goes", False),
     "why": (command_why, "why a request went where it went: why REQUEST-ID, or why last", False),
     "explain": (command_explain, "which account would serve a model now", False),
+    "routes": (command_routes, "which role or rule sends what where: routes [ROLE [MODEL]]", False),
+    "groups": (command_groups, "create, add, move, remove, test, list, delete groups", False),
+    "alias": (command_alias, "names for models: alias [NAME [MODEL ...]]", False),
     "models": (command_models, "list models and the accounts that serve them", False),
     "map": (command_map, "print the rooms of this file with their lines", False),
     "version": (command_version, "print the version", False),
@@ -15172,6 +16375,20 @@ def _add_account_actions(command: argparse.ArgumentParser) -> None:
             action.add_argument("--key", metavar="-", help="`-` reads it from stdin")
 
 
+def _add_group_actions(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION")
+    for name, (_, about, has_models) in GROUP_ACTIONS.items():
+        action = actions.add_parser(name, help=about, description=about)
+        action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
+                            help="accounts.json to use")
+        if name != "list":
+            action.add_argument("name", metavar="NAME")
+        if has_models:
+            action.add_argument("models", nargs="+", metavar="MODEL")
+        if name == "create":
+            action.add_argument("--strategy", default="priority", choices=GROUP_STRATEGIES)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agproxy.py", description="Any AI coding client on any model account you own.",
@@ -15201,6 +16418,15 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("id", metavar="REQUEST-ID", help="or `last`")
         if name == "explain":
             command.add_argument("model")
+        if name == "routes":
+            command.add_argument("role", nargs="?", metavar="ROLE", help=", ".join(ROUTE_ROLES))
+            command.add_argument("to", nargs="?", metavar="MODEL", help="none removes the role")
+            command.add_argument("--over", type=int, metavar="TOKENS", help="of long_context")
+        if name == "alias":
+            command.add_argument("name", nargs="?", metavar="NAME", help="may hold `*`")
+            command.add_argument("models", nargs="*", metavar="MODEL", help="none removes it")
+        if name == "groups":
+            _add_group_actions(command)
     return parser
 
 

@@ -17,7 +17,8 @@ def run_in_private_venv(arguments):
     import venv
     base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or os.path.join(
         os.path.expanduser("~"), ".cache")
-    packages = ["pytest"] + (["anthropic"] if os.environ.get("AGPROXY_TEST_SDKS") else [])
+    packages = ["pytest"] + (["anthropic", "openai", "google-genai"] if os.environ.get(
+        "AGPROXY_TEST_SDKS") else [])
     folder = os.path.join(base, "agproxy", "tests-%d.%d%s" % (*sys.version_info[:2], "-sdk" * (len(packages) > 1)))
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
     marker = os.path.join(folder, "ready")
@@ -39,11 +40,14 @@ except ImportError:
     raise
 
 import ast
+import asyncio
 import base64
 import collections
 import contextlib
+import enum
 import http.client
 import http.server
+import itertools
 import json
 import random
 import re
@@ -78,6 +82,10 @@ def every_split(data):
         yield [data[:i], data[i:]]
 
 
+def lines_of_nobody(text):
+    """Where a database in memory tells its troubles."""
+
+
 class Proxy:
     """A proxy with its simulated upstream, both in this process on free ports."""
 
@@ -88,7 +96,7 @@ class Proxy:
         config = ag.sim_config(self.sim, config)
         if provider:        # one for all accounts, or a provider for each
             wanted = provider if isinstance(provider, dict) else dict.fromkeys(accounts, provider)
-            rows = {p: config.providers[p]._replace(base_urls=(self.sim.url,)) for p in wanted.values()}
+            rows = {p: config.providers[p]._replace(base_urls=(self.sim.url,), endpoints=()) for p in wanted.values()}
             config = ag.replace(config, providers={**config.providers, **rows}, accounts=tuple(
                 {"name": n, "provider": p, **({"refresh_token": "1//sim-refresh-" + n} if p == "sim" else {
                     "api_key": "sim-key-" + n})} for n, p in wanted.items()))
@@ -102,6 +110,8 @@ class Proxy:
         tokens = ag.Tokens(connections, clock, ag.small_call_error, "", lambda *a: self.rotated.append(a))
         self.services = ag.Services(config, self.pool, connections, clock, self.log, ag.Meters(), ag.Memory(clock), tokens,
                                     ag.Calibration(clock))
+        self.memory = ag.State("", lines_of_nobody)
+        self.services.replies = ag.Replies(clock, self.memory)
         self.server = ag.ProxyServer(self.services, "127.0.0.1", 0)
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True).start()
@@ -112,6 +122,7 @@ class Proxy:
         self.server.drain(1)
         stopping.join()
         self.log.close()
+        self.memory.close()
         self.lines.close()
 
     def call(self, method, path, body=None, headers=None):
@@ -3038,7 +3049,7 @@ def tls_proxy(make_proxy, tmp_path):
         sock, address = plain()
         return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), address
     proxy.sim.get_request = get_request
-    proxy.services.connections._tls = ssl.create_default_context(cafile=str(tmp_path / "pair.pem"))
+    proxy.services.connections._tls[""] = ssl.create_default_context(cafile=str(tmp_path / "pair.pem"))
     url = proxy.sim.url.replace("http:", "https:")
     for account in proxy.pool.accounts:
         account.provider = account.provider._replace(base_urls=(url,), token_url=url + "/token")
@@ -3066,7 +3077,7 @@ def test_a_client_that_leaves_a_silent_tls_upstream_is_noticed(tls_proxy):
 
 def test_an_upstream_with_a_wrong_certificate_is_not_spoken_to(tls_proxy):
     import ssl
-    tls_proxy.services.connections._tls = ssl.create_default_context()
+    tls_proxy.services.connections._tls[""] = ssl.create_default_context()
     status, _, body = tls_proxy.ask()
     assert status == 502 and "cannot be reached" in body["error"]["message"]
     assert tls_proxy.sim.accounts["a"].calls == 0
@@ -3245,7 +3256,7 @@ def staged(make_proxy):
         proxy = make_proxy({"a": None}, **settings)
         proxy.upstream = Upstream(*script or (OK,))
         made.append(proxy.upstream)
-        row = proxy.services.config.providers[provider]._replace(base_urls=(proxy.upstream.url,))
+        row = proxy.services.config.providers[provider]._replace(base_urls=(proxy.upstream.url,), endpoints=())
         secret = "access_token" if row.auth == "oauth" else "api_key"
         proxy.pool.replace([ag.account_from_row({"name": name, "provider": provider, secret: "key-of-" + name}, {
             provider: row}) for name in accounts], proxy.services.config.settings)
@@ -3722,7 +3733,7 @@ ENDINGS = [     # sentence, what follows the first words, the error's type
 def test_an_answer_that_breaks_ends_as_an_error_and_closes(staged, steps, kind):
     proxy = staged(says(WORDS, *steps))
     body = json.dumps({"model": G[1], "max_tokens": 99, "stream": True, "messages": [U]}).encode()
-    out = proxy.raw(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body, wait=False)    # to the connection's end
+    out = proxy.raw(POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body, wait=False)
     assert check_anthropic_stream(decoded(out)) == ([[wrote(""), "so far"]], kind) and len(proxy.upstream.heard) == 1
 
 
@@ -4789,6 +4800,566 @@ def test_what_comes_from_anthropic_through_the_neutral_form_means_the_same():
             assert {n: out["usage"][n] for n in message["usage"]} == message["usage"], seed
 
 
+# Many services behind one pool: routing, state, network ----------------------
+
+
+def openai_upstream(proxy, provider="openai", dialect="responses", **cells):
+    """The proxy's only account, at the simulator's OpenAI."""
+    row = ag.PROVIDERS[provider]._replace(dialect=dialect, base_urls=(proxy.sim.url + "/v1",), endpoints=(), **cells)
+    proxy.pool.replace([ag.account_from_row({"name": "o", "provider": provider, "api_key": "sim-key-a"}, {provider: row})],
+                       proxy.services.config.settings)
+    return row
+
+
+def routed(proxy, stored, environ=None):
+    """The proxy under an accounts file's routing parts, its accounts staying."""
+    old = proxy.services.config
+    new = ag.load_config("x", {}, environ or {}, {"settings": {}, **stored})
+    providers = {name: row._replace(base_urls=(proxy.sim.url,), endpoints=()) if row.base_urls or name == "sim" else row
+                 for name, row in new.providers.items()}
+    proxy.services.config = ag.replace(old, aliases=new.aliases, groups=new.groups, routes=new.routes, rules=new.rules,
+                                       providers=providers, settings={**old.settings, **{
+                                           k: v for k, v in new.settings.items() if k in stored.get("settings", {})}})
+    proxy.pool.settings = proxy.services.config.settings
+    proxy.pool._prepared = {}
+    return proxy
+
+
+def served_by(proxy, model, **fields):
+    status, headers, body = proxy.ask(model=model, **fields)
+    return headers.get("x-agproxy-model", body), headers.get("x-agproxy-account")
+
+
+GROUPS = {"think-high": {"models": ["claude-opus-4-6-thinking", "gemini-pro-agent"]},
+          "cheap": {"strategy": "round-robin", "models": ["gemini-3-flash", "gemini-2.5-flash"]},
+          "both": {"models": ["think-high", {"model": "gemini-3-flash", "account": "b"}]},
+          "tagged": {"models": [{"model": "gemini-3-flash", "tag": "fast"}]},
+          "keyed": {"models": [{"model": "gemini-2.5-pro", "provider": "gemini"}, "gemini-3-flash"]}}
+
+
+def test_a_group_serves_by_its_first_member_that_can(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": GROUPS})
+    assert served_by(proxy, "think-high")[0] == "claude-opus-4-6-thinking"
+    for name in "abn":
+        proxy.sim.plan(name, "quota")
+    assert served_by(proxy, "Think-High")[0] == "gemini-pro-agent"
+    assert served_by(proxy, "keyed") == ("gemini-2.5-pro", "k")
+    assert [c.account.name for c in proxy.services.plan("both").candidates][-1] == "b"
+    with pytest.raises(ag.ProxyError, match="nobody serves nosuch|not known"):
+        routed(proxy, {"groups": {"g": {"models": ["nosuch-1"]}}}).services.plan("g")
+
+
+def test_members_are_ordered_by_the_strategy_and_stay_for_a_conversation(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": {**GROUPS, "dice": {"strategy": "weighted", "models": [
+        {"model": "gemini-3-flash", "weight": 9}, {"model": "gemini-2.5-flash", "weight": 1}]}}})
+    first = [proxy.services.plan("cheap", seed=str(n)).models[0].id for n in range(4)]
+    assert first == ["gemini-3-flash", "gemini-2.5-flash"] * 2
+    assert [proxy.services.plan("cheap", seed=str(n)).models[0].id for n in range(4)] == first
+    counts = collections.Counter(proxy.services.plan("dice", seed=str(n)).models[0].id for n in range(400))
+    assert 320 < counts["gemini-3-flash"] < 398
+    assert proxy.services.plan("dice", seed="7").models == proxy.services.plan("dice", seed="7").models
+
+
+def test_tags_and_accounts_choose_within_a_group(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": GROUPS})
+    assert proxy.services.plan("tagged").candidates == []
+    proxy.pool.accounts[1].tags = ("fast",)
+    assert [c.account for c in proxy.services.plan("tagged").candidates] == [proxy.pool.accounts[1]]
+
+
+@table("groups, told", [
+    ("no models", {"g": {"models": []}}, "groups.g.models"), ("a strategy", {"g": {"strategy": "best", "models": ["a"]}}, "strategy"),
+    ("a member", {"g": {"models": [{"provider": "x"}]}}, "a `model`"), ("a weight", {"g": {"models": [{"model": "a", "weight": "2"}]}}, "weight"),
+    ("a circle", {"a": {"models": ["b"]}, "b": {"models": ["c", "a"]}}, "contains itself: a > b > a")])
+def test_a_wrong_group_is_told(groups, told):
+    with pytest.raises(ag.ConfigError, match=told):
+        ag.load_config("x", {}, {}, {"groups": groups})
+
+
+@table("stored, told", [
+    ("a role", {"routes": {"think": 3}}, "routes.think"), ("a number", {"routes": {"long_context": {"to": "x", "over_tokens": 0}}}, "over_tokens"),
+    ("a condition", {"rules": [{"when": {"modle": "x"}, "to": "y"}]}, "modle is not known"),
+    ("its type", {"rules": [{"when": {"over_tokens": "9"}}]}, "conditions is required"),
+    ("a field", {"rules": [{"then": "y"}]}, "then is not known"), ("a set", {"rules": [{"set": []}]}, "set and default"),
+    ("a proxy", {"settings": {"proxy": "ftp://x"}}, "socks5"), ("one's own", {"accounts": [{"provider": "gemini", "api_key": "x", "proxy": "x:1"}]}, "socks5"),
+    ("an unknown model", {"settings": {"unknown_model": "ask"}}, "reject, default, pass")])
+def test_a_wrong_route_is_told(stored, told):
+    with pytest.raises(ag.ConfigError, match=told):
+        ag.load_config("x", {}, {}, stored)
+
+
+PICTURED = [said(attached(PNG), wrote("what is it"))]
+ROLES = {"routes": {"background": "gemini-2.5-flash", "think": "gemini-pro-agent", "image": "gemini-2.5-pro", "web_search": "gemini-3-flash",
+                     "long_context": {"over_tokens": 3000, "to": "gemini-3.1-pro-low"}, "default": "gemini-3.7-flash-low"}}
+
+
+@table("fields, expected", [
+    ("default", {}, "gemini-3.7-flash-low"), ("background", {"model": "claude-3-5-haiku-latest"}, "gemini-2.5-flash"),
+    ("think", {"thinking": {"type": "adaptive"}}, "gemini-pro-agent"), ("image", {"messages": PICTURED}, "gemini-2.5-pro"),
+    ("long", {"messages": [said(wrote("word " * 4000))], "thinking": {"type": "adaptive"}}, "gemini-3.1-pro-low"),
+    ("search", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "gemini-3-flash"),
+    ("a provider", {"model": "gemini/gemini-2.5-flash-lite"}, "gemini-2.5-flash-lite"), ("a group", {"model": "cheap"}, "gemini-3-flash")])
+def test_roles_say_what_serves(make_proxy, fields, expected):
+    proxy = routed(mixed(make_proxy), {**ROLES, "groups": GROUPS})
+    assert served_by(proxy, fields.pop("model", "claude-sonnet-4-5"), **fields)[0] == expected
+
+
+def test_rules_go_by_what_a_request_holds_and_come_before_roles(make_proxy):
+    proxy = routed(mixed(make_proxy), {**ROLES, "rules": [
+        {"when": {"headers": {"x-team": "red*"}, "streams": False}, "to": "gemini-2.5-pro"},
+        {"when": {"has_tools": True, "tool": "Ba*", "under_tokens": 10000}, "to": "claude-sonnet-4-6"},
+        {"when": {"model": "claude-opus-*", "client": "chat"}, "to": "gemini-3-flash"}]})
+    assert served_by(proxy, "claude-opus-4-8", tools=[tool()])[0] == "claude-sonnet-4-6"
+    status, headers, _ = proxy.call("POST", "/v1/messages", {"model": "x", "max_tokens": 5, "messages": [U]}, {"x-team": "Red-2"})
+    assert headers["x-agproxy-model"] == "gemini-2.5-pro" and headers["x-agproxy-route"].endswith("; rule 1")
+    assert served_by(proxy, "claude-opus-4-8")[0] == "gemini-3.7-flash-low"
+    chat = {"model": "claude-opus-4-8", "messages": [{"role": "user", "content": "hi"}]}
+    assert proxy.call("POST", "/v1/chat/completions", chat)[1]["x-agproxy-model"] == "gemini-3-flash"
+
+
+EDITS = [{"when": {"upstream": "gemini"}, "set": {"generationConfig.temperature": 0.5}, "default": {"generationConfig.topP": 0.25}, "system": "Be brief."},
+         {"when": {"provider": "anthropic"}, "set": {"metadata.user_id": "me"}, "drop": ["top_k"], "system": "Be kind.", "default": {"top_p": 0.9}}]
+
+
+def test_rules_change_the_body_that_goes_upstream(make_proxy):
+    proxy = routed(mixed(make_proxy), {"rules": EDITS})
+    proxy.ask(model="gemini-3-flash", temperature=1.0, top_p=0.75, system="Own.")
+    sent = proxy.sim.requests[-1][1]["request"]
+    assert sent["generationConfig"]["temperature"] == 0.5 and sent["generationConfig"]["topP"] == 0.75
+    assert [p["text"] for p in sent["systemInstruction"]["parts"]] == ["Be brief.", "Own."]
+    assert proxy.ask(model="claude-opus-4-8", top_k=3, temperature=0.1, system="Own.")[0] == 200
+    sent = proxy.sim.requests[-1][1]
+    assert sent["metadata"] == {"user_id": "me"} and "top_k" not in sent and sent["temperature"] == 0.1 and sent["top_p"] == 0.9
+    assert [b["text"] for b in sent["system"]] == ["Be kind.", "Own."]
+
+
+@table("dialect, expected", [
+    ("chat", "chat", lambda body: body["messages"][0] == {"role": "system", "content": "S"}),
+    ("responses", "responses", lambda body: body["instructions"] == "S"),
+    ("whole", "anthropic", lambda body: body["system"] == [{"type": "text", "text": "S"}])])
+def test_a_text_of_the_owner_stands_first_in_every_language(dialect, expected):
+    body = {"messages": [], "input": []}
+    assert expected(ag.prepended(body, "S", dialect))
+    assert ag.prepended({"instructions": "a"}, "S", "responses")["instructions"] == "S\n\na"
+
+
+def test_a_name_may_say_its_provider(make_proxy):
+    proxy = mixed(make_proxy)
+    assert served_by(proxy, "gemini/gemini-3-flash") == ("gemini-3-flash", "k")
+    assert served_by(proxy, "sim/gemini-3-flash")[1] in ("a", "b")
+    assert served_by(proxy, "anthropic/brand-new-1") == ("brand-new-1", "n")
+    proxy.pool.note_facts(("n", "anthropic"), ag.Facts("", "", "", (ag.model_from_id("gemini/odd"),), 1e12))
+    assert served_by(proxy, "gemini/odd")[1] == "n"      # a listed name is that name first
+
+
+@table("settings, expected", [("reject", {}, 404), ("pass", {"unknown_model": "pass"}, "n"),
+                              ("default", {"unknown_model": "default", "default_model": "gemini-2.5-pro"}, "k")])
+def test_a_name_nobody_knows(make_proxy, settings, expected):
+    proxy = routed(mixed(make_proxy), {"settings": settings})
+    status, headers, _ = proxy.ask(model="mystery-7")
+    assert headers.get("x-agproxy-account", status) == expected
+
+
+def test_hidden_models_serve_and_are_not_listed(make_proxy):
+    proxy = routed(mixed(make_proxy), {"settings": {"hidden_models": ["gemini-2.5-*"]}})
+    ids = [row["id"] for row in json.loads(proxy.call("GET", "/v1/models?limit=1000")[2])["data"]]
+    assert "gemini-3-flash" in ids and not any("2.5" in i for i in ids)
+    assert served_by(proxy, "gemini-2.5-pro")[0] == "gemini-2.5-pro"
+
+
+def test_what_one_member_cannot_take_another_may(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": {"g": {"models": ["anthropic/claude-opus-4-8", "gemini-3-flash"]}}})
+    proxy.sim.plan("n", "too_long")
+    assert served_by(proxy, "g")[0] == "gemini-3-flash"
+    proxy.sim.plan("n", "too_long")
+    for name in "ab":
+        proxy.sim.plan(name, "too_long")
+    proxy.sim.plan("k", "too_long")
+    status, _, body = proxy.ask(model="g")
+    assert status == 400 and "prompt is too long" in body["error"]["message"]
+
+
+def test_routing_is_edited_by_commands(tmp_path, capsys):
+    path = str(tmp_path / "accounts.json")
+    for words in ("groups create g a b --strategy random", "groups add g c", "groups move g c 1", "groups remove g 2", "alias fast g",
+                  "alias claude-*haiku* gemini-3-flash x", "routes think g", "routes long_context g --over 9000"):
+        assert ag.main([*words.split(), "--accounts", path]) == 0, words
+    stored = json_of(path)
+    assert stored == {"groups": {"g": {"strategy": "random", "models": ["c", "b"]}}, "aliases": {
+        "fast": "g", "claude-*haiku*": ["gemini-3-flash", "x"]}, "routes": {"think": "g", "long_context": {"over_tokens": 9000, "to": "g"}}}
+    capsys.readouterr()
+    assert ag.main(["routes", "--accounts", path]) == 0
+    told = capsys.readouterr().out
+    assert "alias  fast -> g" in told and "group  g (random)" in told and "route  long_context over 9000 tokens -> g" in told
+    for words, why in (("groups remove g c b", "would be empty"), ("groups add h a", "no group h"), ("routes thinks g", "a role is one of"),
+                       ("groups create g a", "already"), ("alias nosuch", "no alias nosuch"), ("groups move g z 1", "not in the group")):
+        assert ag.main([*words.split(), "--accounts", path]) == 1 and why in capsys.readouterr().err
+    assert json_of(path) == stored
+    for words in ("groups delete g", "alias fast", "routes think"):
+        ag.main([*words.split(), "--accounts", path])
+    assert json_of(path)["groups"] == {} and "fast" not in json_of(path)["aliases"] and "think" not in json_of(path)["routes"]
+
+
+def test_a_key_in_the_environment_is_an_account_where_there_is_no_file(tmp_path):
+    environ = {"GEMINI_API_KEY": "x" * 9, "GOOGLE_API_KEY": "y" * 9, "ZAI_API_KEY": "z" * 9, "OPENAI_API_KEY": ""}
+    config = ag.load_config(str(tmp_path / "none.json"), {}, environ)
+    assert [(a["name"], a["api_key"]) for a in config.accounts] == [("gemini", "env:GEMINI_API_KEY"), ("zai", "env:ZAI_API_KEY")]
+    only = ag.load_config(str(tmp_path / "none.json"), {}, {"GOOGLE_API_KEY": "y" * 9}).accounts
+    assert [a["api_key"] for a in only] == ["env:GOOGLE_API_KEY"]
+    (tmp_path / "accounts.json").write_text('{"accounts": []}')
+    assert ag.load_config(str(tmp_path / "accounts.json"), {}, environ).accounts == ()
+
+
+@table("cells, dialect, url", [
+    ("chat with its path", {"dialect": "chat", "base_url": "http://x:1/v1/chat/completions"}, "chat", "http://x:1/v1"),
+    ("chat without v1", {"dialect": "chat", "base_url": "http://x:1"}, "chat", "http://x:1/v1"),
+    ("messages with its path", {"dialect": "anthropic", "base_url": "https://x/api/v1/messages/"}, "anthropic", "https://x/api"),
+    ("gemini", {"dialect": "gemini", "base_url": "https://x/v1beta"}, "gemini", "https://x"),
+    ("IPv6", {"dialect": "responses", "base_url": "http://[::1]:8000/v1"}, "responses", "http://[::1]:8000/v1"),
+    ("several", {"endpoints": {"chat": "http://x/v1", "anthropic": ["http://y/v1"]}}, "chat", "http://x/v1")])
+def test_base_urls_are_taken_as_people_paste_them(cells, dialect, url):
+    row = ag.load_config("x", {}, {}, {"providers": {"lab": cells}}).providers["lab"]
+    assert (row.dialect, row.base_urls) == (dialect, (url,))
+    assert row.speaking("anthropic").base_urls == (("http://y",) if "endpoints" in cells else row.base_urls)
+
+
+def test_a_client_is_served_at_the_endpoint_of_its_own_language():
+    zai = ag.PROVIDERS["zai-plan"]
+    assert [zai.speaking(d).dialect for d in ("anthropic", "chat", "responses", "gemini")] == ["anthropic", "chat", "responses", "anthropic"]
+    assert zai.speaking("chat").base_urls == ("https://api.z.ai/api/coding/paas/v4",)
+
+
+# Answers to go on from
+
+def ask_responses(proxy, **body):
+    status, _, raw = proxy.call("POST", "/v1/responses", {"model": "gemini-3-flash", **body})
+    return status, json.loads(raw)
+
+
+@both
+@pytest.mark.parametrize("provider", ["sim", "openai"])
+def test_a_client_goes_on_from_an_earlier_answer(make_proxy, make_state, provider, stream):
+    proxy = make_proxy({"a": None})
+    proxy.services.replies = ag.Replies(ag.Clock(), make_state())
+    model = "gemini-3-flash"
+    if provider == "openai":
+        openai_upstream(proxy)
+        model = "gpt-5.5"
+
+    def ask(text, previous=None, **fields):
+        body = {"model": model, "input": text, "stream": stream, **({"previous_response_id": previous} if previous else {}), **fields}
+        status, _, raw = proxy.call("POST", "/v1/responses", body)
+        if not stream or status != 200:
+            return status, json.loads(raw)
+        return status, json.loads([line for line in raw.decode().split("\n") if line.startswith("data:")][-1][5:])["response"]
+    _, one = ask("first words")
+    _, two = ask([{"role": "user", "content": "second words"}], one["id"])
+    if provider == "openai":        # that was given by another service
+        proxy.services.replies.keep(two["id"], {"previous": one["id"], "input": [{"role": "user", "content": "second words"}],
+                                                "output": two["output"], "relayed": False}, 9)
+    status, three = ask("third words", two["id"])
+    assert status == 200 and three.get("previous_response_id", two["id"]) == two["id"]
+    sent = json.dumps(proxy.sim.requests[-1][1])
+    assert sent.index("first words") < sent.index("second words") < sent.index("third words")
+    assert "This is the simulated upstream" in sent
+    _, four = ask("not kept", store=False)
+    assert proxy.services.replies.get(four["id"]) is None
+
+
+def test_an_answer_that_is_not_known_is_told_so(make_proxy, make_state):
+    proxy = make_proxy({"a": None})
+    proxy.services.replies = ag.Replies(ag.Clock(), make_state())
+    status, body = ask_responses(proxy, input="x", previous_response_id="resp_nosuch")
+    assert (status, body["error"]["code"]) == (400, "previous_response_not_found")
+
+
+def test_kept_answers_outlive_the_process_a_day_and_stay_within_their_bound(make_state, monkeypatch):
+    clock, state = FakeClock(time.time()), make_state()
+    replies = ag.Replies(clock, state)
+    replies.keep("r1", {"previous": None, "input": ["ä" * 50], "output": [], "relayed": False}, 400)
+    state.flush()
+    again = ag.Replies(clock, state)
+    assert again.get("r1")["input"] == ["ä" * 50] and again.get("r2") is None
+    clock.at += ag.REPLIES_LAST_S + 1
+    assert again.get("r1") is None
+    monkeypatch.setattr(ag, "MOST_REPLY_BYTES", 5000)
+    for n in range(40):
+        replies.keep(f"x{n}", {"input": [os.urandom(300).hex()]}, 600)
+    state.flush()
+    state._tidy()
+    assert sum(len(row[1]) for row in state.rows("replies")) <= 5000 and state.rows("replies", "id = ?", "x39")
+
+
+# Network
+
+class Socks(threading.Thread):
+    """A SOCKS5 proxy for one connection at a time that notes what it was asked."""
+
+    def __init__(self, user=b"", code=0):
+        super().__init__(daemon=True)
+        self.user, self.code, self.asked, self.server = user, code, [], socket.create_server(("127.0.0.1", 0))
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.server.accept()
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock):
+        methods = sock.recv(64)
+        if self.user:
+            assert b"\2" in methods[2:]
+            sock.sendall(b"\5\2")
+            told = sock.recv(600)
+            sock.sendall(b"\1\0" if told[2:2 + told[1]] == self.user else b"\1\1")
+        else:
+            sock.sendall(b"\5\0")
+        order = sock.recv(300)
+        host, port = order[5:5 + order[4]].decode(), int.from_bytes(order[-2:], "big")
+        self.asked.append((host, port))
+        sock.sendall(b"\5%c\0\1\0\0\0\0\0\0" % self.code)
+        if self.code:
+            return sock.close()
+        with socket.create_connection(("127.0.0.1", port)) as far:
+            def pump(a, b):
+                with contextlib.suppress(OSError):
+                    while True:
+                        data = a.recv(65536)
+                        b.sendall(data) if data else b.shutdown(socket.SHUT_WR)
+                        if not data:
+                            return
+            back = threading.Thread(target=pump, args=(far, sock), daemon=True)
+            back.start()
+            pump(sock, far)
+            back.join()
+        sock.close()
+
+
+@pytest.mark.parametrize("user", [b"", b"me"], ids=["open", "with a password"])
+def test_upstreams_are_reached_through_socks(staged, user):
+    socks, proxy = Socks(user), staged()
+    url = f"socks5h://{user.decode() + ':word@' if user else ''}127.0.0.1:{socks.server.getsockname()[1]}"
+    proxy.pool.accounts[0].proxy = url
+    assert proxy.ask()[0] == 200
+    assert set(socks.asked) == {("127.0.0.1", proxy.upstream.server_address[1])}
+    proxy.pool.accounts[0].proxy = ""
+    proxy.services.connections.settings = lambda: {"proxy": url}
+    assert proxy.ask()[0] == 200
+    before = len(socks.asked)
+    proxy.services.connections.settings = lambda: {"proxy": "direct"}
+    assert proxy.ask()[0] == 200 and len(socks.asked) == before
+    socks.server.close()
+
+
+def test_what_a_socks_proxy_says_is_told(staged):
+    socks, proxy = Socks(code=5), staged()
+    proxy.pool.accounts[0].proxy = f"socks5://127.0.0.1:{socks.server.getsockname()[1]}"
+    status, _, body = proxy.ask()
+    assert status == 502 and "the SOCKS proxy says: connection refused" in body["error"]["message"]
+    socks.server.close()
+
+
+@table("environ, url, expected", [
+    ("https", {"HTTPS_PROXY": "http://p:1"}, "https://x.com", "http://p:1"), ("http", {"http_proxy": "http://p:2"}, "http://x.com", "http://p:2"),
+    ("all", {"ALL_PROXY": "socks5://p"}, "http://x.com", "socks5://p"), ("here", {"HTTP_PROXY": "http://p"}, "http://localhost:1", ""),
+    ("exempt", {"HTTPS_PROXY": "http://p", "NO_PROXY": "a.com, .x.com"}, "https://y.x.com", ""),
+    ("another port", {"HTTPS_PROXY": "http://p", "NO_PROXY": "x.com:8443"}, "https://x.com", "http://p"),
+    ("a network", {"HTTPS_PROXY": "http://p", "NO_PROXY": "10.0.0.0/8"}, "https://10.1.2.3", ""),
+    ("not its end", {"HTTPS_PROXY": "http://p", "NO_PROXY": "x.com"}, "https://notx.com", "http://p"), ("all exempt", {"HTTPS_PROXY": "p", "NO_PROXY": "*"}, "https://a", "")])
+def test_the_environment_names_a_proxy(environ, url, expected):
+    cache = ag.ConnectionCache(FakeClock(), environ)
+    assert cache._proxy_for(ag.urllib.parse.urlsplit(url), "") == expected
+    assert cache._proxy_for(ag.urllib.parse.urlsplit(url), "direct") == "" and cache._proxy_for(ag.urllib.parse.urlsplit(url), "http://own") == "http://own"
+
+
+@table("url, is_ok", [(u, u, ok) for u, ok in (
+    ("https://example.com/a.png", True), ("http://8.8.8.8/x", True), ("https://[2606:4700::1111]/x", True),
+    ("http://127.0.0.1/x", False), ("http://localhost:8080/x", False), ("http://169.254.169.254/latest", False), ("http://10.0.0.1/", False),
+    ("http://[::1]/", False), ("http://[::ffff:10.0.0.1]/", False), ("http://2130706433/", False), ("http://0x7f000001/", False),
+    ("http://0177.0.0.1/", False), ("http://127.1/", False), ("http://metadata.google.internal/", False), ("http://nas.local/", False),
+    ("http://LOCALHOST./", False), ("file:///etc/passwd", None), ("ftp://x.com/a", None))])
+def test_urls_into_private_networks_are_not_passed_on(url, is_ok):
+    if is_ok:
+        assert ag.media_of_url(url, "image/*", "p").url == url
+        return
+    with pytest.raises(ag.ProxyError) as caught:
+        ag.media_of_url(url, "image/*", "p")
+    assert caught.value.kind == ("bad_request" if is_ok is False else "invalid_request") and caught.value.message.startswith("p:")
+
+
+# Keys of other kinds
+
+RSA_KEY = """-----BEGIN PRIVATE KEY-----
+%s
+-----END PRIVATE KEY-----
+"""
+
+
+def der(tag, *parts):
+    data = b"".join(parts)
+    size = bytes([len(data)]) if len(data) < 128 else bytes([0x82]) + len(data).to_bytes(2, "big")
+    return bytes([tag]) + size + data
+
+
+def rsa_key():
+    """(PEM in PKCS #8, modulus, public exponent) of a small RSA key that is made here."""
+    rng = random.Random(7)
+
+    def prime():
+        while True:
+            n = rng.getrandbits(512) | 1 | 3 << 510
+            if all(n % d for d in range(3, 2000, 2)) and all(pow(a, n - 1, n) == 1 for a in (2, 3, 5, 7)) and n % 65537 != 1:
+                return n
+    p, q = prime(), prime()
+    n, d = p * q, pow(65537, -1, (p - 1) * (q - 1))
+    number = lambda v: der(2, b"\0" + v.to_bytes((v.bit_length() + 7) // 8, "big"))     # noqa: E731
+    inner = der(0x30, number(0), number(n), number(65537), number(d), number(p), number(q), number(1), number(1), number(1))
+    outer = der(0x30, number(0), der(0x30, bytes.fromhex("06092a864886f70d010101"), b"\5\0"), der(4, inner))
+    return RSA_KEY % base64.encodebytes(outer).decode().strip(), n, 65537
+
+
+def test_a_service_account_signs_for_its_token(monkeypatch):
+    pem, n, e = rsa_key()
+    mark = ag.rs256(b"message", pem)
+    opened = pow(int.from_bytes(mark, "big"), e, n).to_bytes(len(mark), "big")
+    assert opened.startswith(b"\0\1\xff\xff") and opened.endswith(b"\0" + bytes.fromhex("3031300d060960864801650304020105000420")
+                                                                 + ag.hashlib.sha256(b"message").digest())
+    with pytest.raises(ValueError, match="PKCS #8"):
+        ag.rs256(b"x", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----")
+    asked = []
+    monkeypatch.setattr(ag, "oauth_post", lambda provider, fields, *rest: asked.append(fields) or ({"access_token": "ya29.t", "expires_in": 99}, ""))
+    account = ag.account_from_row({"name": "v", "provider": "vertex", "api_key": "x"}, ag.PROVIDERS)
+    info = {"type": "service_account", "client_email": "me@p.iam", "private_key": pem}
+    assert ag.google_token(info, account, None, 1000.0) == ("ya29.t", 1099.0)
+    head, claims, _ = asked[-1]["assertion"].split(".")
+    assert json.loads(base64.urlsafe_b64decode(claims + "=="))["iss"] == "me@p.iam" and asked[-1]["grant_type"].endswith("jwt-bearer")
+    ag.google_token({"type": "authorized_user", "client_id": "c", "client_secret": "s", "refresh_token": "r"}, account, None, 0)
+    assert asked[-1] == {"grant_type": "refresh_token", "client_id": "c", "client_secret": "s", "refresh_token": "r"}
+    with pytest.raises(ag.ProxyError, match="type 'external_account' is not supported"):
+        ag.google_token({"type": "external_account"}, account, None, 0)
+
+
+@table("key, project, header, host, path", [
+    ("express", "AIzaKey", "", {"x-goog-api-key": "AIzaKey"}, "https://aiplatform.googleapis.com", "/v1/publishers/google/models/gemini-3-flash-preview"),
+    ("a place", "ya29.t", "p/us-central1", {"Authorization": "Bearer ya29.t"}, "https://us-central1-aiplatform.googleapis.com",
+     "/v1/projects/p/locations/us-central1/publishers/google/models/gemini-3-flash-preview"),
+    ("several places", "ya29.t", "p/eu", {"Authorization": "Bearer ya29.t"}, "https://aiplatform.eu.rep.googleapis.com",
+     "/v1/projects/p/locations/eu/publishers/google/models/gemini-3-flash-preview")])
+def test_vertex_is_asked_where_a_project_is(key, project, header, host, path):
+    row = ag.PROVIDERS["vertex"]
+    model = ag.MODELS["gemini-3-flash"]
+    assert ag.auth_header(row, key) == header and ag.vertex_host(row.base_urls[0], project) == host
+    assert ag.gemini_model_path(ag.Target(model, row, ag.upstream_id(model, row), project)) == path
+
+
+def test_a_key_file_becomes_a_token_that_is_renewed(make_proxy, tmp_path, monkeypatch):
+    proxy = make_proxy({"a": None})
+    info = {"type": "authorized_user", "client_id": "sim-client", "client_secret": "sim-secret", "refresh_token": "1//sim-refresh-a"}
+    (tmp_path / "adc.json").write_text(json.dumps(info, indent=2))
+    row = ag.PROVIDERS["vertex"]._replace(base_urls=(proxy.sim.url,), token_url=proxy.sim.url + "/token", catalogue="key_id")
+    proxy.pool.replace([ag.account_from_row({"name": "v", "provider": "vertex", "api_key": f"file:{tmp_path}/adc.json"}, {"vertex": row})],
+                       proxy.services.config.settings)
+    assert proxy.ask()[0] == 200 and proxy.sim.refreshes == 1
+    assert proxy.ask()[0] == 200 and proxy.sim.refreshes == 1
+    proxy.pool.accounts[0].token_expires_at = 1.0
+    assert proxy.ask()[0] == 200 and proxy.sim.refreshes == 2
+    assert "1//sim-refresh-a" not in ag.redact("1//sim-refresh-a")
+
+
+@table("form, answer, expected", [
+    ("zai", "zai", {"data": {"limits": [{"type": "TOKENS_LIMIT", "unit": 3, "percentage": 41, "nextResetTime": 2000000}, {
+        "type": "TIME_LIMIT", "percentage": 10}]}}, [("account", "5h", 0.59, 2000.0), ("tools", "monthly", 0.9, 0.0)]),
+    ("kimi", "kimi", {"usage": {"limit": "100", "remaining": "25", "reset_at": "1970-01-01T01:00:00Z"}, "limits": [
+        {"window": {"duration": 300, "timeUnit": "MINUTE"}, "detail": {"limit": 10, "used": 4, "reset_in": 60}}]},
+     [("account", "weekly", 0.25, 3600.0), ("account", "5h", 0.6, 1060.0)]),
+    ("spent", "balance", {"is_available": False, "balance_infos": [{"total_balance": "0.00"}]}, [("account", "balance", 0.0, 0.0)]),
+    ("money", "balance", {"data": {"available_balance": 3.5}}, [("account", "balance", None, 0.0)]),
+    ("credits", "openrouter", {"data": {"limit": 20, "limit_remaining": 5}}, [("account", "credits", 0.25, 0.0)]),
+    ("no limit", "openrouter", {"data": {"limit": None}}, []), ("nonsense", "zai", {"data": []}, []), ("odd", "kimi", {"usage": "x", "limits": [1]}, [])])
+def test_what_is_left_to_a_key_is_read(form, answer, expected):
+    windows = ag.QUOTA_FORMS[form](answer, 1000.0)
+    assert [(w.scope, w.window, w.fraction if w.fraction is None else round(w.fraction, 6), w.reset_at) for w in windows] == expected
+
+
+def test_openrouter_signs_in_without_a_client_of_ones_own(staged):
+    proxy = staged((200, {}, b'{"key":"sk-or-new-key"}'))
+    row = ag.PROVIDERS["openrouter"]._replace(auth_url="https://openrouter.test/auth", token_url=proxy.upstream.url + "/keys", ports=(0,))
+    login = ag.Login(row, [("", "")], {})
+    try:
+        query = dict(ag.urllib.parse.parse_qsl(ag.urllib.parse.urlsplit(login.url).query))
+        assert query.keys() == {"callback_url", "code_challenge", "code_challenge_method"}
+        assert login.take("http://localhost:3000/callback?code=abc") != ""          # another sign-in's
+        assert login.take(query["callback_url"] + "&code=abc") == ""
+        assert login.exchange(login.wait(5), proxy.services.connections) == {"key": "sk-or-new-key"}
+        sent = proxy.upstream.heard[-1].body
+        digest = ag.hashlib.sha256(sent["code_verifier"].encode()).digest()
+        assert sent["code"] == "abc" and base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == query["code_challenge"]
+    finally:
+        login.close()
+
+
+# What an upstream does not know
+
+@table("sentence, field", [
+    ("unknown", "Unknown parameter: 'seed'.", "seed"), ("unrecognized", "Unrecognized request argument supplied: seed", "seed"),
+    ("not supported", "'seed' is not supported with this model.", "seed"), ("a property", "property 'seed' is unsupported", "seed"),
+    ("forbidden", "body.seed: Extra inputs are not permitted", "seed")])
+def test_a_parameter_that_is_refused_is_left_out_and_known_next_time(staged, sentence, field):
+    good = says(chat_chunk({"content": "ok"}), chat_chunk({}, finish_reason="stop"))
+    proxy = staged(refuses(400, {"error": {"message": sentence, "type": "invalid_request_error"}}), good, good)
+    row = ag.PROVIDERS["groq"]._replace(endpoints=(), base_urls=(proxy.upstream.url + "/v1",), names=("*",))
+    proxy.pool.replace([ag.account_from_row({"name": "g", "provider": "groq", "api_key": "k"}, {"groq": row})], proxy.services.config.settings)
+    body = {"model": "m", "seed": 7, "contents": [{"parts": [{"text": "hi"}]}], "generationConfig": {"seed": 7}}
+    for calls in (2, 3):
+        status, headers, raw = proxy.call("POST", "/v1beta/models/m:generateContent", body)
+        assert status == 200 and len(proxy.upstream.heard) == calls
+    assert proxy.upstream.heard[0].body["seed"] == 7 and not any("seed" in h.body for h in proxy.upstream.heard[1:])
+
+
+def chat_chunk(delta, **choice):
+    return {"id": "c", "object": "chat.completion.chunk", "model": "m", "choices": [{"index": 0, "delta": delta, **choice}]}
+
+
+def test_a_limit_that_is_too_high_is_lowered(staged):
+    good = says(chat_chunk({"content": "ok"}, finish_reason="stop"))
+    proxy = staged(refuses(400, {"error": {"message": "max_tokens is too large: 99999. This model supports at most 4096 completion tokens"}}), good)
+    row = ag.PROVIDERS["groq"]._replace(endpoints=(), base_urls=(proxy.upstream.url + "/v1",), names=("*",))
+    proxy.pool.replace([ag.account_from_row({"name": "g", "provider": "groq", "api_key": "k"}, {"groq": row})], proxy.services.config.settings)
+    assert proxy.ask(model="m", max_tokens=99999)[0] == 200 and proxy.upstream.heard[-1].body["max_tokens"] == 4096
+
+
+MODEL_LISTS = [     # path, headers, what tells the shape
+    ("/v1/models", {}, lambda v: v["object"] == "list" and {"id", "object", "created", "owned_by"} <= v["data"][0].keys()),
+    ("/v1/models", {"anthropic-version": "2023-06-01"}, lambda v: "has_more" in v), ("/v1/models", {"user-agent": "claude-cli/2.1.197"}, lambda v: "has_more" in v),
+    ("/v1/models?client_version=0.169.0", {}, lambda v: v["models"][0]["slug"] and v["models"][0]["context_window"] > 1000),
+    ("/v1beta/models", {}, lambda v: v["models"][0]["name"].startswith("models/")), ("/v1/models", {"x-goog-api-key": "x"}, lambda v: "name" in v["models"][0]),
+    ("/v1beta/openai/models", {}, lambda v: v["object"] == "list"), ("/models", {}, lambda v: v["object"] == "list"),
+    ("/v1beta/models/gemini-3-flash", {}, lambda v: v["name"] == "models/gemini-3-flash" and v["inputTokenLimit"]),
+    ("/v1/models/gemini-3-flash", {}, lambda v: v["id"] == "gemini-3-flash" and v["object"] == "model"),
+    ("/v1beta/models?pageSize=2&pageToken=2", {}, lambda v: len(v["models"]) == 2 and v["nextPageToken"] == "4")]
+
+
+@pytest.mark.parametrize("path, headers, is_so", MODEL_LISTS, ids=[f"{p} {list(h)}" for p, h, _ in MODEL_LISTS])
+def test_models_are_listed_in_the_shape_of_who_asks(make_proxy, path, headers, is_so):
+    status, told, raw = make_proxy({"a": None}).call("GET", path, None, headers)
+    assert status == 200 and is_so(json.loads(raw))
+    assert ("etag" in told) is ("client_version" in path)
+
+
+@table("path, body, shape", [
+    ("chat", "/v1/chat/completions", {"model": "nosuch", "messages": [U]}, lambda e: e["error"]["code"] == "model_not_found"),
+    ("responses", "/v1/responses", {"model": "nosuch", "input": "x"}, lambda e: e["error"]["type"] == "invalid_request_error"),
+    ("gemini", "/v1beta/models/nosuch:generateContent", {"contents": [{"parts": [{"text": "x"}]}]}, lambda e: e["error"]["status"] == "NOT_FOUND"),
+    ("damaged", "/v1beta/models/m:generateContent", b"{", lambda e: e["error"]["code"] == 400),
+    ("no route", "/v1beta/models/m:embedContent", {}, lambda e: e["error"]["status"] == "NOT_FOUND"),
+    ("embeddings", "/v1/embeddings", {}, lambda e: e["error"]["param"] is None)])
+def test_errors_are_told_in_the_language_of_the_path(make_proxy, path, body, shape):
+    status, _, raw = make_proxy({"a": None}).call("POST", path, body)
+    assert status in (400, 404) and shape(json.loads(raw))
+    assert make_proxy({"a": None}, env={"PROXY_API_KEY": "k" * 20}).call("POST", path, body)[0] in (401, 404)
+
+
 # ── 19. Terminal ──────────────────────────────────────────────────────────
 
 def test_the_terminal_shows_bars_resets_burn_rates_and_what_is_unknown():
@@ -5172,6 +5743,1341 @@ def test_a_full_disk_keeps_the_old_file_and_the_rotated_token_in_memory(make_pro
     assert json_of(path)["accounts"][0]["refresh_token"] == "newer-token"
 
 
+# Pairs: four languages of clients times the upstreams' --------------------------
+
+Told = collections.namedtuple("Told", "text thought calls stop usage model turns")   # usage: (input, output)
+NEUTRAL = {"end_turn": "end", "stop_sequence": "end", "tool_use": "tool", "max_tokens": "length", "refusal": "refusal",
+           "model_context_window_exceeded": "length", "stop": "end", "tool_calls": "tool", "length": "length",
+           "content_filter": "refusal", "STOP": "end", "MAX_TOKENS": "length",
+           "SAFETY": "refusal", "completed": "end", "max_output_tokens": "length"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "n": {"type": "integer"}}, "required": ["city", "n"]}
+PAIR_TOOLS = ("alpha", "beta_2")
+IMAGE = "data:image/png;base64," + PNG
+
+
+def frames_of(raw):
+    """Data of the events of a stream whose framing is checked; `event:` lines must repeat the type."""
+    out = []
+    for frame in filter(lambda f: f != ": keep-alive", raw.decode().split("\n\n")[:-1]):
+        *name, data = frame.split("\n")
+        assert data.startswith("data: ") and len(name) < 2, frame
+        out.append(data[6:] if data == "data: [DONE]" else json.loads(data[6:]))
+        assert not name or name == ["event: " + out[-1]["type"]], frame
+    assert raw.endswith(b"\n\n")
+    return out
+
+
+class ChatSide:
+    """A client of Chat: what it writes, and a reader of its own for what it is told."""
+
+    def path(self, model, stream):
+        return "/v1/chat/completions"
+
+    def said(self, text, image=False):
+        return [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": IMAGE}}]
+                 if image else text}]
+
+    def results(self, pairs):
+        return [{"role": "tool", "tool_call_id": call[0], "content": text} for call, text in pairs]
+
+    def body(self, model, turns, stream, tools=(), thinks=False, schema=None, stops=(), most=None):
+        body = {"model": model, "messages": turns, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        if tools:
+            body["tools"] = [{"type": "function", "function": {"name": n, "parameters": SCHEMA}} for n in tools]
+        if thinks:
+            body["reasoning_effort"] = "high"
+        if schema:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        return {**body, **({"stop": list(stops)} if stops else {}), **({"max_tokens": most} if most else {})}
+
+    def read(self, raw, stream):
+        """Every frame is checked: one head, usage last, calls numbered from 0 without holes, ids and names once."""
+        if not stream:
+            body = json.loads(raw)
+            [choice], message, usage = body["choices"], body["choices"][0]["message"], body["usage"]
+            assert body["object"] == "chat.completion" and message["role"] == "assistant" and "content" in message
+            assert message["content"] is not None or message["tool_calls"]
+            return self._told(body, message, choice["finish_reason"], usage)
+        *frames, done = frames_of(raw)
+        assert done == "[DONE]" and "[DONE]" not in frames
+        message, finishes, usage, rows = {"role": "assistant", "content": ""}, [], None, []
+        for frame in frames:
+            assert frame["object"] == "chat.completion.chunk" and {k: frame[k] for k in ("id", "created", "model")} == {
+                k: frames[0][k] for k in ("id", "created", "model")}
+            assert usage is None                    # nothing behind the usage
+            if not frame["choices"]:
+                usage = frame["usage"]
+                continue
+            [choice] = frame["choices"]
+            assert not finishes and frame.get("usage") is None
+            delta = choice["delta"]
+            for name in ("content", "reasoning_content"):
+                message[name] = message.get(name, "") + (delta.get(name) or "")
+            for row in delta.get("tool_calls") or ():
+                inner, key = (row.get("function"), "arguments") if "custom" not in row else (row["custom"], "input")
+                if row["index"] == len(rows):
+                    assert row["id"] and row["type"] in ("function", "custom") and inner["name"]
+                    rows.append({"id": row["id"], "type": row["type"], row["type"]: dict(inner)})
+                else:
+                    assert row["index"] == len(rows) - 1 and not {"id", "type"} & row.keys() and inner.keys() == {key}
+                    rows[-1][rows[-1]["type"]][key] += inner[key]
+            finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+        [finish] = finishes
+        return self._told(frames[0], {**message, **({"tool_calls": rows} if rows else {})}, finish, usage)
+
+    def _told(self, body, message, finish, usage):
+        calls = [(r["id"], r["custom"]["name"], r["custom"]["input"]) if "custom" in r else
+                 (r["id"], r["function"]["name"], json.loads(r["function"]["arguments"]))
+                 for r in message.get("tool_calls") or ()]
+        if usage is not None:
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            usage = usage["prompt_tokens"], usage["completion_tokens"]
+        return Told(message["content"] or "", message.get("reasoning_content") or "", calls, NEUTRAL[finish], usage,
+                    body["model"],
+                    [{k: v for k, v in message.items() if v}])
+
+    def fault(self, frames):
+        """(message, type) of the stream's last word; what came before it was no end."""
+        *before, last = frames
+        assert not any(f == "[DONE]" or "error" in f or f["choices"][0]["finish_reason"] for f in before)
+        return last["error"]["message"], last["error"]["type"]
+
+    def refusal(self, body):
+        assert body.keys() == {"error"} and {"message", "type", "param", "code"} <= body["error"].keys()
+        return body["error"]["message"], body["error"]["type"], body["error"]["code"]
+
+
+class ResponsesSide(ChatSide):
+    def path(self, model, stream):
+        return "/v1/responses"
+
+    def said(self, text, image=False):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}, *(
+            [{"type": "input_image", "image_url": IMAGE}] if image else ())]}]
+
+    def results(self, pairs):
+        return [{"type": "function_call_output", "call_id": call[0], "output": text} for call, text in pairs]
+
+    def body(self, model, turns, stream, tools=(), thinks=False, schema=None, stops=(), most=None):
+        body = {"model": model, "input": turns, "stream": stream, "store": False, "include": ["reasoning.encrypted_content"]}
+        if tools:
+            body["tools"] = [{"type": "function", "name": n, "parameters": SCHEMA, "strict": False} for n in tools]
+        if thinks:
+            body["reasoning"] = {"effort": "high", "summary": "auto"}
+        if schema:
+            body["text"] = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+        return {**body, **({"max_output_tokens": most} if most else {})}
+
+    def read(self, raw, stream):
+        """Numbers without gaps, items one after the other, deltas that add up, and an output of just the items done."""
+        if not stream:
+            return self._reply(json.loads(raw))
+        frames, done, item, said = frames_of(raw), [], None, ""
+        assert [f["sequence_number"] for f in frames] == list(range(len(frames)))
+        assert [f["type"] for f in frames[:2]] == ["response.created", "response.in_progress"]
+        for frame in frames[2:-1]:
+            kind = frame["type"]
+            assert frame["output_index"] == len(done)
+            if kind == "response.output_item.added":
+                assert item is None
+                item, said = frame["item"], ""
+                assert not item.get("content") and not item.get("summary") and not item.get("arguments") and not item.get("input")
+            elif kind == "response.output_item.done":
+                assert frame["item"]["id"] == item["id"] and frame["item"]["type"] == item["type"]
+                item = frame["item"]
+                rows = item.get("content") or item.get("summary") or [{"text": item.get("arguments", item.get("input", ""))}]
+                assert not said or said == "".join(r["text"] for r in rows)
+                done, item = [*done, item], None
+            else:
+                assert frame["item_id"] == item["id"]
+                said += frame["delta"] if kind.endswith(".delta") else ""
+                assert not kind.endswith(("text.done", "arguments.done", "input.done")) or said == next(
+                    frame[k] for k in ("text", "arguments", "input") if k in frame)
+        assert item is None and frames[-1]["type"] in ("response.completed", "response.incomplete")
+        assert frames[-1]["response"]["output"] == done and frames[-1]["response"]["id"] == frames[0]["response"]["id"]
+        assert frames[-1]["type"] == "response." + frames[-1]["response"]["status"]
+        return self._reply(frames[-1]["response"])
+
+    def _reply(self, body):
+        assert body["object"] == "response" and body["error"] is None
+        text, thought, calls = "", "", []
+        for item in body["output"]:
+            if item["type"] == "message":
+                text += "".join(p["text"] for p in item["content"])
+            elif item["type"] == "reasoning":
+                thought += "".join(p["text"] for p in item["summary"])
+            elif item["type"] == "function_call":
+                calls.append((item["call_id"], item["name"], json.loads(item["arguments"])))
+            elif item["type"] == "custom_tool_call":
+                calls.append((item["call_id"], item["name"], item["input"]))
+        usage = body["usage"]
+        assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+        why = (body["incomplete_details"] or {}).get("reason")
+        return Told(text, thought, calls, NEUTRAL[why or body["status"]] if why or not calls else "tool",
+                    (usage["input_tokens"], usage["output_tokens"]), body["model"], body["output"])
+
+    def fault(self, frames):
+        *before, last = frames
+        assert [f["sequence_number"] for f in frames] == list(range(len(frames)))
+        assert not any(f["type"] in ("error", "response.failed", "response.completed", "response.incomplete") for f in before)
+        assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+        return last["response"]["error"]["message"], last["response"]["error"]["code"]
+
+
+class GeminiSide:
+    def path(self, model, stream):
+        return f"/v1beta/models/{model}:" + ("streamGenerateContent?alt=sse" if stream else "generateContent")
+
+    def said(self, text, image=False):
+        return [{"role": "user", "parts": [{"text": text}, *([{"inlineData": {"mimeType": "image/png",
+            "data": PNG}}] if image else ())]}]
+
+    def results(self, pairs):
+        return [{"role": "user", "parts": [{"functionResponse": {"id": call[0], "name": call[1], "response": {"output": text}}}
+                                           for call, text in pairs]}]
+
+    def body(self, model, turns, stream, tools=(), thinks=False, schema=None, stops=(), most=None):
+        config = {"maxOutputTokens": most} if most else {}
+        if thinks:
+            config["thinkingConfig"] = {"thinkingLevel": "HIGH", "includeThoughts": True}
+        if schema:
+            config.update(responseMimeType="application/json", responseJsonSchema=schema)
+        if stops:
+            config["stopSequences"] = list(stops)
+        return {"contents": turns, **({"generationConfig": config} if config else {}), **({"tools": [{"functionDeclarations": [
+            {"name": n, "parameters": SCHEMA} for n in tools]}]} if tools else {})}
+
+    def chunks(self, raw):
+        """Of SSE or of an array."""
+        if raw.lstrip().startswith(b"["):
+            return json.loads(raw)
+        lines = raw.decode().replace("\r\n", "\n").split("\n")
+        assert all(line.startswith("data: ") for line in lines if line) and lines[-2:] == ["", ""]
+        return [json.loads(line[6:]) for line in lines if line]
+
+    def read(self, raw, stream):
+        chunks, parts = self.chunks(raw) if stream else [json.loads(raw)], []
+        for chunk in chunks:
+            [candidate] = chunk["candidates"]
+            assert ("finishReason" in candidate) is (chunk is chunks[-1]) and chunk["modelVersion"] == chunks[0]["modelVersion"]
+            assert chunk["responseId"] == chunks[0]["responseId"]
+            parts += candidate["content"]["parts"]
+        usage = chunks[-1]["usageMetadata"]
+        inside = usage["promptTokenCount"], usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
+        assert usage["totalTokenCount"] == sum(inside)
+        calls = [(p["functionCall"].get("id"), p["functionCall"]["name"], p["functionCall"].get("args", {}))
+                 for p in parts if "functionCall" in p]
+        stop = NEUTRAL[chunks[-1]["candidates"][0]["finishReason"]]
+        return Told("".join(p["text"] for p in parts if "text" in p and not p.get("thought")),
+                    "".join(p["text"] for p in parts if p.get("thought")), calls, "tool" if calls and stop == "end" else stop,
+                    inside, chunks[-1]["modelVersion"], [{"role": "model", "parts": [p for p in parts if p != {"text": ""}]}])
+
+    def fault(self, raw):
+        if raw.startswith(b"["):
+            return json.loads(raw)[-1]["error"]["message"], json.loads(raw)[-1]["error"]["status"]
+        text, mark, last = raw.decode().replace("\r\n", "\n").rpartition("\n\n{")
+        assert mark and last.endswith("\n\n") and last.count("\n") == 2
+        assert not any('"finishReason"' in line for line in text.split("\n"))
+        self.chunks((text + "\n\n").encode())
+        error = json.loads("{" + last)["error"]
+        return error["message"], error["status"]
+
+    def refusal(self, body):
+        assert body.keys() == {"error"} and isinstance(body["error"]["code"], int)
+        return body["error"]["message"], body["error"]["status"], body["error"]["code"]
+
+
+class AnthropicSide:
+    def path(self, model, stream):
+        return "/v1/messages"
+
+    def said(self, text, image=False):
+        return [{"role": "user", "content": [wrote(text), *([attached(PNG)] if image else ())]}]
+
+    def results(self, pairs):
+        return [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": call[0], "content": text} for call,
+                                             text in pairs]}]
+
+    def body(self, model, turns, stream, tools=(), thinks=False, schema=None, stops=(), most=None):
+        body = {"model": model, "max_tokens": most or 32000, "messages": turns, "stream": stream}
+        if tools:
+            body["tools"] = [{"name": n, "input_schema": SCHEMA} for n in tools]
+        if thinks:
+            body["thinking"] = {"type": "enabled", "budget_tokens": 20000}
+        if schema:
+            body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+        return {**body, **({"stop_sequences": list(stops)} if stops else {})}
+
+    def read(self, raw, stream):
+        body = folded(events_of(raw)) if stream else json.loads(raw)
+        content, usage = body["content"], body["usage"]
+        calls = [(b["id"], b["name"], b["input"]) for b in content if b["type"] == "tool_use"]
+        return Told("".join(b["text"] for b in content if b["type"] == "text"),
+                    "".join(b["thinking"] for b in content if b["type"] == "thinking"), calls, NEUTRAL[body["stop_reason"]],
+                    (usage["input_tokens"] + usage["cache_creation_input_tokens"] + usage["cache_read_input_tokens"],
+                     usage["output_tokens"]), body["model"], [{"role": "assistant", "content": content}])
+
+    def fault(self, raw):
+        *before, (name, last) = events_of(raw)
+        assert before[0][0] == "message_start" and not {"error", "message_delta", "message_stop"} & {n for n, _ in before}
+        error = last["error"]
+        return error["message"], error["type"]
+
+    def refusal(self, body):
+        assert body["type"] == "error" and {"type", "message"} <= body["error"].keys()
+        return body["error"]["message"], body["error"]["type"], None
+
+
+SIDES = {"anthropic": AnthropicSide(), "chat": ChatSide(), "responses": ResponsesSide(), "gemini": GeminiSide()}
+UPSTREAMS = {       # name -> (dialect, provider, where in the service, model as asked, as the upstream calls it)
+    "anthropic": ("anthropic", "up-anthropic", "", "Claude-Sim-5", "claude-sim-5"),
+    "chat": ("chat", "up-chat", "/v1", "GPT-Sim", "gpt-sim"), "responses": ("responses", "up-responses", "/v1", "GPT-Sim",
+        "gpt-sim"),
+    "key": ("gemini", "gemini", "", "gemini-3-flash", "gemini-3-flash-preview"),
+    "cloud": ("cloud", "sim", "", "gemini-3-flash", "gemini-3-flash")}
+
+
+def rows_for(up, url, proxy=None, accounts="a", **more):
+    """(accounts, settings) of a file that names one service of that kind; those of Google have rows already."""
+    dialect, provider, place, asked, model = UPSTREAMS[up]
+    own = {provider: {"dialect": dialect, "base_url": url + place, **more}} if provider[:3] == "up-" else {}
+    config = ag.load_config("x", {}, {}, {"providers": own, "accounts": [] if not own else [
+        {"name": a, "provider": provider, "api_key": "sim-key-" + a, "models": [model]} for a in accounts]})
+    rows = {**config.providers, **({} if own else {
+        provider: proxy.services.config.providers[provider]._replace(base_urls=(url,))})}
+    secret = {"sim": "refresh_token", "gemini": "api_key"}
+    told = config.accounts or [{"name": a, "provider": provider, secret[provider]: (
+        "1//sim-refresh-" if provider == "sim" else "sim-key-") + a} for a in accounts]
+    return [ag.account_from_row(r, rows) for r in told], config.settings
+
+
+def speak(proxy, client, model, turns, stream, **wish):
+    side = SIDES[client]
+    return proxy.call("POST", side.path(model, stream), side.body(model, turns, stream, **wish))
+
+
+def forgive(proxy):
+    """Ends all rests, once the last request has left its own."""
+    until(lambda: proxy.pool.in_flight == 0)
+    for key in list(proxy.pool.rests.items):
+        proxy.pool.rests.end(key)
+
+
+def heard_pairs(body):
+    """[(tool, result)] that an upstream was told, by its own rules of matching."""
+    body, names, out = body.get("request", body), {}, []
+    for item in body.get("messages") or body.get("input") or body["contents"]:
+        content = item.get("content")
+        for row in (*(item.get("tool_calls") or ()), *(content if isinstance(content, list) else ())):
+            if row.get("type") in ("function", "tool_use"):
+                names[row["id"]] = row.get("function", row)["name"]
+            elif row.get("type") == "tool_result":
+                told = row["content"]
+                out.append((names[row["tool_use_id"]], told if isinstance(told, str) else told[0]["text"]))
+        if item.get("type") == "function_call":
+            names[item["call_id"]] = item["name"]
+        elif item.get("type") == "function_call_output":
+            out.append((names[item["call_id"]], item["output"]))
+        elif item.get("role") == "tool":
+            out.append((names[item["tool_call_id"]], content))
+        out += [(p["functionResponse"]["name"], next(iter(p["functionResponse"]["response"].values())))
+                for p in item.get("parts", ()) if "functionResponse" in p]
+    return out
+
+
+PAIR_MATRIX = table("client, up", [(f"{c}-to-{u}", c, u) for c in SIDES for u in UPSTREAMS])
+THINKS = {"anthropic": lambda b: b["thinking"]["type"] in ("enabled", "adaptive"),
+          "chat": lambda b: b["reasoning_effort"] == "high",
+          "responses": lambda b: b["reasoning"]["effort"] == "high" and "reasoning.encrypted_content" in b["include"],
+          "gemini": lambda b: b["generationConfig"]["thinkingConfig"]["includeThoughts"],
+          "cloud": lambda b: b["request"]["generationConfig"]["thinkingConfig"]["includeThoughts"]}
+FORMS = {"anthropic": lambda b: b["output_config"]["format"]["schema"],
+         "chat": lambda b: b["response_format"]["json_schema"]["schema"],
+         "responses": lambda b: b["text"]["format"]["schema"]}
+
+
+@both
+@PAIR_MATRIX
+def test_every_client_gets_along_with_every_upstream(make_proxy, client, up, stream):
+    proxy, (dialect, _, _, asked, model), side = make_proxy({"a": None}), UPSTREAMS[up], SIDES[client]
+    proxy.pool.replace(*rows_for(up, proxy.sim.url, proxy))
+
+    def ask(turns, **wish):
+        status, headers, raw = speak(proxy, client, asked, turns, stream, **wish)
+        assert status == 200, raw
+        told = side.read(raw, stream)
+        assert told.model == asked and min(told.usage) > 0
+        return told, proxy.sim.requests[-1][1]
+    told, body = ask(side.said("Hé €😀"))
+    assert told[0] == "This is the simulated upstream. You said: Hé €😀" and told[2:4] == ([], "end")
+    assert up in ("key",) or body["model"] == model
+    told, body = ask(side.said("what is it?", image=True))
+    assert PNG in json.dumps(body) and told.stop == "end"
+    told, body = ask(side.said("ponder"), thinks=True)
+    assert told.thought == "Thinking about the request." and THINKS[dialect](body)
+    told, body = ask(side.said("an answer"), schema=SCHEMA)
+    assert dialect == "anthropic" or json.loads(told.text).keys() == {"city", "n"}
+    assert dialect not in FORMS or FORMS[dialect](body) == SCHEMA
+    if dialect != client and client != "responses":
+        told, _ = ask(side.said("count to 12"), stops=["7", "11"])
+        assert (told.text, told.stop) == ("1 2 3 4 5 6 ", "end")
+    for prompt, rounds in (("first alpha then beta_2", [1, 1, 0]), ("in parallel alpha and beta_2", [2, 0])):
+        turns, given, counts = side.said(prompt), [], []
+        while True:
+            told, body = ask(turns, tools=PAIR_TOOLS, thinks=True)
+            counts.append(len(told.calls))
+            assert THINKS[dialect](body)            # thoughts come back signed: nobody has to stop thinking
+            if not told.calls:
+                break
+            assert told.stop == "tool" and len({c[0] for c in told.calls}) == len(told.calls)
+            pairs = [(c, f"{c[1]} says {c[0]}") for c in told.calls]
+            assert all(c[2] == {"city": "demo", "n": 1} for c in told.calls)
+            given += [(c[1], text) for c, text in pairs]
+            turns = turns + told.turns + side.results(pairs)
+        assert counts == rounds and told.stop == "end" and [n for n, _ in given] == list(PAIR_TOOLS)
+        assert heard_pairs(body) == given
+        assert all(text in told.text for _, text in given)
+    assert list(proxy.sim.refusals) == []
+
+
+TOLD_BEFORE = [     # fault, status, whether a retry helps later, class per client dialect
+    ("bad", 400, {"anthropic": "invalid_request_error", "chat": "invalid_request_error", "gemini": "INVALID_ARGUMENT"}),
+    ("too_long", 400, {"anthropic": "invalid_request_error", "chat": "invalid_request_error", "gemini": "INVALID_ARGUMENT"}),
+    ("quota", 429, {"anthropic": "rate_limit_error", "chat": "usage_limit_reached rate_limit_error",
+                    "gemini": "RESOURCE_EXHAUSTED"}),
+    ("server", 502, {"anthropic": "api_error", "chat": "server_error", "gemini": "INTERNAL"})]
+
+
+@both
+@PAIR_MATRIX
+def test_every_clients_errors_are_its_own_before_and_in_the_stream(make_proxy, no_pauses, client, up, stream):
+    proxy, (dialect, _, _, asked, _), side = make_proxy({"a": None, "b": None}), UPSTREAMS[up], SIDES[client]
+    proxy.pool.replace(*rows_for(up, proxy.sim.url, proxy, "ab"))
+    told_as = "chat" if client == "responses" else client
+
+    def plan(names, *faults):
+        forgive(proxy)
+        for name in "ab":
+            proxy.sim.accounts[name].faults.clear()
+            proxy.sim.plan(name, *faults * (name in names))
+        return speak(proxy, client, asked, side.said("count to 40"), stream)
+    for fault, status, words in TOLD_BEFORE:
+        got, headers, raw = plan("ab", *[fault] * 9)
+        message, kind, code = side.refusal(json.loads(raw))
+        assert (got, headers["content-type"]) == (status, "application/json") and kind in words[told_as].split(), (fault, raw)
+        assert client != "gemini" or code == status
+        if fault == "too_long":
+            assert dialect == client or client != "anthropic" or message.startswith("prompt is too long")
+            assert told_as != "chat" or code == "context_length_exceeded"
+        if fault == "quota":
+            assert int(headers["retry-after"]) > 0 and (int(headers["retry-after"]) > 300) is ("x-should-retry" in headers)
+            assert client != "gemini" or any(d["@type"].endswith("RetryInfo") for d in json.loads(raw)["error"]["details"])
+            assert kind != "usage_limit_reached" or json.loads(raw)["error"]["resets_in_seconds"] > 0
+    for fault in ("mid_error", "mid_cut"):
+        status, headers, raw = plan("ab" if stream else "a", fault)
+        assert status == 200
+        if not stream and dialect == client:
+            continue
+        if not stream:                              # nobody has seen anything yet: healed
+            assert side.read(raw, stream).text.split()[-1] == "40"
+            continue
+        message, kind = side.fault(raw if client in ("anthropic", "gemini") else frames_of(raw))
+        assert message and kind and sum(len(a.faults) for a in proxy.sim.accounts.values()) == 1
+    until(lambda: proxy.pool.in_flight == 0)
+
+
+# What the four kinds of upstreams say by hand, for ends and bytes that the simulated one has not
+
+def framed(dialect, *events):
+    name = "event: {type}\n".format if dialect in ("anthropic", "responses") else lambda **_: ""
+    return "".join(f"{name(**e)}data: {json.dumps(e, separators=(',', ':'))}\n\n" for e in events).encode()
+
+
+def ended(dialect, word, model="m", text="half of"):
+    """(streamed, whole) of an answer that ends so."""
+    if dialect == "anthropic":
+        usage = {"input_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 2}
+        whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": model, "content": [wrote(text)],
+                 "stop_reason": word,
+                 "stop_sequence": None, "usage": usage}
+        return framed(dialect, *ag.sim_native_events(whole)), whole
+    if dialect == "chat":
+        head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": model}
+        usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+        rows = [({"role": "assistant", "content": ""}, None), ({"content": text}, None), ({}, word)]
+        stream = framed(dialect, *({**head, "choices": [{"index": 0, "delta": d, "finish_reason": f}]} for d, f in rows),
+                        {**head, "choices": [], "usage": usage})
+        return stream + b"data: [DONE]\n\n", {**head, "object": "chat.completion", "usage": usage, "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": word}]}
+    if dialect == "responses":
+        item = {"id": "m1", "type": "message", "role": "assistant", "status": "completed",
+                "content": [{"type": "output_text", "text": text}]}
+        whole = {"id": "r1", "object": "response", "created_at": 1, "model": model, "status": "incomplete", "error": None,
+                 "output": [item],
+                 "incomplete_details": {"reason": word}, "usage": {"input_tokens": 7, "output_tokens": 2, "total_tokens": 9}}
+        events = list(ag.sim_response_events(whole))
+        events[-1]["type"] = "response.incomplete"
+        return framed(dialect, *({**e, "sequence_number": n} for n, e in enumerate(events))), whole
+    usage = {"promptTokenCount": 7, "candidatesTokenCount": 2, "totalTokenCount": 9}
+    whole = {"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": text}]}, "finishReason": word}],
+             "usageMetadata": usage, "modelVersion": model, "responseId": "r1"}
+    return framed(dialect, {"response": whole} if dialect == "cloud" else whole), whole
+
+
+ENDS = [("length", {"anthropic": "max_tokens", "chat": "length", "responses": "max_output_tokens", "gemini": "MAX_TOKENS"}),
+        ("refusal", {"anthropic": "refusal", "chat": "content_filter", "responses": "content_filter", "gemini": "SAFETY"})]
+
+
+@both
+@pytest.mark.parametrize("end, words", ENDS, ids=[e[0] for e in ENDS])
+@pytest.mark.parametrize("up", UPSTREAMS)
+def test_a_limit_and_a_refusal_reach_every_client_in_its_own_word(staged, up, end, words, stream):
+    dialect, _, _, asked, model = UPSTREAMS[up]
+    streamed, whole = ended(dialect, words["gemini" if dialect == "cloud" else dialect], model)
+    proxy = staged(lambda body: says(streamed))
+    proxy.pool.replace(*rows_for(up, proxy.upstream.url, proxy))
+    for client, side in SIDES.items():
+        proxy.upstream.script[0] = refuses(200, whole) if client == dialect and not stream else says(streamed)
+        status, _, raw = speak(proxy, client, asked, side.said("x"), stream, most=50)
+        assert status == 200, raw
+        told = side.read(raw, stream)
+        assert (told.text, told.stop, told.model) == ("half of", end, asked), client
+        assert told.usage == (7, 2) or end == "refusal" and min(told.usage) > 0
+
+
+@both
+@pytest.mark.parametrize("up", [u for u in UPSTREAMS if u != "cloud"])
+def test_what_needs_no_translation_passes_byte_for_byte(staged, up, stream):
+    dialect, _, _, asked, model = UPSTREAMS[up]
+    side = SIDES[dialect]
+    streamed, whole = ended(dialect, ENDS[0][1][dialect], model, text="Hé\"€\\ \U0001f600 \"model\":\"gpt-sim\"")
+    odd = json.dumps({**whole, "zz_unknown": {"a": [1.50, 1e400 > 1]}}, indent=1, ensure_ascii=False).encode()
+    proxy = staged(says(streamed) if stream else refuses(200, odd))
+    proxy.pool.replace(*rows_for(up, proxy.upstream.url, proxy))
+    body = side.body(asked, side.said("Hé \u20ac"), stream)
+    for include in ((True, False) if dialect == "chat" and stream else (True,)):
+        body.pop("stream_options", None)
+        if include and dialect == "chat":
+            body["stream_options"] = {"include_usage": True}
+        raw = json.dumps({"zz": [1.50, {}], **body, "yy": "\ud83d\ude00 \" \\/"}, indent=3).replace('": ', '" :\t').encode()
+        raw = raw.replace(b"\\/", b"\\/").replace(b"1.5", b"1.50")
+        status, headers, out = proxy.call("POST", side.path(asked, stream), raw)
+        expected = raw.replace(json.dumps(asked).encode(), json.dumps(model).encode())
+        heard = proxy.upstream.heard[-1].raw
+        if include:
+            assert heard == expected
+        else:
+            assert json.loads(heard) == {**json.loads(expected), "stream_options": {"include_usage": True}}
+            assert heard.startswith(expected.rstrip(b"}\n "))
+        member = b"modelVersion" if dialect == "gemini" else b"model"
+        seen = streamed.replace(b'event: ping\ndata: {"type":"ping"}\n\n', b"") if stream else odd
+        for space in (b"", b" "):
+            seen = seen.replace(b'"%s":%s"%s"' % (member, space, model.encode()),
+                                b'"%s":%s"%s"' % (member, space, asked.encode()))
+        if not include:                 # the usage that only we wanted stays here
+            seen = b"\n\n".join(f for f in seen.split(b"\n\n") if b'"choices":[]' not in f)
+        assert status == 200 and out == (seen.replace(b"\n\n", b"\r\n\r\n") if dialect == "gemini" and stream else seen)
+
+
+@pytest.mark.parametrize("up", UPSTREAMS)
+def test_a_gemini_stream_without_sse_is_one_list_even_when_it_breaks(make_proxy, up):
+    proxy, side, asked = make_proxy({"a": None}), SIDES["gemini"], UPSTREAMS[up][3]
+    proxy.pool.replace(*rows_for(up, proxy.sim.url, proxy))
+    path, body = side.path(asked, True).partition("?")[0], side.body(asked, side.said("count to 40"), True)
+    status, headers, raw = proxy.call("POST", path, body)
+    assert (status, headers["content-type"], raw[:1]) == (200, "application/json", b"[")
+    assert side.read(raw, True).text.split()[-1] == "40"
+    for fault in ("mid_error", "mid_cut"):
+        forgive(proxy)
+        proxy.sim.plan("a", fault)
+        status, _, raw = proxy.call("POST", path, body)
+        assert status == 200, raw
+        *before, last = json.loads(raw)
+        assert last.keys() == {"error"} and before and all("candidates" in chunk for chunk in before)
+
+
+# Recorded: what compatible servers send, cut at any byte -------------------------
+
+def chunked(*deltas, finish="stop", done=True, **usage):
+    """A Chat stream of deltas; one given as a list is (delta, more of its chunk)."""
+    rows = [d if isinstance(d, list) else [d, {}] for d in deltas]
+    events = [{"choices": [{"delta": d}], **more} if d is not None else more for d, more in rows]
+    events += [{"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}] * bool(finish)
+    return framed("chat", *events, *([{"choices": [], "usage": usage}] if usage else ())) + b"data: [DONE]\n\n" * done
+
+
+def calling(*rows):
+    return {"tool_calls": list(rows)}
+
+
+def row(index=0, call_id=None, name=None, arguments=None):
+    told = {"index": index, "id": call_id, "function": {k: v for k, v in (("name", name),
+        ("arguments", arguments)) if v is not None}}
+    return {k: v for k, v in told.items() if v is not None}
+
+
+def item(at, kind, state="added", **fields):
+    return {"type": f"response.output_item.{state}", "output_index": at, "item": {"type": kind, **fields}}
+
+
+def piece(at, name, text, **more):
+    return {"type": f"response.{name}.delta", "output_index": at, "delta": text, **more}
+
+
+def over(status="completed", **fields):
+    return {"type": "response." + status, "response": {"status": status, "usage": {"input_tokens": 9, "output_tokens": 4},
+                                                       **fields}}
+
+
+def answers(*events):
+    return framed("responses", *events)
+
+
+def parts(*chunks, finish="STOP", wrap=False):
+    rows = [{"candidates": [{"content": {"role": "model", "parts": c}}]} for c in chunks]
+    rows[-1]["candidates"][0].update(finishReason=finish)
+    rows[-1]["usageMetadata"] = {"promptTokenCount": 9, "candidatesTokenCount": 4, "totalTokenCount": 13}
+    return "".join(f"data: {json.dumps({'response': r} if wrap else r)}\r\n\r\n" for r in rows).encode()
+
+
+def native(*blocks, stop="end_turn", ends=b"\n"):
+    whole = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": list(blocks), "stop_reason": stop,
+             "usage": {"input_tokens": 9, "output_tokens": 4}}
+    return framed("anthropic", *ag.sim_native_events(whole)).replace(b"\n", ends)
+
+
+SAY, SAYING = ("text", "hi"), {"content": "hi"}
+F = ("call", "c1", "f", {"a": "é"})
+ARG = '{"a":"é"}'
+RECORDED = [        # name, dialect, bytes, blocks, stop; "!kind" in place of blocks is how it breaks
+    ("no role delta", "chat", chunked(SAYING), [SAY], "end"),
+    ("frames without choices", "chat", chunked([None, {"choices": [], "prompt_filter_results": [{}]}], SAYING), [SAY], "end"),
+    ("usage in the choice", "chat", framed("chat", {"choices": [{"delta": SAYING}]}, {"choices": [{"delta": {},
+     "finish_reason": "stop", "usage": {"prompt_tokens": 9, "completion_tokens": 4}}]}), [SAY], "end (9, 4)"),
+    ("usage on every frame", "chat", chunked([SAYING, {"usage": {"prompt_tokens": 9, "completion_tokens": 1}}], prompt_tokens=9,
+     completion_tokens=4), [SAY], "end (9, 4)"),
+    ("reasoning_content", "chat", chunked({"reasoning_content": "h"}, {"reasoning_content": "m", "content": None}, SAYING),
+     [("thought", "hm"), SAY], "end"),
+    ("reasoning", "chat", chunked({"reasoning": "hm", "content": ""}, SAYING), [("thought", "hm"), SAY], "end"),
+    ("reasoning_details", "chat", chunked({"reasoning_details": [{"type": "reasoning.text", "text": "h"}]},
+     {"reasoning_details": [{"type": "reasoning.summary", "summary": "m"}]}, SAYING), [("thought", "hm"), SAY], "end"),
+    ("both, told once", "chat", chunked({"reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]},
+     SAYING), [("thought", "hm"), SAY], "end"),
+    ("inline_think", "chat", chunked({"content": "\n<thi"}, {"content": "nk>h"}, {"content": "m</th"}, {"content": "ink>\n\nhi"}),
+     [("thought", "hm"), SAY], "end"),
+    ("inline_think without", "chat", chunked({"content": "<th"}, {"content": "eta> hi"}), [("text", "<theta> hi")], "end"),
+    ("inline_think, open", "chat", chunked({"content": "<think>hm</thi"}, finish="length"), [("thought", "hm</thi")], "length"),
+    ("call", "chat", chunked(calling(row(0, "c1", "f", "")), calling(row(0, arguments='{"a":"')),
+     calling(row(0, arguments='é"}')), finish="tool_calls"), [F], "tool"),
+    ("text, then a call", "chat", chunked(SAYING, calling(row(0, "c1", "f", ARG)), finish="tool_calls"), [SAY, F], "tool"),
+    ("id after a name in pieces", "chat", chunked(calling(row(0, None, "get_")), calling(row(0, None, "it", "")),
+     calling(row(0, "c1")), calling(row(0, arguments=ARG)), finish="tool_calls"),
+     [("call", "c1", "get_it", {"a": "é"})], "tool"),
+    ("name in every delta", "chat", chunked(calling(row(0, "c1", "f", "")), calling(row(0, "c1", "f", ARG)), finish="tool_calls"),
+     [F], "tool"),
+    ("no id at all", "chat", chunked(calling(row(0, None, "f", ARG)), finish="tool_calls"), [("call", "new0", "f", {"a": "é"})],
+     "tool"),
+    ("no index", "chat", chunked(calling(row(None, "c1", "f", "")), calling(row(None, arguments=ARG)), calling(row(None, "c2",
+     "g", "{}")), finish="tool_calls"), [F, ("call", "c2", "g", {})], "tool"),
+    ("no index, ids repeated", "chat", chunked(calling(row(None, "c1", "f", '{"a":')), calling(row(None, "c1", None, '"é"}')),
+     finish="tool_calls"), [F], "tool"),
+    ("no index, two in one frame", "chat", chunked(calling(row(None, "c1", "f", ARG), row(None, "c2", "g", "{}")),
+     finish="tool_calls"), [F, ("call", "c2", "g", {})], "tool"),
+    ("no index, no ids, two in one frame", "chat", chunked(calling(row(None, None, "f", ARG), row(None, None, "g", "{}")),
+     finish="tool_calls"), [("call", "new0", "f", {"a": "é"}), ("call", "new1", "g", {})], "tool"),
+    ("two ids under one index", "chat", chunked(calling(row(0, "c1", "f", ARG)), calling(row(0, "c2", "g", "{}")),
+     finish="tool_calls"), [F, ("call", "c2", "g", {})], "tool"),
+    ("interleaved", "chat", chunked(calling(row(0, "c1", "f", "")), calling(row(1, "c2", "g", "")),
+     calling(row(1, arguments="{}")), calling(row(0, arguments=ARG)), finish="tool_calls"), [F, ("call", "c2", "g", {})], "tool"),
+    ("arguments as an object", "chat", chunked(calling(row(0, "c1", "f", {"a": "é"})), finish="tool_calls"), [F], "tool"),
+    ("no arguments", "chat", chunked(calling(row(0, "c1", "f")), finish="tool_calls"), [("call", "c1", "f", {})], "tool"),
+    ("stop with calls", "chat", chunked(calling(row(0, "c1", "f", ARG)), finish="stop"), [F], "tool"),
+    ("tool_calls with none", "chat", chunked(SAYING, finish="tool_calls"), [SAY], "end"),
+    ("function_call", "chat", chunked({"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": ARG}},
+     finish="function_call"), [("call", "new0", "f", {"a": "é"})], "tool"),
+    ("eos", "chat", chunked(SAYING, finish="eos"), [SAY], "end"),
+    ("max_tokens", "chat", chunked(SAYING, finish="max_tokens"), [SAY], "length"),
+    ("sensitive", "chat", chunked(SAYING, finish="sensitive"), [SAY], "refusal"),
+    ("a refusal", "chat", chunked({"refusal": "no"}), [("text", "no")], "refusal"),
+    ("finish error", "chat", chunked(SAYING, finish="error"), "!fault", ""),
+    ("content in parts", "chat", chunked({"content": [{"type": "text", "text": "hi"}]}), [SAY], "end"),
+    ("no [DONE]", "chat", chunked(SAYING, done=False), [SAY], "end"),
+    ("no finish but [DONE]", "chat", chunked(SAYING, finish=None), [SAY], "end"),
+    ("neither", "chat", chunked(SAYING, finish=None, done=False), "!cut", ""),
+    ("CRLF, comments, no space", "chat", b": hello\n\n" + chunked(SAYING).replace(b"data: ", b"data:").replace(b"\n", b"\r\n"),
+     [SAY], "end"),
+    ("comments in between", "chat", b": OPENROUTER PROCESSING\n\n".join(chunked(SAYING).partition(b"data: [")), [SAY], "end"),
+    ("no last empty line", "chat", chunked(SAYING, done=False).rstrip(), [SAY], "end"),
+    ("error frame", "chat", chunked(SAYING, [None, {"error": {"message": "m", "code": 500}}]), "!fault", ""),
+    ("error as text", "chat", chunked(SAYING, [None, {"error": "m"}]), "!fault", ""),
+    ("thought only", "chat", chunked({"reasoning": "hm"}, finish="length"), [("thought", "hm")], "length"),
+    ("text", "responses", answers({"type": "response.created", "response": {}}, item(0, "message"), piece(0, "output_text", "h"),
+     piece(0, "output_text", "i"), item(0, "message", "done", content=[{"type": "output_text", "text": "hi"}]), over()), [SAY],
+     "end (9, 4)"),
+    ("done without deltas", "responses", answers(item(0, "reasoning", "done", summary=[{"type": "summary_text", "text": "hm"}]),
+     item(1, "message", "done", content=[{"type": "output_text", "text": "hi"}]), item(2, "function_call", "done", call_id="c1",
+     name="f", arguments=ARG), over()), [("thought", "hm"), SAY, F], "tool (9, 4)"),
+    ("ids that rotate", "responses", answers(item(0, "message", id="x1"), piece(0, "output_text", "hi", item_id="x2"), item(0,
+     "message", "done", id="x3", content=[{"type": "output_text", "text": "hi"}]), item(1, "function_call", id="y1",
+     call_id="c1", name="f", arguments=""), piece(1, "function_call_arguments", ARG, item_id="y2"), item(1, "function_call",
+     "done", id="y3", call_id="c1", name="f", arguments=ARG), over()), [SAY, F], "tool (9, 4)"),
+    ("encrypted_content twice", "responses", answers(item(0, "reasoning", encrypted_content="early", summary=[]), piece(0,
+     "reasoning_summary_text", "hm", summary_index=0), item(0, "reasoning", "done", encrypted_content="late",
+     summary=[{"text": "hm"}]), item(1, "message"), piece(1, "output_text", "hi"), over()), [("thought", "hm", "late"), SAY],
+     "end (9, 4)"),
+    ("paragraphs of a summary", "responses", answers(item(0, "reasoning"), *(e for n in (0,
+     1) for e in ({"type": "response.reasoning_summary_part.added", "output_index": 0, "summary_index": n}, piece(0,
+     "reasoning_summary_text", "hm", summary_index=n))), item(1, "message"), piece(1, "output_text", "hi"), over()),
+     [("thought", "hm\n\nhm"), SAY], "end (9, 4)"),
+    ("raw reasoning", "responses", answers(piece(0, "reasoning_text", "hm", content_index=0), piece(1, "output_text", "hi"),
+     over()), [("thought", "hm"), SAY], "end (9, 4)"),
+    ("interleaved", "responses", answers(item(0, "function_call", call_id="c1", name="f", arguments=""), item(1, "function_call",
+     call_id="c2", name="g", arguments=""), piece(1, "function_call_arguments", "{}"), piece(0, "function_call_arguments", ARG),
+     item(1, "function_call", "done", call_id="c2", name="g", arguments="{}"), item(0, "function_call", "done", call_id="c1",
+     name="f", arguments=ARG), over()), [F, ("call", "c2", "g", {})], "tool (9, 4)"),
+    ("custom tool", "responses", answers(item(0, "custom_tool_call", call_id="c1", name="p", input=""), piece(0,
+     "custom_tool_call_input", '*"\n'), item(0, "custom_tool_call", "done", call_id="c1", name="p", input='*"\n'), over()),
+     [("call", "c1", "p", {"input": '*"\n'})], "tool (9, 4)"),
+    ("parallel in one", "responses", answers(item(0, "function_call", "done", call_id="c1", name="parallel",
+     arguments=json.dumps({"tool_uses": [{"recipient_name": "functions.f", "parameters": {"a": "é"}},
+     {"recipient_name": "functions.g", "parameters": {}}]})), over()), [("call", "c1", "f", {"a": "é"}), ("call", "new0", "g",
+     {})], "tool (9, 4)"),
+    ("refusal", "responses", answers(item(0, "message"), piece(0, "refusal", "no"), over()), [("text", "no")], "refusal (9, 4)"),
+    ("incomplete", "responses", answers(piece(0, "output_text", "hi"), over("incomplete",
+     incomplete_details={"reason": "max_output_tokens"})), [SAY], "length (9, 4)"),
+    ("filtered", "responses", answers(piece(0, "output_text", "hi"), over("incomplete",
+     incomplete_details={"reason": "content_filter"})), [SAY], "refusal (9, 4)"),
+    ("unknown events and [DONE]", "responses", answers({"type": "response.queued"}, {"type": "x.y", "output_index": 0}, piece(0,
+     "output_text", "hi"), over()) + b"data: [DONE]\n\n", [SAY], "end (9, 4)"),
+    ("CRLF without event lines", "responses", re.sub(rb"event: .*\n", b"", answers(piece(0, "output_text", "hi"),
+     over())).replace(b"\n", b"\r\n"), [SAY], "end (9, 4)"),
+    ("failed", "responses", answers(piece(0, "output_text", "hi"), over("failed", error={"code": "server_error",
+     "message": "m"})), "!fault", ""),
+    ("flat error", "responses", answers({"type": "error", "code": "server_error", "message": "m"}), "!fault", ""),
+    ("nested error", "responses", answers({"type": "error", "error": {"code": "x", "message": "m"}}), "!fault", ""),
+    ("no end", "responses", answers(piece(0, "output_text", "hi")), "!cut", ""),
+    ("all blocks", "anthropic", native({"type": "thinking", "thinking": "hm", "signature": "s"}, wrote("hi"), {"type": "tool_use",
+     "id": "c1", "name": "f", "input": {"a": "é"}}, stop="tool_use"), [("thought", "hm", "s"), SAY, F], "tool (9, 4)"),
+    ("no input, CRLF", "anthropic", native({"type": "tool_use", "id": "c1", "name": "f", "input": {}}, stop="tool_use",
+     ends=b"\r\n"), [("call", "c1", "f", {})], "tool (9, 4)"),
+    ("cut", "anthropic", native(wrote("hi")).partition(b"event: message_delta")[0], "!cut", ""),
+    ("several parts in a chunk", "gemini", parts([{"text": "hm", "thought": True}, {"text": "hi"}, call("f", args={"a": "é"},
+     id="c1")]), [("thought", "hm"), SAY, F], "tool (9, 4)"),
+    ("no args, no id", "gemini", parts([call("f")]), [("call", "new0", "f", {})], "tool (9, 4)"),
+    ("a signature on nothing", "gemini", parts([{"text": "hm", "thought": True}], [{"text": "", "thought": True,
+     "thoughtSignature": "s"}], [{"text": "hi"}], [{"text": ""}]), [("thought", "hm", "s"), SAY], "end (9, 4)"),
+    ("a signature on a call", "gemini", parts([call("f", "s", args={"a": "é"}, id="c1"), call("g", id="c2")]), [("thought", "",
+     "s"), F, ("call", "c2", "g", {})], "tool (9, 4)"),
+    ("enveloped", "gemini", parts([{"text": "h"}], [{"text": "i"}], finish="MAX_TOKENS", wrap=True), [SAY], "length (9, 4)"),
+    ("blocked prompt", "gemini", b'data: {"promptFeedback":{"blockReason":"SAFETY"}}\n\n', [], "refusal"),
+    ("bare error", "gemini", parts([{"text": "hi"}], finish=None) + b'{"error":{"code":503,"message":"m"}}\n\n', "!fault", "")]
+
+
+def heard_from(dialect, pieces, quirks=()):
+    """(deltas with made ids numbered, what went wrong) of an upstream's bytes."""
+    provider = ag.PROVIDERS["groq"]._replace(dialect=dialect, quirks=quirks)
+    deltas, made = [], {}
+    pipe = ag.Pipe(ag.DIALECTS[dialect].parser(ag.Target(None, provider, "m")), ag.AnswerShape(call_prefix="made_"),
+                   ag.Request("m", ()), lambda d: deltas.append(d) or "", lambda body: ag.ProxyError("server", "fault"))
+    for data in pieces:
+        pipe.feed(data)
+    if pipe.fault is None:
+        pipe.end()
+    deltas = [ag.replace(d, id=made.setdefault(d.id, f"new{len(made)}")) if getattr(d, "id", "").startswith("made_") else d
+              for d in deltas]
+    wrong = pipe.fault and {"server": "fault"}.get(pipe.fault.kind, pipe.fault.kind)
+    return deltas, wrong
+
+
+def blocks_of(reply):
+    """Blocks as the table writes them; a signature where it is an upstream's own text."""
+    return [("text", b.text) if isinstance(b, ag.Text) else ("call", b.id, b.name, b.arguments) if isinstance(b, ag.ToolCall) else
+            ("thought", b.text, *([b.signature] if b.signature.isalpha() else ())) for b in reply.blocks]
+
+
+@table("name, dialect, raw, blocks, stop", [(f"{r[1]}: {r[0]}", *r) for r in RECORDED])
+def test_recorded_answers_mean_the_same_however_they_are_cut(name, dialect, raw, blocks, stop):
+    quirks = ("inline_think",) if "inline" in name else ()
+    deltas, wrong = heard_from(dialect, [raw], quirks)
+    if isinstance(blocks, str):
+        assert wrong == blocks[1:]
+        ag.check_grammar([*deltas, ag.Fault(ag.ProxyError("cut", ""))])
+    else:
+        ag.check_grammar(deltas)
+        reply = ag.collect(deltas)
+        usage, word = reply.finish.usage, reply.finish.stop.value
+        assert wrong is None and blocks_of(reply) == blocks
+        assert stop in (word, f"{word} ({usage.input_tokens}, {usage.output_tokens})")
+    for pieces in every_split(raw):
+        assert heard_from(dialect, pieces, quirks) == (deltas, wrong)
+
+
+# Properties: what is written is read as the same ---------------------------------
+
+WORDINGS = ["hello", "Hé €", "a \U0001f600\U0001f468\u200d\U0001f4bb b", 'say "x\\n"\n\ttab', "*** Begin Patch\n+\u2028é\n",
+            "{\"input\": 1}", "   1\tindented\n",
+            "\x7f\x01 </think> data: [DONE]\n\n"]
+SERVED = {"anthropic": "anthropic", "chat": "groq", "responses": "openai", "gemini": "gemini"}
+
+
+def random_arguments(rng):
+    return rng.choice([{}, {"a": rng.choice(WORDINGS)}, {"é": [1, None, {"b": True}], "n": 1.5, "": -1}])
+
+
+def random_request(rng, dialect):
+    """A conversation that the dialect can carry whole."""
+    turns, made = [], 0
+    for _ in range(rng.randrange(1, 5)):
+        user = [ag.Text(rng.choice(WORDINGS))] + [ag.Media("image/png", PNG)] * (rng.random() < .2)
+        if turns and isinstance(turns[-1].blocks[-1], ag.ToolCall):
+            user = [ag.ToolResult(c.id, (ag.Text(rng.choice(WORDINGS)),),
+                                  rng.random() < .3 and dialect in ("anthropic", "gemini"))
+                    for c in turns[-1].blocks if isinstance(c, ag.ToolCall)] + user * (rng.random() < .3)
+        calls = [ag.ToolCall(f"call_{made + n}", rng.choice("fg"), random_arguments(rng)) for n in range(rng.randrange(4))]
+        made += len(calls)
+        turns += [ag.Turn("user", tuple(user)), ag.Turn("assistant", tuple(
+            [ag.Text(rng.choice(WORDINGS))] * (not calls or rng.random() < .5) + calls))]
+    turns = turns[:-1]
+    mode = rng.choice(["auto", "any", "tool", *["none"] * (dialect != "gemini")])
+    tools = tuple(ag.Tool(n, "does " + n, {"type": "object", "properties": {"a": {"type": "string"}}}) for n in "fg")
+    fields = {"max_tokens": rng.randrange(30000, 32000), "one_call": mode != "none" and rng.random() < .3,
+              "json_schema": rng.choice([None, SCHEMA]), "thinking": rng.choice([ag.ThinkingWish(True, None, "high"),
+                  ag.ThinkingWish()])}
+    if dialect != "responses":
+        fields["stop_sequences"] = rng.choice([(), ("END", "x y")])
+    return ag.Request("m", tuple(turns), system=rng.choice([(), ("be brief",)]), tools=tools, temperature=rng.choice([None, 0.5]),
+                      tool_choice=(mode, "f" if mode == "tool" else ""), **({} if dialect == "gemini" else fields))
+
+
+@pytest.mark.parametrize("dialect", SERVED)
+def test_a_request_that_was_rendered_is_parsed_as_the_same(dialect):
+    def bare(block):        # the ends of a result are no part of it
+        return ag.ToolResult(block.call_id, tuple(b.text.strip(" \n" if block.is_error else "\n") for b in block.blocks),
+                             block.is_error) if isinstance(block, ag.ToolResult) else block
+
+    def plain(request):
+        return [ag.Turn(t.role, tuple(bare(b) for b in t.blocks if not isinstance(b, ag.Thinking)))
+                for t in ag.repair_turns(request.turns)[1]]
+    goal, refuses = target("gemini-3-flash", SERVED[dialect])._replace(upstream_id="m"), {
+        "gemini": lambda b: ag.sim_refuses(b, goal.model, False), "anthropic": ag.sim_native_refuses}.get(dialect,
+            ag.sim_openai_refuses)
+    for seed in range(150):
+        request = random_request(random.Random(seed), dialect)
+        body = json.loads(json.dumps(ag.DIALECTS[dialect].render_request(request, goal, {}, frozenset()).body))
+        assert refuses(body) is None, seed
+        again = ag.DIALECTS[dialect].parse_request(body, {}, path="/v1beta/models/m:streamGenerateContent")
+        assert plain(again) == plain(request), seed
+        assert (again.system, again.tools, again.tool_choice) == (request.system, request.tools, request.tool_choice) or (
+            dialect == "gemini" and request.tool_choice == ("tool", "f") and again.tools == request.tools[:1]), seed
+        assert (again.temperature, again.is_streaming) == (None if dialect == "anthropic" and "thinking" in body
+                                                           else request.temperature, True), seed
+        if dialect != "gemini":
+            for name in ("max_tokens", "one_call", "json_schema", "stop_sequences"):
+                assert getattr(again, name) == getattr(request, name), (seed, name)
+            wish, told = again.thinking, request.thinking
+            assert wish.is_on == told.is_on or dialect != "anthropic" and not told.is_on or "thinking" not in body, seed
+            assert not told.is_on or dialect == "anthropic" or wish.effort == told.effort, seed
+
+
+def random_reply(rng):
+    blocks = []
+    for n in range(rng.randrange(1, 7)):
+        text = rng.choice(WORDINGS)
+        blocks.append(rng.choice([
+            ag.Text(text), ag.Text(text, ({"url": "https://x/é", "title": "t", "text": text[-2:]},)), ag.Thinking(text, ""),
+            ag.Thinking(rng.choice(["", text]), "agp1.gta.c2ln"), ag.ToolCall(f"call_{n}", "f", random_arguments(rng)),
+            ag.ToolCall(f"call_{n}", "patch", {"input": text}), ag.ToolCall(f"call_{n}", "patch",
+                rng.choice([{}, {"x": text}, {"input": [1]}])),
+            ag.ServerCall(f"s{n}", "web_search", {"query": text})]))
+        if isinstance(blocks[-1], ag.ServerCall):
+            blocks.append(ag.Found(f"s{n}", "web_search", (("https://x", "t"),)))
+    called = any(isinstance(b, ag.ToolCall) for b in blocks)
+    stop = Stop.TOOL if called else rng.choice([Stop.END, Stop.LENGTH, Stop.REFUSAL, Stop.SEQUENCE, Stop.OVERFLOW])
+    thinking = rng.randrange(9)
+    return ag.Reply(tuple(blocks), ag.Finish(stop, ag.Usage(rng.randrange(1, 9), rng.randrange(9), thinking + 1, thinking,
+                                                            rng.randrange(9))))
+
+
+def in_shreds(deltas, rng):
+    """The same stream with its pieces cut anywhere."""
+    for delta in deltas:
+        cuts = sorted(rng.choices(range(len(delta.text) + 1), k=rng.randrange(5))) if isinstance(delta,
+            ag.Piece) and delta.kind in (
+            Kind.TEXT, Kind.THINKING, Kind.ARGUMENTS) else None
+        if cuts is None or not delta.text:
+            yield delta
+        else:
+            yield from (ag.replace(delta, text=delta.text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(delta.text)]) if a < b)
+
+
+@pytest.mark.parametrize("dialect", SERVED)
+def test_any_answer_is_a_valid_stream_of_every_dialect_and_folds_to_its_whole(dialect):
+    side, spoken = SIDES[dialect], ag.DIALECTS[dialect]
+    for seed in range(300):
+        rng = random.Random(seed)
+        reply = random_reply(rng)
+        deltas = list(in_shreds(ag.deltas_of(reply), rng))
+        ag.check_grammar(deltas)
+        assert ag.collect(deltas) == reply or any(isinstance(b, ag.Thinking) and not b.text for b in reply.blocks), seed
+        request = ag.Request("m", (), is_streaming=True, dialect=dialect, ext={
+            "usage": seed % 4 > 0, "encrypted": True, "is_array": seed % 3 == 0,
+            "tools": {"patch": ag.ClientTool("custom", "patch")}})
+
+        def stream(deltas, alive):
+            state, out = spoken.answer_state(request, 1), ""
+            for delta in deltas:
+                out += spoken.render_delta(state, delta)
+                out += spoken.keep_alive(state, False) * (alive and rng.random() < .2 and
+                                                          not isinstance(delta, (ag.Finish, ag.Fault)))
+            return out.encode("ascii")
+        told = side.read(stream(deltas, dialect != "anthropic"), True)
+        whole = side.read(json.dumps(spoken.render_reply(spoken.answer_state(ag.replace(request, is_streaming=False), 1),
+                                                         reply)).encode(), False)
+        if dialect == "chat" and seed % 4 == 0:             # nobody asked
+            assert told.usage is None
+            told = told._replace(usage=whole.usage)
+        assert told._replace(turns=0) == whole._replace(turns=0), seed
+        assert told.text == "".join(b.text for b in reply.blocks if isinstance(b, ag.Text)), seed
+        assert told.thought == "".join(b.text for b in reply.blocks if isinstance(b, ag.Thinking)), seed
+        freeform = dialect in ("chat", "responses")
+        assert told.calls == [(b.id, b.name, ag.freeform_text(json.dumps(b.arguments)) if freeform and b.name == "patch"
+                               else b.arguments)
+                              for b in reply.blocks if isinstance(b, ag.ToolCall)], seed
+        usage = reply.finish.usage
+        assert told.usage == (usage.input_tokens + usage.cached_tokens + usage.written_tokens, usage.output_tokens), seed
+        assert told.stop == {Stop.SEQUENCE: "end", Stop.OVERFLOW: "length"}.get(reply.finish.stop, reply.finish.stop.value), seed
+        cut = deltas[:rng.randrange(1, len(deltas))] + [ag.Fault(ag.ProxyError("capacity", "m\u20ac", 12.0))]
+        raw = stream(cut, False)
+        if not raw.startswith(b"{"):                # nothing was said before
+            message, kind = side.fault(raw if dialect in ("anthropic", "gemini") else frames_of(raw))
+            assert message.startswith("m") and kind in ("overloaded_error", "service_unavailable_error", "server_is_overloaded",
+                                                        "UNAVAILABLE"), seed
+
+
+# Bodies that clients write: what must be taken, and what must be refused by name ----
+
+PARSED_AT = {"chat": "", "responses": "", "gemini": "/v1beta/models/m:generateContent"}
+SOUND = base64.b64encode(b"RIFF1234WAVE" + b"1" * 30).decode()
+
+
+def parsed(client, body):
+    return ag.DIALECTS[client].parse_request({"model": "m", **body}, {}, path=PARSED_AT[client])
+
+
+def spelled(block):
+    """A block in one short text."""
+    if isinstance(block, ag.ToolCall):
+        return f"{block.name}#{block.id}{json.dumps(block.arguments)}"
+    if isinstance(block, ag.ToolResult):
+        return f"{block.call_id}{'!' if block.is_error else '='}" + "|".join(map(spelled, block.blocks))
+    if isinstance(block, ag.Media):
+        return f"<{block.url or block.media_type}>"
+    return "~" * isinstance(block, ag.Thinking) + block.text
+
+
+def turns_in(turns):
+    return [t.role[0] + ": " + " / ".join(map(spelled, t.blocks)) for t in turns]
+
+
+def repaired(request):
+    return turns_in(ag.repair_turns(request.turns)[1])
+
+
+def wish_in(request):
+    return request.thinking.is_on, request.thinking.budget_tokens, request.thinking.effort
+
+
+def tools_in(request):
+    return [(t.name, list(t.schema.get("properties", ()))) for t in request.tools]
+
+
+def talk(*turns):
+    """Chat messages of (role, content) or dicts."""
+    return {"messages": [t if isinstance(t, dict) else {"role": t[0], "content": t[1]} for t in turns]}
+
+
+def used(call_id="a", name="f", arguments="{}", **more):
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": call_id, "type": "function", "function": {
+        "name": name, "arguments": arguments}}], **more}
+
+
+def replied(call_id="a", content="ok"):
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def items(*rows, **fields):
+    return {"input": list(rows), **fields}
+
+
+def calls(call_id="a", name="f", arguments="{}", **more):
+    return {"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments, **more}
+
+
+def output(call_id="a", told="ok", kind="function_call", **more):
+    return {"type": kind + "_output", "call_id": call_id, "output": told, **more}
+
+
+HELLO = ("user", "hi")
+ASKED = {"role": "user", "content": "hi"}
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: PATCH"}
+CUSTOM_NESTED = {"type": "custom", "custom": {"name": "ApplyPatch", "description": "Patches.",
+                                              "format": {"type": "grammar", "grammar": {
+    "syntax": "lark", "definition": "start: PATCH"}}}}
+CUSTOM_FLAT = {"type": "custom", "name": "ApplyPatch", "description": "Patches.", "format": GRAMMAR}
+ACCEPTED = [
+    ("chat", "system texts before and after", talk(("system", "a"), ("developer", [{"type": "text", "text": "b"}]), HELLO,
+     ("assistant", "x"), ("system", "c"), HELLO), lambda r: (r.system, turns_in(r.turns)), (("a", "b"), ["u: hi", "a: x", "s: c",
+     "u: hi"])),
+    ("chat", "system only", talk(("system", "a")), lambda r: (r.system, repaired(r)), (("a",), ["u: ."])),
+    ("chat", "unknown fields", {**talk(HELLO), "transforms": [], "provider": {}, "usage": {"include": True}, "top_a": 1,
+     "logit_bias": {}}, lambda r: turns_in(r.turns), ["u: hi"]),
+    ("chat", "parts", talk(("user", [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": IMAGE,
+     "detail": "low"}}, {"type": "image_url", "image_url": {"url": "https://x.org/y.png"}}, {"type": "file",
+     "file": {"filename": "a.pdf", "file_data": PDF}}, {"type": "file", "file": {"filename": "n.txt",
+     "file_data": "data:text/plain;base64,aGk="}}, {"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}}])),
+     lambda r: turns_in(r.turns), ["u: x / <image/png> / <https://x.org/y.png> / <application/pdf> / n.txt\nhi / <audio/wav>"]),
+    ("chat", "a refusal", talk(HELLO, {"role": "assistant", "refusal": "no"}, ("assistant", [{"type": "refusal",
+     "refusal": "no"}]), HELLO), lambda r: turns_in(r.turns), ["u: hi", "a: no", "a: no", "u: hi"]),
+    *(("chat", f"thoughts in {k}", talk(HELLO, {"role": "assistant", "content": "x", k: v}, HELLO), lambda r: turns_in(r.turns),
+     ["u: hi", "a: ~hm / x", "u: hi"]) for k, v in (("reasoning_content", "hm"), ("reasoning", "hm"), ("reasoning_details",
+     [{"type": "reasoning.text", "text": "hm"}]))),
+    ("chat", "calls and results", talk(HELLO, used(arguments='{"a": 1}'), replied(content=[{"type": "text", "text": "ok"}])),
+     lambda r: turns_in(r.turns), ["u: hi", 'a: f#a{"a": 1}', "u: a=ok"]),
+    *(("chat", f"arguments {a!r}", talk(HELLO, used(arguments=a), replied()), lambda r: turns_in(r.turns), ["u: hi",
+     f"a: f#a{told}", "u: a=ok"]) for a, told in (("", "{}"), ("nonsense", "{}"), ("[1]", "{}"), (None, "{}"), ({"a": 1},
+     '{"a": 1}'))),
+    ("chat", "the old kind of call", {**talk(HELLO, {"role": "assistant", "content": None, "function_call": {"name": "f",
+     "arguments": "{}"}}, {"role": "function", "name": "f", "content": "ok"}), "functions": [{"name": "f",
+     "parameters": PARAMETERS}], "function_call": "auto"}, lambda r: (tools_in(r), turns_in(r.turns)), ([("f", ["a"])], ["u: hi",
+     "a: f#call_1{}", "u: call_1=ok"])),
+    ("chat", "orphan result", talk(HELLO, replied("z")), repaired, ["u: hi / [result of an earlier tool call] / ok"]),
+    ("chat", "late result", talk(HELLO, used(), ("user", "wait"), replied(), ("assistant", "x"), HELLO), repaired, ["u: hi",
+     "a: f#a{}", "u: a=ok / wait", "a: x", "u: hi"]),
+    ("chat", "two results", talk(HELLO, used(), replied(content="1"), replied(content="2")), repaired, ["u: hi", "a: f#a{}",
+     "u: a=2"]),
+    ("chat", "no result", talk(HELLO, used(), HELLO), repaired, ["u: hi", "a: f#a{}",
+     "u: a!no result was recorded for this call / hi"]),
+    ("chat", "the assistant last", talk(HELLO, ("assistant", "x")), repaired, ["u: hi", "a: x", "u: Continue exactly after: x"]),
+    ("chat", "empty contents", talk(("user", ""), ("assistant", ""), ("user", [])), repaired, ["u: ."]),
+    ("chat", "nested, flat, bare and Anthropic's tools", {**talk(HELLO), "tools": [{"type": "function", "function": {"name": "a",
+     "parameters": PARAMETERS}}, {"type": "function", "name": "b", "parameters": PARAMETERS}, {"name": "c",
+     "parameters": PARAMETERS}, {"name": "d", "input_schema": PARAMETERS}, {"type": "custom", "name": "e",
+     "input_schema": PARAMETERS}, {"type": "function", "function": {"name": "f"}}]}, tools_in, [*((n, ["a"]) for n in "abcde"),
+     ("f", [])]),
+    *(("chat", f"a custom tool, {how}", {**talk(HELLO), "tools": [t]}, lambda r: (tools_in(r),
+     "start: PATCH" in r.tools[0].description), ([("ApplyPatch", ["input"])], True)) for how, t in (("nested", CUSTOM_NESTED),
+     ("flat", CUSTOM_FLAT))),
+    ("chat", "Anthropic's blocks", talk(HELLO, ("assistant", [wrote("x"), use("a", "f", a=1)]), ("user", [result("a", "ok")])),
+     lambda r: turns_in(r.turns), ["u: hi", 'a: x / f#a{"a": 1}', "u: a=ok"]),
+    ("chat", "a body of Responses", items(ASKED, calls(), output(), tools=[{"type": "function", "name": "f",
+     "parameters": PARAMETERS}, CUSTOM_FLAT], reasoning={"effort": "high"}), lambda r: (r.dialect, tools_in(r),
+     turns_in(r.turns), wish_in(r)), ("chat", [("f", ["a"]), ("ApplyPatch", ["input"])], ["u: hi", "a: f#a{}", "u: a=ok"],
+     (True, None, "high"))),
+    ("chat", "limits and stops", {**talk(HELLO), "max_tokens": 5, "max_completion_tokens": 6, "stop": "END",
+     "parallel_tool_calls": False}, lambda r: (r.max_tokens, r.stop_sequences, r.one_call), (6, ("END",), True)),
+    *(("chat", f"thinking by {f}", {**talk(HELLO), **f}, wish_in, w) for f, w in (({"reasoning_effort": "none"}, (False, None,
+     "")), ({"reasoning_effort": "minimal"}, (True, None, "minimal")), ({"reasoning": {"max_tokens": 2000}}, (True, 2000, "")),
+     ({"reasoning": {"enabled": False}}, (False, None, "")), ({"thinking": {"type": "enabled", "budget_tokens": 3000}},
+     (True, 3000, "")), ({"thinking": {"type": "disabled"}}, (False, None, "")), ({"enable_thinking": False}, (False, None, "")),
+     ({"chat_template_kwargs": {"enable_thinking": True}}, (True, None, "")), ({}, (None, None, "auto")))),
+    *(("chat", f"choice {c!r}", {**talk(HELLO), "tools": [{"type": "function", "function": {"name": n}} for n in "fg"],
+     "tool_choice": c}, lambda r: (r.tool_choice, [t.name for t in r.tools]), told) for c, told in (("required", (("any", ""),
+     ["f", "g"])), ("none", (("none", ""), ["f", "g"])), (None, (("auto", ""), ["f", "g"])), ({"type": "function",
+     "function": {"name": "g"}}, (("tool", "g"), ["f", "g"])), ({"type": "allowed_tools", "allowed_tools": {"mode": "required",
+     "tools": [{"type": "function", "function": {"name": "g"}}]}}, (("any", ""), ["g"])))),
+    ("chat", "any JSON", {**talk(HELLO), "response_format": {"type": "json_object"}}, lambda r: r.json_schema, ag.ANY_OBJECT),
+    ("responses", "a text", {"input": "hi", "instructions": "a"}, lambda r: (r.system, turns_in(r.turns)), (("a",), ["u: hi"])),
+    ("responses", "one step, in items", items(ASKED, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+     {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "x"}]}, calls("a"), calls("b", "g"),
+     output("b"), output("a")), repaired, ["u: hi", "a: ~hm / x / f#a{} / g#b{}", "u: a=ok / b=ok"]),
+    ("responses", "developers", items({"role": "developer", "content": "a"}, ASKED, {"type": "message", "role": "developer",
+     "content": [{"type": "input_text", "text": "b"}]}), lambda r: (r.system, turns_in(r.turns)), (("a",), ["u: hi", "s: b"])),
+    ("responses", "pictures in a result", items(ASKED, calls(), output(told=[{"type": "input_text", "text": "x"},
+     {"type": "input_image", "image_url": IMAGE}])), lambda r: turns_in(r.turns), ["u: hi", "a: f#a{}", "u: a=x|<image/png>"]),
+    ("responses", "freeform calls", items(ASKED, {"type": "custom_tool_call", "call_id": "a", "name": "p", "input": "*"},
+     output(kind="custom_tool_call")), lambda r: turns_in(r.turns), ["u: hi", 'a: p#a{"input": "*"}', "u: a=ok"]),
+    ("responses", "a namespace", items(ASKED, calls(name="f", namespace="git"), output(), tools=[{"type": "namespace",
+     "name": "git", "description": "", "tools": [{"type": "function", "name": "f", "parameters": PARAMETERS},
+     {"type": "function", "name": "mcp__x__y"}]}]), lambda r: (tools_in(r), turns_in(r.turns)), ([("git__f", ["a"]),
+     ("mcp__x__y", [])], ["u: hi", "a: git__f#a{}", "u: a=ok"])),
+    ("responses", "a direct tool before one of a namespace", items(ASKED, tools=[{"type": "function", "name": "git__f",
+     "parameters": PARAMETERS}, {"type": "namespace", "name": "git", "tools": [{"type": "function", "name": "f"}]}]), tools_in,
+     [("git__f", ["a"])]),
+    ("responses", "additional_tools", items({"type": "additional_tools", "role": "developer", "tools": [{"type": "function",
+     "name": "f", "parameters": PARAMETERS}]}, ASKED), lambda r: (tools_in(r), turns_in(r.turns)), ([("f", ["a"])], ["u: hi"])),
+    ("responses", "shells", items(ASKED, {"type": "local_shell_call", "call_id": "a", "action": {"type": "exec",
+     "command": ["ls"], "env": {}}}, {"type": "local_shell_call_output", "id": "a", "output": "x"}, {"type": "shell_call",
+     "call_id": "b", "action": {"commands": ["ls"]}}, output("b", [{"stdout": "x", "stderr": "", "outcome": {"type": "exit",
+     "exit_code": 1}}], "shell_call"), {"type": "apply_patch_call", "call_id": "c", "operation": {"type": "delete_file",
+     "path": "p"}}, output("c", "no", "apply_patch_call", status="failed"), tools=[{"type": t} for t in ("local_shell", "shell",
+     "apply_patch")]), lambda r: ([t.name for t in r.tools], turns_in(r.turns)), (["local_shell", "shell", "apply_patch"],
+     ["u: hi", 'a: local_shell#a{"command": ["ls"]}', "u: a=x", 'a: shell#b{"commands": ["ls"]}', "u: b=x[exit code 1]",
+     'a: apply_patch#c{"type": "delete_file", "path": "p"}', "u: c!no"])),
+    ("responses", "items of others", items(ASKED, {"type": "mcp_call", "id": "x"}, {"type": "compaction",
+     "encrypted_content": "gAAA"}, {"type": "brand_new"}), lambda r: turns_in(r.turns), ["u: hi"]),
+    ("responses", "hosted tools", items(ASKED, tools=[{"type": "file_search"}, {"type": "web_search"}, {"type": "function",
+     "name": "f"}]), lambda r: ([t.name for t in r.tools], r.search), (["f"], None)),
+    ("responses", "a search alone", items(ASKED, tools=[{"type": "web_search_preview",
+     "filters": {"allowed_domains": ["x.org"]}}]), lambda r: r.search.allowed, ("x.org",)),
+    ("responses", "a format", {"input": "hi", "text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA},
+     "verbosity": "low"}}, lambda r: (r.json_schema, dict(r.more)), (SCHEMA, {"verbosity": "low", "schema_name": "n", "schema_strict": False})),
+    ("gemini", "snake case", {"system_instruction": {"parts": [{"text": "a"}]},
+     "contents": [{"parts": [{"inline_data": {"mime_type": "image/png", "data": PNG}}]}],
+     "generation_config": {"max_output_tokens": 5, "stop_sequences": ["END"], "top_k": 3,
+     "thinking_config": {"thinking_budget": 2000, "include_thoughts": True}}, "tools": [{"function_declarations": [{"name": "f"},
+     {"name": "g"}]}], "tool_config": {"function_calling_config": {"mode": "any", "allowed_function_names": ["g"]}}},
+     lambda r: (r.system, turns_in(r.turns), r.max_tokens, r.stop_sequences, r.top_k, wish_in(r), r.tool_choice, tools_in(r)),
+     (("a",), ["u: <image/png>"], 5, ("END",), 3, (True, 2000, ""), ("tool", "g"), [("g", [])])),
+    ("gemini", "calls without ids", {"contents": [{"role": "user", "parts": {"text": "hi"}}, {"role": "model",
+     "parts": [{"functionCall": {"name": "f", "args": {"n": 1}}}, {"function_call": {"name": "g"}},
+     {"functionCall": {"name": "f", "args": {"n": 2}}}]}, {"role": "function", "parts": [{"functionResponse": {"name": "f",
+     "response": {"output": "1"}}}, {"functionResponse": {"name": "f", "response": {"a": 2}}},
+     {"function_response": {"name": "g", "response": {"error": "no"}}}]}]}, repaired, ["u: hi",
+     'a: f#f-1{"n": 1} / g#g-2{} / f#f-3{"n": 2}', 'u: f-1=1 / g-2!no / f-3={"a":2}']),
+    ("gemini", "a thought in pieces", {"contents": [{"parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "h",
+     "thought": True}, {"text": "m", "thought": True}, {"text": "", "thought": True, "thoughtSignature": "s"}, {"text": "x"}]}]},
+     lambda r: (turns_in(r.turns), r.turns[1].blocks[0].signature), (["u: hi", "a: ~hm / x"], "s")),
+    ("gemini", "a system as a text", {"systemInstruction": "a", "contents": [{"parts": [{"text": "hi"}]}]}, lambda r: r.system,
+     ("a",)),
+    ("gemini", "schemas in capitals", {"contents": [{"parts": [{"text": "hi"}]}],
+     "tools": [{"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT", "properties": {"type": {"type": "STRING",
+     "nullable": True}, "n": {"type": "ARRAY", "items": {"type": "INTEGER"}, "maxItems": "3"}}}}]}],
+     "generationConfig": {"responseSchema": {"type": "STRING", "enum": ["A"], "format": "enum"}}},
+     lambda r: (r.tools[0].schema["properties"], r.json_schema), ({"type": {"type": ["string", "null"]}, "n": {"type": "array",
+     "items": {"type": "integer"}, "maxItems": 3}}, {"type": "string", "enum": ["A"]})),
+    *(("gemini", f"thinking by {f}", {"contents": [{"parts": [{"text": "hi"}]}], "generationConfig": {"thinkingConfig": f}},
+     wish_in, w) for f, w in (({"thinkingBudget": 0}, (False, None, "")), ({"thinkingBudget": -1}, (True, None, "")),
+     ({"thinkingLevel": "LOW"}, (True, None, "low")), ({}, (None, None, "auto")))),
+    ("gemini", "URL-safe base64", {"contents": [{"parts": [{"inlineData": {"mimeType": "image/png",
+     "data": "iVBORw0KGgo-_w"}}]}]}, lambda r: r.media[0].data, "iVBORw0KGgo+/w==")]
+
+
+@table("client, body, look, expected", [(f"{c[0]}: {c[1]}", c[0], *c[2:]) for c in ACCEPTED])
+def test_odd_bodies_are_understood(client, body, look, expected):
+    assert look(parsed(client, json.loads(json.dumps(body)))) == expected
+
+
+def seen(client, block):
+    """A body whose only content is one block."""
+    return {"chat": lambda: talk(("user", [block])), "responses": lambda: items({"role": "user", "content": [block]}),
+            "gemini": lambda: {"contents": [{"parts": [block]}]}}[client]()
+
+
+FAR = "https://example.org/a.png"
+WRONG = [       # client, upstream, body, path that the answer names
+    ("chat", "cloud", {}, "messages"),
+    ("chat", "cloud", {"messages": []}, "messages"),
+    ("chat", "cloud", {"messages": [7]}, "messages.0"),
+    ("chat", "cloud", talk(("robot", "x")), "messages.0.role"),
+    ("chat", "cloud", seen("chat", {"type": "nope"}), "messages.0.content.0.type"),
+    ("chat", "cloud", seen("chat", {"type": "text"}), "messages.0.content.0.text"),
+    ("chat", "cloud", talk(HELLO, {"role": "tool", "content": "x"}), "messages.1.tool_call_id"),
+    ("chat", "cloud", talk(HELLO, {"role": "assistant", "tool_calls": [{"id": "a"}]}), "messages.1.tool_calls.0"),
+    ("chat", "cloud", {**talk(HELLO), "n": 2}, "n"),
+    ("chat", "cloud", {**talk(HELLO), "modalities": ["audio"]}, "modalities"),
+    ("chat", "cloud", {**talk(HELLO), "stop": [1]}, "stop.0"),
+    ("chat", "cloud", {**talk(HELLO), "max_tokens": 0}, "max_tokens"),
+    ("chat", "cloud", {**talk(HELLO), "temperature": "x"}, "temperature"),
+    ("chat", "cloud", {**talk(HELLO), "stream": 1}, "stream"),
+    ("chat", "cloud", {**talk(HELLO), "response_format": {"type": "xml"}}, "response_format.type"),
+    ("chat", "cloud", {**talk(HELLO), "tools": [{"type": "function"}]}, "tools.0.name"),
+    ("chat", "cloud", {**talk(HELLO), "tools": {"a": 1}}, "tools"),
+    ("chat", "cloud", {**talk(HELLO), "tool_choice": "x"}, "tool_choice"),
+    ("chat", "cloud", {**talk(HELLO), "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ("chat", "cloud", {**talk(HELLO), "reasoning_effort": 5}, "reasoning_effort"),
+    ("chat", "cloud", seen("chat", {"type": "file", "file": {"file_id": "x"}}), "messages.0.content.0"),
+    ("chat", "cloud", seen("chat", {"type": "image_url", "image_url": {"url": "data:image/png;base64,***"}}),
+     "messages.0.content.0.image_url"),
+    ("chat", "cloud", seen("chat", {"type": "image_url", "image_url": {"url": FAR}}), "messages.0.content.0.image_url"),
+    ("chat", "key", seen("chat", {"type": "image_url", "image_url": {"url": FAR}}), "messages.0.content.0.image_url"),
+    ("chat", "anthropic", seen("chat", {"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}}),
+     "messages.0.content.0.input_audio.data"),
+    ("responses", "cloud", {}, "input"),
+    ("responses", "cloud", {"input": []}, "input"),
+    ("responses", "cloud", items(ASKED, 5), "input.1"),
+    ("responses", "cloud", items({"role": "robot", "content": "x"}), "input.0.role"),
+    ("responses", "cloud", {"input": "x", "background": True}, "background"),
+    ("responses", "cloud", {"input": "x", "conversation": "c"}, "conversation"),
+    ("responses", "cloud", {"input": "x", "prompt": {"id": "p"}}, "prompt"),
+    ("responses", "cloud", items({"type": "item_reference", "id": "x"}), "input.0"),
+    ("responses", "cloud", items(ASKED, {"type": "function_call", "call_id": "a"}), "input.1.name"),
+    ("responses", "cloud", items(ASKED, {"type": "function_call_output"}), "input.1.call_id"),
+    ("responses", "cloud", {"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ("responses", "cloud", {"input": "x", "tools": [{"type": "file_search"}], "tool_choice": {"type": "file_search"}},
+     "tool_choice"),
+    ("responses", "cloud", {"input": "x", "previous_response_id": "resp_x"}, ""),
+    ("responses", "cloud", seen("responses", {"type": "input_image", "image_url": FAR}), "input.0.content.0.image_url"),
+    ("responses", "anthropic", seen("responses", {"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}}),
+     "input.0.content.0.input_audio.data"),
+    ("gemini", "chat", {}, "contents"),
+    ("gemini", "chat", {"contents": []}, "contents"),
+    ("gemini", "chat", {"contents": [{"role": "robot", "parts": []}]}, "contents.0.role"),
+    ("gemini", "chat", seen("gemini", {"text": 5}), "contents.0.parts.0.text"),
+    ("gemini", "chat", seen("gemini", {"inlineData": {"mimeType": "image/png", "data": "*"}}),
+     "contents.0.parts.0.inlineData.data"),
+    ("gemini", "chat", seen("gemini", {"inlineData": {"mimeType": "x/y", "data": "AAAA"}}), "contents.0.parts.0.inlineData.data"),
+    ("gemini", "chat", {**seen("gemini", X), "generationConfig": {"candidateCount": 2}}, "generationConfig.candidateCount"),
+    ("gemini", "chat", {**seen("gemini", X), "generationConfig": {"maxOutputTokens": "x"}}, "generationConfig.maxOutputTokens"),
+    ("gemini", "chat", {**seen("gemini", X), "cachedContent": "c"}, "cachedContent"),
+    ("gemini", "chat", {**seen("gemini", X), "toolConfig": {"functionCallingConfig": {"mode": "x"}}},
+     "toolConfig.functionCallingConfig.mode"),
+    ("gemini", "cloud", seen("gemini", {"fileData": {"fileUri": FAR, "mimeType": "image/png"}}),
+     "contents.0.parts.0.fileData.fileUri"),
+    ("gemini", "anthropic", seen("gemini", {"inlineData": {"mimeType": "audio/wav", "data": SOUND}}),
+     "contents.0.parts.0.inlineData.data"),
+    *((client, "chat", seen(client, block), path) for client, block, path in (("responses", {"type": "input_image",
+     "image_url": "http://%s/x"}, "input.0.content.0.image_url"), ("gemini", {"fileData": {"fileUri": "http://%s/x"}},
+     "contents.0.parts.0.fileData.fileUri")))]
+PRIVATE = ["127.0.0.1", "10.0.0.1:80", "192.168.1.1", "169.254.169.254", "[::1]", "localhost", "x.local", "0x7f000001",
+           "2130706433", "0177.0.0.1",
+           "127.1", "metadata.google.internal", "localhost."]
+
+
+@pytest.mark.parametrize("client", ["chat", "responses", "gemini"])
+def test_wrong_bodies_get_a_400_that_names_the_place_in_the_clients_own_shape(make_proxy, client):
+    proxy, side = make_proxy({"a": None}), SIDES[client]
+    for up in UPSTREAMS:
+        for _, _, body, path in (w for w in WRONG if w[:2] == (client, up)):
+            proxy.pool.replace(*rows_for(up, proxy.sim.url, proxy))
+            text = json.dumps({**({} if client == "gemini" else {"model": UPSTREAMS[up][3]}), **body})
+            for raw in [text] if "%s" not in text else [text.replace("%s", host) for host in PRIVATE]:
+                status, headers, out = proxy.call("POST", side.path(UPSTREAMS[up][3], False), raw.encode())
+                assert status != 200, raw
+                message, kind, code = side.refusal(json.loads(out))
+                assert (status, kind) == (400, {"gemini": "INVALID_ARGUMENT"}.get(client, "invalid_request_error")), (raw, out)
+                assert message.startswith(path + ": ") if path else code == "previous_response_not_found", (raw, message)
+                assert client == "gemini" or not path or json.loads(out)["error"]["param"] in (path, None), (raw, out)
+    assert not proxy.sim.requests
+
+def with_junk(value):
+    """The value with one of its parts, at any depth, of another type."""
+    for junk in (None, 5, "x", [], {}, [5], True, {"type": 5}, "user", "assistant", "model", "system", "tool"):
+        if type(junk) is not type(value) or junk != value:
+            yield junk
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        for other in with_junk(inner):
+            out = value.copy()
+            out[key] = other
+            yield out
+
+
+@pytest.mark.parametrize("client", PARSED_AT)
+def test_a_value_of_any_other_type_is_taken_or_refused_by_name_and_never_a_crash(client):
+    for _, name, body, *_ in (c for c in ACCEPTED if c[0] == client):
+        for odd in with_junk(json.loads(json.dumps(body).replace(PNG, PNG[:8]).replace(PDF, PDF[:8]).replace(SOUND, SOUND[:20]))):
+            try:
+                request = parsed(client, odd if isinstance(odd, dict) else {})
+                for dialect, provider in SERVED.items():
+                    ag.DIALECTS[dialect].render_request(request, target("gemini-3-flash", provider), {}, frozenset())
+            except ag.ProxyError as err:
+                assert err.kind in ("invalid_request", "bad_request", "no_response"), (name, odd)
+
+
+GIT = {"type": "namespace", "name": "git", "description": "", "tools": [{"type": "function", "name": "log",
+    "parameters": PARAMETERS}]}
+PATCH = '*** "Begin" Patch\n+\\u00e9 é\U0001f600\n'
+BACK = [        # client and path, its tools, what the model calls, what the client reads
+    ("a freeform tool", "chat", {"tools": [CUSTOM_NESTED]}, ("ApplyPatch", {"input": PATCH}), {"type": "custom",
+     "custom": {"name": "ApplyPatch", "input": PATCH}}),
+    ("a flat freeform tool", "chat", {"tools": [CUSTOM_FLAT]}, ("ApplyPatch", {"input": PATCH}), {"type": "custom",
+     "custom": {"name": "ApplyPatch", "input": PATCH}}),
+    ("Responses on Chat", "chat", {"input": "hi", "messages": None, "tools": [CUSTOM_FLAT]}, ("ApplyPatch", {"input": PATCH}),
+     {"type": "custom", "custom": {"name": "ApplyPatch", "input": PATCH}}),
+    ("Anthropic's tool", "chat", {"tools": [{"name": "f", "input_schema": PARAMETERS}]}, ("f", {"a": "é"}), {"type": "function",
+     "function": {"name": "f", "arguments": '{"a":"\\u00e9"}'}}),
+    ("a freeform tool", "responses", {"tools": [CUSTOM_FLAT]}, ("ApplyPatch", {"input": PATCH}), {"type": "custom_tool_call",
+     "name": "ApplyPatch", "input": PATCH}),
+    ("a namespace", "responses", {"tools": [GIT]}, ("git__log", {"a": "x"}), {"type": "function_call", "name": "log",
+     "namespace": "git", "arguments": '{"a":"x"}'}),
+    ("additional_tools", "responses", {"input": [{"type": "additional_tools", "tools": [GIT]}, {"role": "user",
+     "content": "hi"}]}, ("git__log", {}), {"type": "function_call", "name": "log", "namespace": "git", "arguments": "{}"}),
+    ("a local shell", "responses", {"tools": [{"type": "local_shell"}]}, ("local_shell", {"command": ["ls"]}),
+     {"type": "local_shell_call", "action": {"type": "exec", "command": ["ls"], "env": {}}}),
+    ("a shell", "responses", {"tools": [{"type": "shell"}]}, ("shell", {"commands": ["ls"]}), {"type": "shell_call",
+     "action": {"commands": ["ls"]}}),
+    ("a patch", "responses", {"tools": [{"type": "apply_patch"}]}, ("apply_patch", {"type": "create_file", "path": "p",
+     "diff": PATCH}), {"type": "apply_patch_call", "operation": {"type": "create_file", "path": "p", "diff": PATCH}}),
+    ("a search of tools", "responses", {"tools": [{"type": "tool_search", "execution": "client",
+     "parameters": {"properties": {"query": {"type": "string"}}}}]}, ("tool_search", {"query": "x"}),
+     {"type": "tool_search_call", "arguments": {"query": "x"}}),
+    ("an odd name", "gemini", {"tools": [{"functionDeclarations": [{"name": "fs:read.file", "parameters": PARAMETERS}]}]},
+     (ag.tool_name("fs:read.file"), {"a": "x"}), {"functionCall": {"name": "fs:read.file", "args": {"a": "x"}}})]
+
+
+@both
+@table("client, tools, made, expected, up", [(f"{r[1]}-to-{up}: {r[0]}", *r[1:], up) for r in BACK
+                                             for up in ("chat", "responses", "cloud") if up != r[1]])
+def test_a_call_reaches_its_client_as_what_the_tool_is_there_and_its_result_comes_back(staged, client, tools, made, expected, up,
+    stream):
+    asked, (name, arguments) = UPSTREAMS[up][3], made
+    text = json.dumps(arguments, separators=(",", ":"))
+    first = {"chat": chunked(calling(row(0, "c1", name, text)), finish="tool_calls"), "cloud": parts(
+        [call(name, args=arguments, id="c1")], wrap=True), "responses": answers(item(
+            0, "function_call", "done", call_id="c1", name=name, arguments=text), over())}
+    later = {"chat": chunked(SAYING), "cloud": parts([{"text": "hi"}], wrap=True),
+             "responses": answers(piece(0, "output_text", "hi"), over())}
+    proxy, side = staged(says(first[up]), says(later[up])), SIDES[client]
+    proxy.pool.replace(*rows_for(up, proxy.upstream.url, proxy))
+    body = {k: v for k, v in {**side.body(asked, side.said("hi"), stream), **tools}.items() if v is not None}
+    status, _, raw = proxy.call("POST", side.path(asked, stream), body)
+    assert status == 200, raw
+    told = side.read(raw, stream)
+    if client == "responses":
+        [found] = told.turns
+    else:
+        [found] = told.turns[0].get("tool_calls") or told.turns[0]["parts"]
+    assert expected == {k: {n: found[k][n] for n in v} if isinstance(v, dict) else found[k] for k, v in expected.items()}
+    assert told.stop == "tool" or found["type"][-5:] == "_call" and told.stop == "end"
+    if "input" in tools:
+        return
+    key = "input" if client == "responses" else "contents" if client == "gemini" else "messages"
+    kind = found.get("type", "")
+    answer = side.results([(("c1", "fs:read.file"), "it is done")])
+    if client == "responses":
+        answer = [output(found["call_id"], "it is done", kind)] if kind != "tool_search_call" else [
+            {"type": "tool_search_output", "call_id": found["call_id"], "tools": [{"type": "function", "name": "it is done"}]}]
+    status, _, raw = proxy.call("POST", side.path(asked, stream), {**body, key: body[key] + told.turns + answer})
+    assert status == 200 and side.read(raw, stream).text == "hi", raw
+    [(heard, result)] = heard_pairs(proxy.upstream.heard[-1].body)
+    assert heard == name and "it is done" in result
+
+
+@both
+@pytest.mark.parametrize("dialect", ["anthropic", "chat", "responses"])
+def test_a_service_that_nobody_has_heard_of_needs_two_cells_of_the_accounts_file(staged, dialect, stream):
+    words = ENDS[0][1][dialect]
+    streamed, whole = ended(dialect, words, "Their-Model/9")
+    proxy = staged(lambda body: says(streamed) if body.get("stream") else refuses(200, whole))
+    base = proxy.upstream.url + "/some/where" + "/v1" * (dialect != "anthropic")
+    config = ag.load_config("x", {}, {}, {"providers": {"acme": {"dialect": dialect, "base_url": base}},
+                                          "accounts": [{"name": "me", "provider": "acme", "api_key": "acme-secret-key"}]})
+    proxy.pool.replace([ag.account_from_row(r, config.providers) for r in config.accounts], config.settings)
+    route = {"anthropic": "/v1/messages", "chat": "/v1/chat/completions", "responses": "/v1/responses"}[dialect]
+    for client, side in SIDES.items():
+        status, headers, raw = speak(proxy, client, "Their-Model%2F9" if client == "gemini" else "Their-Model/9", side.said("hi"),
+                                     stream)
+        heard = proxy.upstream.heard[-1]
+        assert status == 200 and side.read(raw, stream).text == "half of", raw
+        assert (heard.path, heard.body["model"], headers["x-agproxy-account"]) == ("/some/where" + route, "Their-Model/9", "me")
+        assert heard.headers.get("x-api-key", heard.headers.get("authorization")) == (
+            "acme-secret-key" if dialect == "anthropic" else "Bearer acme-secret-key")
+    proxy.upstream.script[0] = refuses(500, {"error": {"message": "acme-secret-key is bad"}})
+    for client, side in SIDES.items():
+        assert b"acme-secret-key" not in speak(proxy, client, "Their-Model/9", side.said("hi"), stream)[2]
+
+
+def test_an_earlier_response_is_the_business_of_an_upstream_that_knows_it(staged):
+    streamed, whole = ended("responses", "max_output_tokens", "gpt-sim")
+    proxy = staged(refuses(200, whole))
+    proxy.pool.replace(*rows_for("responses", proxy.upstream.url, proxy))
+    body = {"model": "gpt-sim", "input": "hi", "previous_response_id": "resp_theirs"}
+    assert proxy.call("POST", "/v1/responses", body)[0] == 200
+    assert proxy.upstream.heard[-1].body == body
+
+
 # House rules ----------------------------------------------------------------
 
 def text_of(name):
@@ -5350,6 +7256,534 @@ def test_sdk_cancelling_closes_the_upstream(sdk):
             {"role": "user", "content": "count to 100000"}]) as stream:
         next(iter(stream.text_stream))
     until(lambda: proxy.sim.open_streams == 0 and proxy.pool.in_flight == 0)
+
+
+# The SDKs of OpenAI and Google, before upstreams of every language (skipped where they are missing) ----
+
+SDK_UPSTREAMS = {       # what serves -> (provider, model)
+    "code": ("sim", "gemini-3-flash"), "claude": ("sim", "claude-sonnet-4-6"), "key": ("gemini", "gemini-3-flash"),
+    "anthropic": ("anthropic", "claude-opus-4-8"), "chat": ("groq", "gpt-sim"), "responses": ("openai", "gpt-sim")}
+SEALS = {"code": '"simg', "key": '"simg', "claude": '"Rsim', "anthropic": '"Esim', "responses": '"gAAAsim'}    # begin signatures
+SDK_COUNTED, MUSED = [str(n) for n in range(1, 21)], "Thinking about the request."
+IN_TURN, AT_ONCE = ("create x.py and run it", [["Write"], ["Bash"]]), ("in parallel create x.py and run it", [["Write", "Bash"]])
+BOTH_TOLD = re.compile("(?s)told by Write.*told by Bash")
+PIXEL = b"\x89PNG\r\n\x1a\n0000"
+PIXEL_URL = "data:image/png;base64," + base64.b64encode(PIXEL).decode()
+JSON_ORDER = 'JSON value of this schema and nothing else: {"type": "object", "properties": {"n": {"type": "integer"}}}'
+
+
+@pytest.fixture
+def serve(make_proxy):
+    """A proxy before one kind of upstream, with its SDK clients.  The simulator must have refused nothing in the end."""
+    made = []
+
+    def start(name, accounts="a", key=""):
+        openai, genai = pytest.importorskip("openai"), pytest.importorskip("google.genai")
+        proxy = make_proxy(dict.fromkeys(accounts), env={"PROXY_API_KEY": key})
+        proxy.sdk, proxy.types, proxy.errors = openai, genai.types, genai.errors
+        (provider, proxy.model), proxy.kind = SDK_UPSTREAMS[name], name
+        if provider != "sim":
+            base = proxy.sim.url + "/v1" * (name in ("chat", "responses"))
+            row = ag.PROVIDERS[provider]._replace(base_urls=(base,), endpoints=(), quota="")
+            proxy.pool.replace([ag.account_from_row({
+                "name": n, "provider": provider, "api_key": "sim-key-" + n, "models": [proxy.model]}, {provider: row})
+                for n in accounts], proxy.services.config.settings)
+        url = f"http://127.0.0.1:{proxy.port}"
+        proxy.openai = openai.OpenAI(       # every answer must fit the SDK's types
+            base_url=url + "/v1", api_key=key or "any", max_retries=0, _strict_response_validation=True,
+            http_client=openai.DefaultHttpxClient(verify=False))
+        proxy.genai = genai.Client(api_key=key or "any", http_options={
+            "base_url": url, "client_args": {"verify": False}, "async_client_args": {"verify": False}})
+        made.append(proxy)
+        return proxy
+    yield start
+    for proxy in made:
+        proxy.openai.close()
+        proxy.genai.close()
+        assert not proxy.sim.refusals
+
+
+@pytest.fixture(params=SDK_UPSTREAMS)
+def behind(request, serve):
+    return serve(request.param, "abcdef")       # a failure may rest one
+
+
+def functions(*names, flat=False):
+    """TOOLS as OpenAI's APIs write them."""
+    rows = [{"name": t["name"], "description": "d", "parameters": {**t["input_schema"], "additionalProperties": False}}
+            for t in TOOLS if not names or t["name"] in names]
+    return [{"type": "function", "strict": False, **r} if flat else {"type": "function", "function": r} for r in rows]
+
+
+def chat(proxy, *messages, **more):
+    """chat.completions.create; texts are the user's."""
+    return proxy.openai.chat.completions.create(model=proxy.model, messages=[
+        {"role": "user", "content": m} if isinstance(m, str) else m for m in messages], **more)
+
+
+def respond(proxy, given, **more):
+    return proxy.openai.responses.create(model=proxy.model, input=given, **more)
+
+
+def complete(proxy, prompt, **more):
+    return proxy.openai.with_options().completions.create(      # not by strict types: OpenAI's own chunks do not fit them
+        model=proxy.model, prompt=prompt, **more)
+
+
+OPENAI_KINDS = {"chat": chat, "responses": respond, "completions": complete}
+
+
+def fail_next(proxy, fault, count=8):
+    for account in proxy.sim.accounts.values():
+        account.faults.clear()
+        account.faults.extend([fault] * count)
+
+
+def gate(proxy):
+    """The list of what the client sees; the simulator's next fault comes when there is something in it."""
+    at, seen, passed = {"anthropic": 5, "chat": 6, "responses": 6}.get(proxy.kind, 1), [], []
+
+    def wait(seconds):
+        passed.append(seconds)
+        if len(passed) > at:
+            until(lambda: seen)
+    proxy.sim.pace_s, proxy.sim.stop_event.wait = 1, wait
+    return seen
+
+
+def place_models():
+    """What structured answers are to be."""
+    Size = enum.Enum("Size", {"TOWN": "town", "CITY": "city"})
+    return pytest.importorskip("pydantic").create_model("Place", name=(str, ...), people=(int, ...), size=(Size, ...)), Size
+
+
+# OpenAI: Chat and Completions
+
+def test_sdk_openai_chat_and_completions_stream_and_answer_whole(behind):
+    ask = {"role": "system", "content": "be brief"}, "count to 20"
+    whole = chat(behind, *ask)
+    assert whole.choices[0].message.content.split() == SDK_COUNTED and whole.choices[0].finish_reason == "stop"
+    assert whole.model == behind.model and whole._request_id and "be brief" in json.dumps(behind.sim.requests[-1][1])
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 20
+    plain, counted = (list(chat(behind, *ask, stream=True, **more)) for more in ({}, {"stream_options": {"include_usage": True}}))
+    assert all(c.choices and c.usage is None for c in plain + counted[:-1])
+    assert not counted[-1].choices and counted[-1].usage.total_tokens > 20
+    for chunks in plain, counted[:-1]:
+        assert len({(c.id, c.model, c.created) for c in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
+        assert [c.choices[0].finish_reason for c in chunks][-2:] == [None, "stop"]
+        assert "".join(c.choices[0].delta.content or "" for c in chunks).split() == SDK_COUNTED
+    with behind.openai.chat.completions.stream(model=behind.model, messages=[{"role": "user", "content": ask[1]}]) as stream:
+        assert {e.type for e in stream} == {"chunk", "content.delta", "content.done"}
+    assert stream.get_final_completion().choices[0].message.content.split() == SDK_COUNTED
+    whole = behind.openai.completions.create(model=behind.model, prompt="count to 20", max_tokens=500)
+    assert whole.choices[0].text.split() == SDK_COUNTED and whole.choices[0].finish_reason == "stop"
+    assert whole.usage.total_tokens > 20 and whole.model == behind.model
+    chunks = list(complete(behind, "count to 20", stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks[:-1]).split() == SDK_COUNTED
+    assert chunks[-2].choices[0].finish_reason == "stop" and not chunks[-1].choices and chunks[-1].usage.total_tokens > 20
+    assert complete(behind, "hello", echo=True).choices[0].text.startswith("helloThis is")
+
+
+@both
+def test_sdk_openai_chat_tools(behind, stream):
+    for prompt, rounds in IN_TURN, AT_ONCE:
+        messages, seen, ids = [{"role": "user", "content": prompt}], [], set()
+        while True:
+            if stream:
+                with behind.openai.chat.completions.stream(model=behind.model, messages=messages, tools=functions()) as streamed:
+                    done = [e.index for e in streamed if e.type == "tool_calls.function.arguments.done"]
+                choice = streamed.get_final_completion().choices[0]
+                assert done == list(range(len(choice.message.tool_calls or ())))
+            else:
+                choice = chat(behind, *messages, tools=functions()).choices[0]
+            messages.append(choice.message)
+            if choice.finish_reason == "stop":
+                break
+            assert choice.finish_reason == "tool_calls"
+            seen.append([c.function.name for c in choice.message.tool_calls])
+            for c in choice.message.tool_calls:
+                assert "x.py" in "".join(json.loads(c.function.arguments).values())
+                messages.append({"role": "tool", "tool_call_id": c.id, "content": f"told by {c.function.name}"})
+                ids.add(c.id)
+        assert seen == rounds and len(ids) == 2 and BOTH_TOLD.search(choice.message.content)
+
+
+def test_sdk_openai_chat_forced_strict_and_custom_tools(behind):
+    Bash = pytest.importorskip("pydantic").create_model("Bash", command=(str, ...))
+    parsed = behind.openai.chat.completions.parse(
+        model=behind.model, messages=[{"role": "user", "content": "hello"}], tools=[behind.sdk.pydantic_function_tool(Bash)],
+        tool_choice={"type": "function", "function": {"name": "Bash"}})
+    assert isinstance(parsed.choices[0].message.tool_calls[0].function.parsed_arguments, Bash)
+    if behind.kind in ("chat", "responses"):
+        row = behind.sim.requests[-1][1]["tools"][0]
+        assert row.get("function", row)["strict"] is True
+    for choice, count in (("required", 1), ("none", 0), ("auto", 0)):
+        message = chat(behind, "hello", tools=functions("Bash"), tool_choice=choice).choices[0].message
+        assert len(message.tool_calls or ()) == count
+    tools = [{"type": "custom", "custom": {"name": "patcher", "description": "d"}}]
+    first = chat(behind, "use patcher", tools=tools).choices[0].message
+    call = first.tool_calls[0]
+    assert call.type == "custom" and call.custom.name == "patcher" and call.custom.input
+    after = chat(behind, "use patcher", first, {"role": "tool", "tool_call_id": call.id, "content": "patched"}, tools=tools)
+    assert "patched" in after.choices[0].message.content
+
+
+@both
+def test_sdk_openai_structured_output(behind, stream):
+    Place, Size = place_models()
+    made = {"chat": {"messages": [{"role": "user", "content": "which place"}], "response_format": Place},
+            "responses": {"input": "which place", "text_format": Place}}
+    places = []
+    for kind, ask in made.items():
+        api = behind.openai.responses if kind == "responses" else behind.openai.chat.completions
+        if stream:
+            with api.stream(model=behind.model, **ask) as streamed:
+                streamed.until_done()
+            answer = streamed.get_final_response() if kind == "responses" else streamed.get_final_completion()
+        else:
+            answer = api.parse(model=behind.model, **ask)
+        places.append(answer.output_parsed if kind == "responses" else answer.choices[0].message.parsed)
+    named = chat(behind, "which place", response_format={"type": "json_schema", "json_schema": {
+        "name": "place", "strict": True, "schema": Place.model_json_schema()}})
+    places.append(Place.model_validate_json(named.choices[0].message.content))
+    assert all((p.people, p.size) == (1, Size.TOWN) and p.name for p in places)
+    assert json.loads(chat(behind, JSON_ORDER, response_format={"type": "json_object"}).choices[0].message.content) == {"n": 1}
+    assert json.loads(respond(behind, JSON_ORDER, text={"format": {"type": "json_object"}}).output_text) == {"n": 1}
+
+
+def test_sdk_openai_chat_images_effort_stop_and_n(behind):
+    seen = chat(behind, {"role": "user", "content": [{"type": "text", "text": "what is it"}, {
+        "type": "image_url", "image_url": {"url": PIXEL_URL, "detail": "low"}}]})
+    assert "1 image" in seen.choices[0].message.content
+    assert chat(behind, "hello", reasoning_effort="low", max_completion_tokens=4000).choices[0].message.reasoning_content == MUSED
+    streamed = chat(behind, "hello", reasoning_effort="high", stream=True)
+    assert "".join(getattr(c.choices[0].delta, "reasoning_content", "") for c in streamed) == MUSED
+    for ask in chat, complete:
+        text = ask(behind, "count to 20", stop=["7"]).choices[0]
+        assert (text.message.content if ask is chat else text.text).split() == SDK_COUNTED[:6]
+    cut = chat(behind, "count to 20", stop="7", stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in cut).split() == SDK_COUNTED[:6]
+    if behind.kind != "chat":       # which may know more than one choice
+        with pytest.raises(behind.sdk.BadRequestError) as caught:
+            chat(behind, "hello", n=2)
+        assert caught.value.param == "n"
+
+
+# OpenAI: Responses
+
+THINK_THEN_SAY = """created in_progress output_item.added reasoning_summary_part.added reasoning_summary_text.delta
+    reasoning_summary_text.done reasoning_summary_part.done output_item.done output_item.added content_part.added
+    output_text.delta output_text.done content_part.done output_item.done completed""".split()
+
+
+def test_sdk_openai_responses_stream_and_answer_whole(behind):
+    ask = {"instructions": "be brief", "reasoning": {"effort": "low", "summary": "auto"}, "max_output_tokens": 4000}
+    whole = respond(behind, "count to 20", **ask)
+    assert whole.output_text.split() == SDK_COUNTED and whole.status == "completed" and whole.model == behind.model
+    assert [i.type for i in whole.output] == ["reasoning", "message"] and whole.output[0].summary[0].text == MUSED
+    assert whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens > 20
+    events = list(respond(behind, "count to 20", stream=True, **ask))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type[9:] for e in events]
+    assert [k for n, k in enumerate(kinds) if not n or k != kinds[n - 1]] == THINK_THEN_SAY
+    final = events[-1].response
+    assert final.output == [e.item for e in events if e.type == "response.output_item.done"]
+    assert {e.response.id for e in events if hasattr(e, "response")} == {final.id} and final.output_text == whole.output_text
+    assert all(e.item_id == final.output[e.output_index].id for e in events if hasattr(e, "item_id"))
+    with behind.openai.responses.stream(model=behind.model, input="count to 20") as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+    assert stream.get_final_response().output_text == text == whole.output_text
+    assert behind.openai.responses.input_tokens.count(model=behind.model, input="count to 20").input_tokens > 0
+
+
+@both
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_sdk_openai_responses_tools_and_sealed_reasoning(behind, stream, summary):
+    ask = {"model": behind.model, "tools": functions(flat=True), "store": False, "include": ["reasoning.encrypted_content"]}
+    for (prompt, rounds), thinks in (IN_TURN, False), (IN_TURN, True), (AT_ONCE, True):
+        items, seen, ids = [{"role": "user", "content": prompt}], [], set()
+        more = {"reasoning": {"effort": "medium", "summary": summary}} if thinks else {}
+        while True:
+            if stream:
+                with behind.openai.responses.stream(input=items, **ask, **more) as streamed:
+                    answer = streamed.until_done().get_final_response()
+            else:
+                answer = behind.openai.responses.create(input=items, **ask, **more)
+            items += answer.output
+            calls = [i for i in answer.output if i.type == "function_call"]
+            if not calls:
+                break
+            if thinks and behind.kind != "chat":
+                assert answer.output[0].type == "reasoning" and answer.output[0].encrypted_content
+            seen.append([c.name for c in calls])
+            ids |= {c.call_id for c in calls}
+            items += [{"type": "function_call_output", "call_id": c.call_id, "output": [
+                {"type": "input_text", "text": f"told by {c.name}"}]} for c in calls]
+        assert seen == rounds and len(ids) == 2 and BOTH_TOLD.search(answer.output_text)
+        sent = json.dumps(behind.sim.requests[-1][1])       # what was sealed comes home to who sealed it
+        assert "agp1." not in sent and (not thinks or behind.kind == "chat" or sent.count(SEALS[behind.kind]) >= len(rounds))
+
+
+def test_sdk_openai_responses_custom_tools_and_images(behind):
+    given, tools = [{"role": "user", "content": "use patcher"}], [{"type": "custom", "name": "patcher", "description": "d"}]
+    with behind.openai.responses.stream(model=behind.model, input=given, tools=tools) as stream:
+        deltas = [e.delta for e in stream if e.type == "response.custom_tool_call_input.delta"]
+    call = stream.get_final_response().output[-1]
+    assert (call.type, call.name) == ("custom_tool_call", "patcher") and "".join(deltas) == call.input != ""
+    items = [*given, call, {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "patched"}]
+    assert "patched" in respond(behind, items, tools=tools).output_text
+    image = {"type": "input_image", "detail": "auto", "image_url": PIXEL_URL}
+    assert "1 image" in respond(behind, [{"role": "user", "content": [image, {"type": "input_text", "text": "hm"}]}]).output_text
+    assert respond(behind, "hello", tools=functions("Bash", flat=True), tool_choice={
+        "type": "function", "name": "Bash"}).output[-1].name == "Bash"
+
+
+@pytest.mark.parametrize("name", ["code", "anthropic", "chat"])
+def test_sdk_openai_responses_go_on_from_an_earlier_one(serve, name):
+    proxy = serve(name)
+    answer = respond(proxy, IN_TURN[0], tools=functions(flat=True))
+    for tool_name in "Write", "Bash":
+        assert answer.output[-1].name == tool_name
+        answer = respond(proxy, [{"type": "function_call_output", "call_id": answer.output[-1].call_id,
+                                  "output": "told by " + tool_name}], previous_response_id=answer.id, tools=functions(flat=True))
+    assert BOTH_TOLD.search(answer.output_text)
+
+
+# OpenAI: models, errors, ends
+
+def test_sdk_openai_models_and_what_is_not_there(serve):
+    proxy = serve("code", key="k" * 20)
+    assert {"gemini-3-flash", "claude-sonnet-4-6"} <= {m.id for m in proxy.openai.models.list()}
+    assert proxy.openai.models.retrieve("gemini-3-flash").id == "gemini-3-flash"
+    wrong = proxy.openai.with_options(api_key="wrong")
+    for ask in (lambda: wrong.models.list(), lambda: wrong.chat.completions.create(model="m", messages=[]),
+                lambda: wrong.responses.create(model="m", input="x")):
+        with pytest.raises(proxy.sdk.AuthenticationError) as caught:
+            ask()
+        assert caught.value.code == "invalid_api_key"
+    proxy.model = "no-such"
+    for ask in (lambda: proxy.openai.models.retrieve("no-such"), lambda: proxy.openai.responses.retrieve("resp_1"),
+                lambda: chat(proxy, "x"), lambda: respond(proxy, "x"), lambda: complete(proxy, "x")):
+        with pytest.raises(proxy.sdk.NotFoundError) as caught:
+            ask()
+        assert caught.value.request_id and caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("kind", OPENAI_KINDS)
+@pytest.mark.parametrize("name", SDK_UPSTREAMS)
+def test_sdk_openai_errors_are_their_own_exceptions(serve, no_pauses, kind, name):
+    proxy, ask = serve(name, "ab"), OPENAI_KINDS[kind]
+    for field, value in (("temperature", "hot"), ("tools" if kind != "completions" else "prompt", 7)) if name != kind else ():
+        with pytest.raises(proxy.sdk.BadRequestError) as caught:       # of its own language an upstream judges itself
+            ask(proxy, "hello", extra_body={field: value})
+        assert caught.value.param == field and caught.value.type == "invalid_request_error"
+    for fault, expected, code in (("bad", "BadRequestError", ""), ("too_long", "BadRequestError", "context_length_exceeded"),
+                                  ("server", "InternalServerError", ""), ("quota", "RateLimitError", "rate_limit_exceeded")):
+        for stream in False, True:
+            fail_next(proxy, fault)
+            with pytest.raises(getattr(proxy.sdk, expected)) as caught:
+                ask(proxy, "hello", stream=stream)
+            assert caught.value.body["message"] and caught.value.request_id and (not code or caught.value.code == code)
+            assert fault != "quota" or int(caught.value.response.headers["retry-after"]) > 0
+
+
+def test_sdk_openai_answers_that_break_off_raise(behind):
+    behind.openai = behind.openai.with_options()
+    for fault, ask in itertools.product(("mid_error", "mid_cut"), (chat, complete, respond)):
+        fail_next(behind, fault, 1)
+        seen = gate(behind)
+        try:
+            for chunk in ask(behind, "count to 200", stream=True):
+                seen.append(chunk)
+            assert ask is respond       # OpenAI tells it by an event that its SDK hands on
+            assert seen[-1].type == "response.failed" and seen[-1].response.error.code
+            assert [e.sequence_number for e in seen] == list(range(len(seen))) and len(seen) > 3
+        except behind.sdk.APIError as err:
+            assert seen and err.message and err.body["type"] and ask is not respond
+
+
+def test_sdk_openai_async_and_streams_that_are_left(behind):
+    async def talk():
+        async with behind.sdk.AsyncOpenAI(base_url=behind.openai.base_url, api_key="any", max_retries=0,
+                                      http_client=behind.sdk.DefaultAsyncHttpxClient(verify=False)) as client:
+            whole, stream = await asyncio.gather(
+                client.responses.create(model=behind.model, input="count to 20"),
+                client.chat.completions.create(model=behind.model, stream=True,
+                                               messages=[{"role": "user", "content": "count to 20"}]))
+            return whole.output_text.split(), "".join([c.choices[0].delta.content or "" async for c in stream]).split()
+    assert asyncio.run(talk()) == (SDK_COUNTED, SDK_COUNTED)
+    behind.sim.pace_s = 0.005
+    for ask in OPENAI_KINDS.values():
+        with ask(behind, "count to 5000", stream=True) as stream:
+            next(iter(stream))
+            assert behind.sim.open_streams == 1
+        until(lambda: behind.sim.open_streams == 0 and behind.pool.in_flight == 0)
+
+
+# Google's google-genai
+
+def generate(proxy, contents, **config):
+    return proxy.genai.models.generate_content(model=proxy.model, contents=contents, config=config or None)
+
+
+def pour(proxy, contents, **config):
+    """The chunks of a streamed answer."""
+    return list(proxy.genai.models.generate_content_stream(model=proxy.model, contents=contents, config=config or None))
+
+
+def parts_of(*answers):
+    return [p for a in answers for c in a.candidates or () for p in c.content.parts or ()]
+
+
+DECLARED = [{"function_declarations": [{"name": t["name"], "description": "d", "parameters_json_schema": t["input_schema"]}
+                                       for t in TOOLS]}]
+
+
+def test_sdk_genai_streams_and_answers_whole(behind):
+    whole = generate(behind, "count to 20", system_instruction="be brief", temperature=0.5, max_output_tokens=5000)
+    assert whole.text.split() == SDK_COUNTED and whole.candidates[0].finish_reason.name == "STOP"
+    assert whole.usage_metadata.total_token_count > whole.usage_metadata.prompt_token_count > 0
+    assert whole.model_version == behind.model and whole.response_id and "be brief" in json.dumps(behind.sim.requests[-1][1])
+    chunks = pour(behind, "count to 20")
+    assert "".join(c.text or "" for c in chunks).split() == SDK_COUNTED and chunks[-1].usage_metadata.total_token_count > 20
+    assert [c.candidates[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].candidates[0].finish_reason.name == "STOP"
+    assert generate(behind, "count to 20", stop_sequences=["7"]).text.split() == SDK_COUNTED[:6]
+    assert "1 image" in generate(behind, [behind.types.Part.from_bytes(data=PIXEL, mime_type="image/png"), "what is it"]).text
+    assert behind.genai.models.count_tokens(model=behind.model, contents="count to 20").total_tokens > 0
+
+
+def test_sdk_genai_thinking(behind):
+    config = {"include_thoughts": True, "thinking_budget": 4000}
+    for answers in [generate(behind, "hello", thinking_config=config)], pour(behind, "hello", thinking_config=config):
+        parts = parts_of(*answers)
+        assert "".join(p.text for p in parts if p.thought) == MUSED
+        assert "hello" in "".join(p.text for p in parts if p.text and not p.thought)
+        signatures = [p.thought_signature for p in parts if p.thought_signature]
+        assert all(isinstance(s, bytes) for s in signatures) and bool(signatures) == (
+            behind.kind not in ("code", "key"))
+    assert not any(p.thought for p in parts_of(generate(behind, "hello", thinking_config={"thinking_level": "low"})))
+
+
+@both
+@pytest.mark.parametrize("thinks", [False, True], ids=["plain", "thinking"])
+def test_sdk_genai_chat_calls_functions_by_hand(behind, stream, thinks):
+    config = {"tools": DECLARED, **({"thinking_config": {"include_thoughts": True, "thinking_budget": 2000}} if thinks else {})}
+    for message, rounds in IN_TURN, AT_ONCE:
+        talk, seen = behind.genai.chats.create(model=behind.model, config=config), []
+        while True:
+            answers = list(talk.send_message_stream(message)) if stream else [talk.send_message(message)]
+            calls = [p.function_call for p in parts_of(*answers) if p.function_call]
+            if not calls:
+                break
+            seen.append([c.name for c in calls])
+            message = [behind.types.Part(function_response=behind.types.FunctionResponse(
+                id=c.id, name=c.name, response={"result": f"told by {c.name}"})) for c in calls]
+        assert seen == rounds and BOTH_TOLD.search("".join(a.text or "" for a in answers))
+        signed = [p.thought_signature for c in talk.get_history() for p in c.parts if p.thought_signature]
+        seal = SEALS.get(behind.kind) if thinks or behind.kind in ("code", "key") else ""
+        assert all(isinstance(s, bytes) for s in signed) and (signed or not seal)
+        sent = json.dumps(behind.sim.requests[-1][1])
+        assert not seal or sent.count(seal) >= len(rounds)      # what was signed comes home to who signed it
+        assert ag.SKIP_SIGNATURE not in sent and "agp1." not in sent and "YWdwMS" not in sent
+        assert "hello" in talk.send_message("hello").text
+
+
+def test_sdk_genai_function_calling_modes_and_automatic_calls(behind):
+    asked = []
+
+    def weather(city: str, days: int) -> dict:
+        """Tells the weather of a city."""
+        asked.append((city, days))
+        return {"sky": "blue over " + city}
+    told = generate(behind, "tell the weather please", tools=[weather])
+    assert asked == [("demo", 1)] and "blue over demo" in told.text
+    assert [c.role for c in told.automatic_function_calling_history] == ["user", "model", "user"]
+    for mode, names, expected in (("ANY", ["Bash"], ["Bash"]), ("ANY", None, ["Write"]), ("NONE", None, []), ("AUTO", None, [])):
+        answer = generate(behind, "hello", tools=DECLARED, tool_config={
+            "function_calling_config": {"mode": mode, "allowed_function_names": names}})
+        assert [c.name for c in answer.function_calls or ()] == expected
+    contents = [behind.types.Content(role="user", parts=[behind.types.Part(text=AT_ONCE[0])])]
+    first = generate(behind, contents, tools=DECLARED)
+    contents += [first.candidates[0].content, behind.types.Content(role="user", parts=[behind.types.Part.from_function_response(
+        name=c.name, response={"output": f"told by {c.name}"}) for c in first.function_calls])]      # without ids
+    assert BOTH_TOLD.search(generate(behind, contents, tools=DECLARED).text)
+
+
+def test_sdk_genai_structured_output(behind):
+    Place, Size = place_models()
+    as_json = {"response_mime_type": "application/json"}
+    for config in {"response_schema": Place}, {"response_json_schema": Place.model_json_schema()}:
+        answer = generate(behind, "which place", **as_json, **config)
+        place = Place.model_validate_json(answer.text)
+        assert (place.people, place.size) == (1, Size.TOWN)
+        assert answer.parsed == (place if "response_schema" in config else place.model_dump(mode="json"))
+    assert [p.size for p in generate(behind, "which places", **as_json, response_schema=list[Place]).parsed] == [Size.TOWN]
+    text = "".join(c.text or "" for c in pour(behind, "which place", **as_json, response_schema=Place))
+    assert Place.model_validate_json(text).size == Size.TOWN
+    assert generate(behind, "which size", response_mime_type="text/x.enum", response_schema=Size).parsed == Size.TOWN
+
+
+@pytest.mark.parametrize("name", ["code", "key"])
+def test_sdk_genai_searches_where_an_upstream_can(serve, name):
+    answer = generate(serve(name), "what is agproxy", tools=[{"google_search": {}}])
+    grounds = answer.candidates[0].grounding_metadata
+    assert grounds.web_search_queries == ["agproxy"] and grounds.grounding_chunks[0].web.uri == "https://example.org/a"
+    segment = grounds.grounding_supports[0].segment
+    assert answer.text.encode()[segment.start_index:segment.end_index].decode() == segment.text == "it is a proxy."
+
+
+def test_sdk_genai_models_and_what_is_not_there(serve):
+    proxy = serve("code", key="k" * 20)
+    models, no = proxy.genai.models, {"model": "no-such", "contents": "x"}
+    assert {"models/gemini-3-flash", "models/claude-sonnet-4-6"} <= {m.name for m in models.list()}
+    assert len(list(models.list(config={"page_size": 3}))) == len(list(models.list()))
+    assert models.get(model="gemini-3-flash").input_token_limit > 1000000
+    for code, status, ask in (
+            (404, "NOT_FOUND", lambda: models.generate_content(**no)), (404, "NOT_FOUND", lambda: models.get(model="no-such")),
+            (404, "NOT_FOUND", lambda: list(models.generate_content_stream(**no))),
+            (404, "NOT_FOUND", lambda: models.count_tokens(**no)), (404, "NOT_FOUND", lambda: models.embed_content(**no)),
+            (400, "INVALID_ARGUMENT", lambda: generate(proxy, "x", candidate_count=2)),
+            (400, "INVALID_ARGUMENT", lambda: generate(proxy, "x", response_modalities=["AUDIO"])),
+            (401, "UNAUTHENTICATED", lambda: generate(proxy, "x", http_options={"headers": {"x-goog-api-key": "wrong"}}))):
+        with pytest.raises(proxy.errors.ClientError) as caught:
+            ask()
+        assert (caught.value.code, caught.value.status) == (code, status) and caught.value.message
+
+
+@pytest.mark.parametrize("name", SDK_UPSTREAMS)
+def test_sdk_genai_errors_have_code_and_status(serve, no_pauses, name):
+    proxy = serve(name, "ab")
+    for fault, code, status in (("bad", 400, "INVALID_ARGUMENT"), ("too_long", 400, "INVALID_ARGUMENT"),
+                                ("capacity", 503, "UNAVAILABLE"), ("quota", 429, "RESOURCE_EXHAUSTED")):
+        for ask in generate, pour:
+            fail_next(proxy, fault)
+            with pytest.raises(proxy.errors.ServerError if code > 499 else proxy.errors.ClientError) as caught:
+                ask(proxy, "hello")
+            assert (caught.value.code, caught.value.status) == (code, status) and caught.value.message
+            assert fault != "quota" or any("retryDelay" in d for d in caught.value.details["error"]["details"])
+
+
+def test_sdk_genai_async_and_streams_that_break_off_or_are_left(behind):
+    async def talk():
+        ask = {"model": behind.model, "contents": "count to 20"}
+        models = behind.genai.aio.models
+        whole, stream = await models.generate_content(**ask), await models.generate_content_stream(**ask)
+        texts = whole.text.split(), "".join([c.text or "" async for c in stream]).split()
+        behind.sim.pace_s = 0.01
+        stream = await models.generate_content_stream(**{**ask, "contents": "count to 5000"})
+        await stream.__anext__()
+        await stream.aclose()
+        await behind.genai.aio.aclose()
+        return texts
+    assert asyncio.run(talk()) == (SDK_COUNTED, SDK_COUNTED)
+    until(lambda: behind.sim.open_streams == 0 and behind.pool.in_flight == 0)
+    fail_next(behind, "mid_error", 1)
+    seen = gate(behind)
+    with pytest.raises(behind.errors.APIError) as caught:
+        for chunk in behind.genai.models.generate_content_stream(model=behind.model, contents="count to 200"):
+            seen.append(chunk)
+    assert seen and caught.value.message and caught.value.status
 
 
 if __name__ == "__main__":
