@@ -608,6 +608,7 @@ class ProxyError(Exception):
         # (status, body, headers) of an upstream of the client's own language, to go as they are
         self.verbatim: tuple | None = None
         self.headers: dict = {}     # limits that the upstream told with it
+        self.retry_at = 0.0         # epoch seconds of `retry_after_s`, where whoever tells it knows
 
 
 class ConfigError(Exception):
@@ -6108,6 +6109,7 @@ OPENAI_ERRORS = {       # Anthropic's type, or a kind of ERRORS -> OpenAI's type
     "too_long": ("invalid_request_error", "context_length_exceeded"),
     "no_response": ("invalid_request_error", "previous_response_not_found"),
     "exhausted": ("usage_limit_reached", "rate_limit_exceeded"),
+    "quota": ("usage_limit_reached", "insufficient_quota"),
 }
 
 
@@ -6117,8 +6119,10 @@ def openai_render_error(error: ProxyError, request_id: str) -> dict:
     named = re.match(r"([a-z_]+(?:\.[\w.]+)?): ", error.message)
     if error.kind == "invalid_request" and named:
         body["param"] = named[1]
-    if error.kind == "exhausted" and error.retry_after_s is not None:    # Codex shows when it ends
+    if kind == "usage_limit_reached" and error.retry_after_s is not None:
         body.update(plan_type=None, resets_in_seconds=int(error.retry_after_s + 0.999))
+        if error.retry_at:      # Codex shows this one
+            body["resets_at"] = int(error.retry_at + 0.999)
     return {"error": {**body, **error.details}}
 
 
@@ -6954,9 +6958,9 @@ def _responses_finish(state: ResponsesAnswer, delta: Finish) -> str:
 
 def _responses_fault(state: ResponsesAnswer, delta: Fault) -> str:
     told = openai_render_error(delta.error, "")["error"]
-    code = told["code"]
-    if code is None and delta.error.rule.status == 400:     # Codex repeats every other code
-        code = "invalid_prompt"
+    code = {"capacity": "server_error"}.get(delta.error.kind, told["code"])
+    if code is None and delta.error.rule.status == 400:     # Codex repeats every other code ...
+        code = "invalid_prompt"         # ... but for overload: its next try may go elsewhere
     message = told["message"]
     if delta.error.retry_after_s is not None and code == "rate_limit_exceeded":
         message += f" Please try again in {int(delta.error.retry_after_s + 0.999)}s."
@@ -8073,8 +8077,8 @@ def _gemini_tools(body: Mapping) -> dict:
                 continue
             for n, told in enumerate(list_at(value, f"tools.{position}.{name}")):
                 path = f"tools.{position}.{name}.{n}"
-                schema = _told(dict_at(told, path), "parametersJsonSchema") or json_schema_of(
-                    told.get("parameters")) or {}
+                schema = json_schema_of(_told(dict_at(told, path), "parametersJsonSchema")
+                                        or told.get("parameters")) or {}
                 label = text_at(told.get("name"), path + ".name")
                 tools[label] = Tool(label, str(told.get("description") or ""),
                                     dict_at(schema, path + ".parameters"))
@@ -8134,7 +8138,7 @@ def _gemini_fields(body: Mapping, model: str) -> dict:
         system = {"parts": [system["parts"]]}
     texts = tuple(b.text for b in reading.parts(system.get("parts"), "systemInstruction")
                   if isinstance(b, Text))
-    schema = given.get("response_json_schema") or json_schema_of(given.get("response_schema"))
+    schema = json_schema_of(given.get("response_json_schema") or given.get("response_schema"))
     if schema is None and given.get("response_mime_type") == "application/json":
         schema = ANY_OBJECT
     stops = list_at(given.get("stop_sequences") or [], "generationConfig.stopSequences")
@@ -8313,6 +8317,12 @@ def gemini_render_error(error: ProxyError, request_id: str) -> dict:
     if error.retry_after_s is not None:
         body["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo",
                             "retryDelay": f"{max(1, int(error.retry_after_s + 0.999))}s"}]
+    if error.kind in ("exhausted", "quota") and (error.retry_after_s or 300) >= 300:
+        # the Gemini CLI then says so; else, and after these words, it sleeps for hours
+        body["message"] = error.message.replace("exhausted your capacity", "used up your capacity")
+        body["details"] = [*body.get("details", ()), {
+            "@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "QUOTA_EXHAUSTED",
+            "domain": "cloudcode-pa.googleapis.com"}]
     return {"error": {**body, **error.details}}
 
 
@@ -8362,11 +8372,50 @@ def gemini_render_model(model: Model) -> dict:
 _SIGNED_PART = re.compile(r'"thought(?:Signature|_signature)"\s*:\s*"([^"\\]*)"')
 
 
+def _stray_results(turns: Iterable[Turn]) -> bool:
+    """Whether a result answers nothing of the turn before it, or something again."""
+    waiting, last_role = set(), ""
+    for turn in turns:
+        if turn.role == "assistant":        # which may come in several contents
+            waiting = (waiting if last_role == turn.role else set()) | {
+                b.id for b in turn.blocks if isinstance(b, ToolCall)}
+        last_role = turn.role
+        for block in turn.blocks:
+            if isinstance(block, ToolResult):
+                if block.call_id not in waiting:
+                    return True
+                waiting.discard(block.call_id)
+    return False
+
+
+def _without_strays(contents: Any) -> list:
+    """The contents without such results: the Gemini CLI tells each twice in a resumed session, and
+    answers also the calls of an answer that was cut off."""
+    out, waiting, last_role = [], set(), ""
+    for content in list_at(contents, "contents"):
+        rows, parts = objects_of(content.get("parts")), []
+        for part in rows:
+            told = object_of(_told(part, "functionResponse"))
+            if not told.get("id") or told["id"] in waiting:
+                parts.append(part)
+            waiting.discard(told.get("id"))
+        if content.get("role") == "model":
+            waiting = (waiting if last_role == "model" else set()) | {
+                object_of(_told(part, "functionCall")).get("id") for part in rows}
+        last_role = content.get("role")
+        out.append({**content, "parts": parts or [{"text": "."}]})
+    return out
+
+
 def gemini_relay_request(request: Request, target: Target,
                          repairs: frozenset = frozenset()) -> Rendered:
     """The client's own body; our envelopes in it are opened where they came from here, and stood in
-    for elsewhere.  `repairs`: `signatures`, `drop <path>`."""
+    for elsewhere.  `repairs`: `signatures`, `pairs`, `drop <path>`."""
     text, mended = request.native.raw.decode("utf-8"), Mended()
+    if "pairs" in repairs or _stray_results(request.turns):
+        text = json_splice(text, {"contents": json_encode(_without_strays(
+            json.loads(text)["contents"]))})
+        mended["results without a call left out"] += 1
 
     def own(match: Any) -> str:
         signature = unwrap_signature(gemini_unwrap(match[1]))
@@ -12974,10 +13023,10 @@ class Exchange:
             headers["retry-after"] = str(max(1, seconds if is_long else min(59, seconds)))
             if is_long:
                 headers["x-should-retry"] = "false"
+            error.retry_at = self.services.clock.now() + error.retry_after_s
         status = error.rule.status if self.dialect.begins_early else {529: 503}.get(
             error.rule.status, error.rule.status)       # a number of Anthropic's own
-        self.send_json(status, self.dialect.render_error(error, self.record.id),
-                       headers)
+        self.send_json(status, self.dialect.render_error(error, self.record.id), headers)
 
     # Streams: `frame` bytes for the wire, open with the first content or when the hold is over
 
@@ -14512,16 +14561,22 @@ def sim_from_native(body: Mapping) -> dict:
 
 _FILE_NAME = re.compile(r"(?<![\w/])[\w./-]*\w\.\w{1,5}\b")
 _FOLDER = re.compile(r"working directory:\s*(\S+)", re.I)
+_CONTEXTS = re.compile(r"\A(?:\s*<(\w+)>.*?</\1>\s*)+(?=\S)", re.S)    # told before a text
 _VERBS = re.compile(r"\b(?:(?P<write>create|write|make)|(?P<run>run|execute)"
                     r"|(?P<edit>edit|change|modify|replace)|(?P<read>read|show))\b", re.I)
-_VERB_TOOLS = {"write": ("write", "create_file"), "run": ("bash", "shell", "exec", "run"),
-               "edit": ("edit", "replace"), "read": ("read", "view")}
+_SHELLS = ("bash", "shell", "exec", "run")
+_VERB_TOOLS = {"write": ("write", "create_file", "apply_patch", *_SHELLS), "run": _SHELLS,
+               "edit": ("edit", "replace", "apply_patch", *_SHELLS),
+               "read": ("read", "view", *_SHELLS)}
 _SIM_PROGRAM = 'print("hello from the agproxy demo")\n'
+_SIM_SHELL = {"write": f"printf '%s' '{_SIM_PROGRAM}' > ", "run": "python3 ", "": "python3 ",
+              "edit": "sed -i s/hello/goodbye/ ", "read": "cat "}
 _SIM_VALUES = {"string": "demo", "integer": 1, "number": 1, "boolean": True, "array": [],
                "object": {}}
 
 
 def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
+    tools = [t for t in tools if not {"stdin", "image"} & set(t["name"].lower().split("_"))]
     for word in _VERB_TOOLS[kind]:
         named = [t for t in tools if t["name"].lower() == word] or [
             t for t in tools if word in t["name"].lower().split("_")]
@@ -14530,12 +14585,27 @@ def _sim_find_tool(kind: str, tools: list[dict]) -> dict | None:
     return None
 
 
+def _sim_input(tool: Mapping, kind: str, path: str) -> str:
+    """What a tool of raw text gets: a patch, or JavaScript around the client's own shell tool."""
+    command = json_encode(_SIM_SHELL[kind] + path)
+    if "patch" not in tool["name"]:
+        return f"const r = await tools.exec_command({{cmd: {command}}}); text(r.output);"
+    lines = "+" + _SIM_PROGRAM.rstrip()
+    if kind == "edit":
+        lines = f"@@\n-{lines[1:]}\n{lines.replace('hello', 'goodbye')}"
+    return (f"*** Begin Patch\n*** {'Update' if kind == 'edit' else 'Add'} File: {path}\n{lines}"
+            "\n*** End Patch")
+
+
 def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
     """Arguments for a tool whose schema only its client knows: by the names of its properties."""
     schema = tool.get("parameters", {})
+    if [*schema.get("properties", {})] == ["input"]:
+        return {"input": _sim_input(tool, kind, path)}
+    command = _SIM_SHELL[kind] + path
     meant = {name: value for names, value in (
         ("path file_path filepath file filename absolute_path filePath", path),
-        ("content contents file_text text", _SIM_PROGRAM), ("command cmd", "python3 " + path),
+        ("content contents file_text text", _SIM_PROGRAM), ("command cmd", command),
         ("old_string old_str oldString", "hello"), ("new_string new_str newString", "goodbye"),
     ) for name in names.split()}
     required = schema.get("required", ())
@@ -14548,6 +14618,8 @@ def _sim_arguments(tool: Mapping, kind: str, path: str) -> dict:
             arguments[name] = values[0]
     if kind == "read":
         arguments = {n: v for n, v in arguments.items() if v == path or n in required}
+    if object_of(schema.get("properties", {}).get("command")).get("type") == "array":
+        arguments["command"] = ["bash", "-lc", command]
     return arguments
 
 
@@ -14610,7 +14682,7 @@ def sim_agent(inner: Mapping) -> list[list[dict]]:
     contents = inner["contents"]
     last = max((i for i, c in enumerate(contents) if c["role"] == "user" and _sim_texts(c)),
                default=0)
-    prompt = (_sim_texts(contents[last]) or [""])[-1]
+    prompt = _CONTEXTS.sub("", (_sim_texts(contents[last]) or [""])[-1])
     results = [p["functionResponse"] for c in contents[last:] for p in c["parts"]
                if "functionResponse" in p]
     config = inner.get("generationConfig", {})
