@@ -297,6 +297,9 @@ ALIASES = {
     "gemini-*-image*": ("gemini-3.1-flash-image", "gemini-3-pro-image"),
     "gpt-oss*": ("gpt-oss-120b-medium",),
 }
+HEIRS = {       # Cloud Code serves these by their successors, which clients of the older ones get
+    "gemini-2.5-pro": "gemini-pro-agent", "gemini-3-pro-preview": "gemini-pro-agent",
+    "gemini-2.5-flash": "gemini-3-flash", "gemini-2.5-flash-lite": "gemini-3.1-flash-lite"}
 TIERS = {       # a word in a Claude name; clients ask for ids that no other upstream knows
     "opus": ("claude-opus-4-6-thinking", "gemini-pro-agent", "gemini-3-pro-preview"),
     "fable": ("claude-opus-4-6-thinking", "gemini-pro-agent", "gemini-3-pro-preview"),
@@ -5844,15 +5847,6 @@ class _Items:
     def more_tools(self, item: dict, path: str) -> None:
         self.tools.add(item.get("tools") or [], path + ".tools")
 
-    def compaction(self, item: dict, path: str) -> None:
-        told = str(item.get("encrypted_content") or "")
-        if told.startswith("agp1.summary."):
-            try:
-                text = base64.b64decode(told[13:]).decode("utf-8", "replace")
-            except ValueError as err:
-                raise invalid(path + ".encrypted_content", "damaged") from err
-            self.turns.append(Turn("user", (Text(reminder("The conversation so far:\n" + text)),)))
-
     def reference(self, item: dict, path: str) -> None:
         raise invalid(path, "items are not kept here; send them again, or previous_response_id")
 
@@ -5872,9 +5866,8 @@ class _Items:
         """Items of tools that OpenAI runs mean nothing to others."""
 
     _READERS = {
-        "message": message, "reasoning": reasoning, "compaction": compaction,
-        "item_reference": reference, "additional_tools": more_tools,
-        "web_search_call": searched,
+        "message": message, "reasoning": reasoning, "item_reference": reference,
+        "additional_tools": more_tools, "web_search_call": searched,
         **dict.fromkeys(("function_call", "custom_tool_call", "local_shell_call", "shell_call",
                          "apply_patch_call", "tool_search_call"), call),
         **dict.fromkeys(("function_call_output", "custom_tool_call_output",
@@ -8584,7 +8577,7 @@ def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> Erro
     code = error.get("code")
     if isinstance(code, str) or (isinstance(code, int) and code >= 1000):
         reasons.add(code if isinstance(code, str) and not code.isdigit() else f"CODE_{code}")
-    reasons |= {str(error.get("type") or ""), kind}
+    reasons |= {str(error.get("type") or ""), str(error.get("status") or ""), kind}
     return ErrorFacts(message, frozenset(r.upper() for r in reasons if r), delay,
                       _link(details, metadata, message), code if isinstance(code, int) else 0)
 
@@ -8999,8 +8992,10 @@ def normal_model_name(name: str) -> str:
 
 def virtual_model(name: str, wanted: str, config: Config) -> Group | None:
     """The group that a name is, or an alias that stands for more than one plain model."""
-    if name.lower() in config.groups:
-        return config.groups[name.lower()]
+    lower = name.lower()        # lists have it as `claude-…` too, for clients that keep no others
+    for spelled in (lower, lower[7:] if lower.startswith("claude-") else lower):
+        if spelled in config.groups:
+            return config.groups[spelled]
     for spelled in map(normal_model_name, (name, wanted) if config.aliases else ()):
         patterns = [p for p in config.aliases if fnmatch.fnmatchcase(spelled, p)]
         if patterns:
@@ -9063,7 +9058,7 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
     if patterns:
         return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
     if wanted in MODELS:
-        return (wanted,), False
+        return (wanted, *filter(None, (HEIRS.get(wanted),))), False
     choices = [(m,) for m in listed if m.lower() == wanted]
     choices += [c for p, c in ALIASES.items() if fnmatch.fnmatchcase(wanted, p)]
     if wanted.startswith("claude") or wanted in TIERS:
@@ -11743,7 +11738,8 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((401,), "AUTHENTICATION_ERROR", "", "revoked"),
     Meaning((401,), "", "", "auth_expired"),
     Meaning((403,), "PERMISSION_ERROR", "", "denied"),
-    Meaning((403,), "", "", "project"),
+    Meaning((403,), "PERMISSION_DENIED", "", "project"),       # Google's word for all of it
+    Meaning((403,), "", "", "denied"),
     Meaning((404,), "", "", "model_missing"),
     Meaning((429, 503, 529), "MODEL_CAPACITY_EXHAUSTED", "", "capacity"),
     Meaning((503, 529), "", r"no capacity|overloaded", "capacity"),
@@ -14220,7 +14216,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.services.log.line("accept: %s", short_trace(sys.exc_info()[1]))
 
     def listed(self) -> list[tuple[Model, list[Candidate]]]:
-        return self.services.pool.offers()
+        """What is served by name; groups and plain aliases first."""
+        rows, services = [], self.services
+        for name in (*services.config.groups, *services.config.aliases):
+            with contextlib.suppress(ProxyError):       # nobody serves it now
+                plan = services.pool.plan(name, name, services.config)
+                if plan.candidates and not set("*?[") & set(name):
+                    rows.append((plan.models[0]._replace(id=name, label=name), plan.candidates))
+        known = {model.id for model, _ in rows}
+        return rows + [row for row in services.pool.offers() if row[0].id not in known]
 
     def model_rows(self) -> list[dict]:
         """What /v1/models lists: each served model, under a claude- name too where it has none."""

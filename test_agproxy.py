@@ -1333,7 +1333,7 @@ NESTED = json.dumps({"error": {"message": json.dumps({"type": "error", "error": 
     (429, b'{"error":{"code":1302,"message":"x"}}', "rate"), (400, b'{"error":{"code":"1211","message":"x"}}', "model_missing"),
     (429, b'{"error":{"type":"usage_limit_reached","resets_in_seconds":600}}', "quota"), (402, b"{}", "quota"),
     (429, b'{"error":{"code":"1313","message":"x"}}', "disabled"), (401, b'{"error":{"code":"1002","message":"x"}}', "revoked"),
-    (413, b"{}", "too_long"), (403, b"{}", "project"), (418, b"{}", "bad_request"),
+    (413, b"{}", "too_long"), (403, b"{}", "denied"), (403, google("Nobody knows why.", "PERMISSION_DENIED"), "project"), (418, b"{}", "bad_request"),
 ])
 def test_what_an_answer_means(status, raw, kind):
     assert meaning(status, raw).kind == kind
@@ -4958,6 +4958,21 @@ def test_a_name_nobody_knows(make_proxy, settings, expected):
     proxy = routed(mixed(make_proxy), {"settings": settings})
     status, headers, _ = proxy.ask(model="mystery-7")
     assert headers.get("x-agproxy-account", status) == expected
+
+
+def test_names_that_gemini_cli_asks_for_are_served_by_their_heirs(make_proxy):
+    proxy = make_proxy({"a": None})
+    for name, heir in ag.HEIRS.items():
+        assert served_by(proxy, name)[0] == heir
+    assert served_by(mixed(make_proxy), "gemini-2.5-pro") == ("gemini-2.5-pro", "k")
+
+
+def test_groups_and_plain_aliases_are_listed_and_taken_as_claudes(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": GROUPS, "aliases": {"fast": "gemini-3-flash", "old-*": "gemini-2.5-pro", "gone": "nosuch"}})
+    ids = [row["id"] for row in json.loads(proxy.call("GET", "/v1/models", None, {})[2])["data"]]
+    assert {"think-high", "cheap", "fast"} <= set(ids) and not {"old-*", "gone", "tagged"} & set(ids) and len(ids) == len(set(ids))
+    assert "claude-cheap" in proxy.call("GET", "/v1/models?limit=1000")[2].decode()
+    assert served_by(proxy, "claude-both")[0] == "claude-opus-4-6-thinking"
 
 
 def test_hidden_models_serve_and_are_not_listed(make_proxy):
