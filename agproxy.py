@@ -196,6 +196,8 @@ BURST_TOKENS, BURST_PER_MINUTE = 50, 6  # allowance of requests that the hybrid 
 QUOTA_CRITICAL = 0.05           # the hybrid strategy takes such an account last
 FIVE_HOURS_S = 5 * 3600         # the shorter of Cloud Code's quota windows
 QUOTA_TIMEOUT_S = 10
+LATEST_RESET_S = 400 * 86400    # a reset that is told for later is unknown
+MOST_LISTED = 5000              # models taken over from one upstream's list
 QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
 QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
 QUOTA_POINTS = 200              # remembered per window for the burn rate
@@ -662,6 +664,26 @@ def ordered(items: Iterable, seed: str, weight: Callable[[Any], float] = lambda 
 def jitter(seconds: float, share: float = 0.2) -> float:
     """`seconds`, up to `share` more or less, so that several do not come in step."""
     return seconds * (1 - share + 2 * share * random.random())
+
+
+_VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|max))\Z", re.I)
+
+
+@functools.lru_cache(maxsize=256)
+def split_variant(name: str) -> tuple[str, str]:
+    """(name, word) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
+    of the catalogue with such an ending is just that, and has no word."""
+    match = _VARIANT.match(WINDOW_MARK.sub("", name))
+    plain = WINDOW_MARK.sub("", name).lower().rpartition("/")[2]
+    if not match or plain in ALIASES or {plain, plain.replace("claude-", "", 1)} & MODELS.keys():
+        return name, ""
+    base, word = match[1], (match[2] or match[3]).lower()
+    known = base.lower().rpartition("/")[2]
+    if match[3] and not (known in MODELS or known in TIERS or known.startswith("claude")
+                         or any(fnmatch.fnmatchcase(known, p) for p in ALIASES)):
+        return name, ""
+    is_word = word in EFFORT_BUDGETS or word in ("none", "-1", "auto") or word.isdecimal()
+    return (base, word) if is_word else (name, "")
 
 
 _BASE62 = (string.ascii_letters + string.digits).encode()
@@ -2479,29 +2501,17 @@ class ThinkingWish:
         return self.is_on is True if self.shows is None else self.shows
 
 
-_VARIANT = re.compile(r"(.+?)\s*(?:\((\w+|-1)\)|-(minimal|low|medium|high|xhigh|max))\Z", re.I)
-
-
 @functools.lru_cache(maxsize=256)
 def model_variant(name: str) -> tuple[str, ThinkingWish | None]:
-    """(name, wish) of `name(high)`, `name(16384)`, `name(off)`, `name(auto)`, `name-high`; a name
-    of the catalogue with such an ending is just that."""
-    match = _VARIANT.match(WINDOW_MARK.sub("", name))
-    plain = WINDOW_MARK.sub("", name).lower().rpartition("/")[2]
-    if not match or plain in ALIASES or {plain, plain.replace("claude-", "", 1)} & MODELS.keys():
-        return name, None
-    base, word = match[1], (match[2] or match[3]).lower()
-    known = base.lower().rpartition("/")[2]
-    if match[3] and not (known in MODELS or known in TIERS or known.startswith("claude")
-                         or any(fnmatch.fnmatchcase(known, p) for p in ALIASES)):
-        return name, None
+    """(name, wish) of a name that may say how to think; see `split_variant`."""
+    base, word = split_variant(name)
     if word in ("0", "off", "none"):
         return base, ThinkingWish(False)
     if word in ("-1", "auto"):
         return base, ThinkingWish(True)
     if word.isdecimal():
         return base, ThinkingWish(True, int(word[:7]))
-    return (base, ThinkingWish(True, None, word)) if word in EFFORT_BUDGETS else (name, None)
+    return base, ThinkingWish(True, None, word) if word else None
 
 
 @dataclass(frozen=True)
@@ -2518,6 +2528,26 @@ ANY_OBJECT = {"type": "object"}         # the schema of "any JSON object"
 MORE_FIELDS = {     # what clients may give beyond the common fields: least and most, None for text
     "seed": (-(1 << 63), 1 << 63), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
     "verbosity": None, "service_tier": None, "user": None, "schema_name": None, "title": None}
+
+
+def is_paired(turns: Iterable[Turn], minds_strays: bool = True) -> bool:
+    """Whether every call is answered before the model speaks again, and nothing else is."""
+    waiting: set[str] = set()
+    last_role = ""
+    for turn in turns:
+        if turn.role == "system":
+            continue
+        if turn.role == "assistant" and waiting and last_role != "assistant":
+            return False
+        last_role = turn.role
+        for block in turn.blocks:
+            if isinstance(block, ToolCall):
+                waiting.add(block.id)
+            elif isinstance(block, ToolResult):
+                if block.call_id not in waiting and minds_strays:
+                    return False
+                waiting.discard(block.call_id)
+    return not waiting
 
 
 @dataclass(frozen=True)
@@ -2554,7 +2584,20 @@ class Request:
     def is_native_to(self, provider: Provider) -> bool:
         """Whether the upstream speaks the client's own language: nothing is translated then."""
         return self.native is not None and self.native.dialect == provider.dialect and (
-            not provider.envelope)
+            not provider.envelope) and not self.is_broken
+
+    @functools.cached_property
+    def is_broken(self) -> bool:
+        """Whether calls and results miss each other so that every upstream would refuse it as it
+        is: translation mends them.  Anthropic's relay and Gemini's mend more by themselves."""
+        dialect = self.native.dialect if self.native else "anthropic"
+        if dialect == "anthropic" or self.refusal is not None or self.left_out:
+            return False
+        kinds = {str(item.get("type")) for item in objects_of(
+            self.ext.get("expanded") or self.ext.get("input"))}
+        return not is_paired(self.turns, dialect != "gemini") and not any(
+            kind == "item_reference" or kind.endswith("_call") for kind in kinds - {
+                "function_call", "custom_tool_call"})
 
     @functools.cached_property
     def media(self) -> tuple:
@@ -4650,26 +4693,6 @@ def _relay_message(text: str, leaves_out: Callable[[Any], bool], is_all: bool) -
     return json_splice(text, {"content": "[" + ",".join(kept) + "]"}) if kept else ""
 
 
-def is_paired(turns: Iterable[Turn]) -> bool:
-    """Whether every call is answered before the model speaks again, and nothing else is."""
-    waiting: set[str] = set()
-    last_role = ""
-    for turn in turns:
-        if turn.role == "system":
-            continue
-        if turn.role == "assistant" and waiting and last_role != "assistant":
-            return False
-        last_role = turn.role
-        for block in turn.blocks:
-            if isinstance(block, ToolCall):
-                waiting.add(block.id)
-            elif isinstance(block, ToolResult):
-                if block.call_id not in waiting:
-                    return False
-                waiting.discard(block.call_id)
-    return not waiting
-
-
 def _paired(messages: list) -> list:
     """Messages in which every call is answered in the next turn, and nothing else is; what does not
     fit is told as text."""
@@ -6321,6 +6344,9 @@ def _chat_thinking(request: Request, target: Target) -> dict:
 
 # Chat: requests to upstreams
 
+NOT_KEPT = "(not kept)"     # in place of reasoning: an empty one is refused by some
+
+
 def _chat_media(block: Media) -> dict:
     source = block.url or f"data:{block.media_type};base64,{block.data}"
     if block.media_type.startswith("audio/"):
@@ -6367,8 +6393,8 @@ class _ChatMessages:
                     told.append(block.text)
         if details:
             message["reasoning_details"] = details
-        elif self.replays and (has_calls or any(told)):     # an empty one is refused by some
-            message["reasoning_content"] = "".join(told) or "(not kept)"
+        elif self.replays and (has_calls or any(told)):
+            message["reasoning_content"] = "".join(told) or NOT_KEPT
 
     def user(self, turn: Turn) -> None:
         parts: list[dict] = []
@@ -6650,10 +6676,25 @@ def variant_effort(request: Request) -> str:
     return wanted_effort(wish) if wish else ""
 
 
+def _with_reasoning(messages: list) -> list | None:
+    """The messages with a word in place of reasoning that another model did not tell or the client
+    did not keep; None where none is missing."""
+    bare = [m for m in objects_of(messages) if m.get("tool_calls") and not any(
+        m.get(name) for name in ("reasoning_content", "reasoning", "reasoning_details"))]
+    for message in bare:
+        message["reasoning_content"] = NOT_KEPT
+    return messages if bare else None
+
+
 def chat_relay_request(request: Request, target: Target,
                        repairs: frozenset = frozenset()) -> Rendered:
     """The client's own Chat body; usage is asked for in streams, since it is counted here."""
     changes: dict = {}
+    if "reasoning_replay" in target.provider.quirks and any(
+            isinstance(b, ToolCall) for t in request.turns for b in t.blocks):
+        messages = _with_reasoning(json.loads(request.native.raw)["messages"])
+        if messages:
+            changes["messages"] = json_encode(messages)
     if variant_effort(request):         # in the words of this service
         wish = model_variant(request.model)[1]
         changes.update({k: json_encode(v) for k, v in _chat_thinking(
@@ -7302,7 +7343,8 @@ def responses_relay_request(request: Request, target: Target,
         changes.update(previous_response_id=None, input=json_encode(request.ext["expanded"]))
     text = request.native.raw.decode("utf-8")
     drops_all = "reasoning" in repairs
-    if '"agp1.' in text or '"rs_agp' in text or drops_all:
+    given = changes.get("input", text)          # an earlier response may hold them as well
+    if '"agp1.' in given or '"rs_agp' in given or drops_all:
         for name, _, at, end in json_spans(text):
             if name == "input":
                 changes.setdefault("input", text[at:end])
@@ -8384,20 +8426,40 @@ def _stray_results(turns: Iterable[Turn]) -> bool:
 def _without_strays(contents: Any) -> list:
     """The contents without such results: the Gemini CLI tells each twice in a resumed session, and
     answers also the calls of an answer that was cut off."""
-    out, waiting, last_role = [], set(), ""
+    out, waiting, last_role = [], [], ""        # (id or None, name) of calls
     for content in list_at(contents, "contents"):
         rows, parts = objects_of(content.get("parts")), []
         for part in rows:
             told = object_of(_told(part, "functionResponse"))
-            if not told.get("id") or told["id"] in waiting:
+            given = told.get("id")
+            call = next((c for c in waiting if given and c[0] == given), None) or next(
+                (c for c in waiting if c[1] == told.get("name") and not (given and c[0])), None)
+            if call or not told:
                 parts.append(part)
-            waiting.discard(told.get("id"))
+            waiting = [c for c in waiting if c is not call]
         if content.get("role") == "model":
-            waiting = (waiting if last_role == "model" else set()) | {
-                object_of(_told(part, "functionCall")).get("id") for part in rows}
+            calls = [object_of(_told(part, "functionCall")) for part in rows]
+            waiting = (waiting if last_role == "model" else []) + [
+                (call.get("id"), call.get("name")) for call in calls if call]
         last_role = content.get("role")
         out.append({**content, "parts": parts or [{"text": "."}]})
     return out
+
+
+def _with_signatures(contents: Any) -> list | None:
+    """The contents with a stand-in on each turn's first call that has no signature: another model
+    made it; None where none is missing."""
+    has_call, last_role, is_changed = False, "", False
+    for content in objects_of(contents):
+        role = content.get("role")
+        has_call = has_call and role == last_role
+        last_role = role
+        for part in objects_of(content.get("parts")) if role == "model" else ():
+            if _told(part, "functionCall") and not has_call:
+                has_call = True
+                if not _told(part, "thoughtSignature"):
+                    part["thoughtSignature"], is_changed = SKIP_SIGNATURE, True     # [G5]
+    return contents if is_changed else None
 
 
 def gemini_relay_request(request: Request, target: Target,
@@ -8422,6 +8484,12 @@ def gemini_relay_request(request: Request, target: Target,
         return match[0].replace(match[1], SKIP_SIGNATURE)
     if "YWdwMS" in text or "signatures" in repairs:
         text = _SIGNED_PART.sub(own, text)
+    if target.model.family == "gemini3" and any(
+            isinstance(b, ToolCall) for t in request.turns for b in t.blocks):
+        signed = _with_signatures(json.loads(text).get("contents"))
+        if signed:
+            text = json_splice(text, {"contents": json_encode(signed)})
+            mended["lost signatures stood in for"] += 1
     changes: dict = {}
     if request.wanted != request.model:
         body = json.loads(text)
@@ -8953,12 +9021,13 @@ def quota_group(model: Model, provider: Provider) -> str:
 class Candidate:
     """An account's pool that serves a model.  What decisions look up by is prepared here."""
     __slots__ = ("account", "provider", "model", "upstream_id", "rank", "pair", "key", "keys",
-                 "hosts", "scopes")
+                 "hosts", "scopes", "variant")
 
     def __init__(self, account: Account, provider: Provider, model: Model, served: str,
                  place: int = 0):
         self.account, self.provider = account, provider
         self.model, self.upstream_id = model, served
+        self.variant = ""           # a group's name for it that says how to think
         # lower first: what was asked for comes before what stands in for it, and the first pool of
         # all accounts before the second of any
         self.rank = account.priority, place, account.providers.index(provider)
@@ -8969,6 +9038,11 @@ class Candidate:
                      ("group", name, pool, group), ("capacity", pool, model.id), ("pool", pool))
         self.hosts = tuple(("host", url) for url in provider.base_urls)
         self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
+
+    @property
+    def place_key(self) -> tuple:
+        """The same for what would be the same call."""
+        return (*self.pair, self.upstream_id)
 
 
 class Plan(NamedTuple):
@@ -8990,20 +9064,31 @@ def normal_model_name(name: str) -> str:
     return re.sub(r"-(?:\d{8}|latest)\Z", "", name) if name.startswith("claude") else name
 
 
+def alias_targets(name: str, wanted: str, aliases: Mapping[str, tuple]) -> tuple:
+    """What the owner's alias for a name says, () where there is none.  A name is looked up as it is
+    spelled, plain, and without a date; then without an ending about thinking."""
+    for spelled in (name, wanted) if aliases else ():
+        for form in (WINDOW_MARK.sub("", spelled).lower(), plain_model_name(spelled).lower(),
+                     normal_model_name(spelled)):
+            patterns = [p for p in aliases if fnmatch.fnmatchcase(form, p)]
+            if patterns:
+                return aliases[max(patterns, key=len)]
+    return ()
+
+
 def virtual_model(name: str, wanted: str, config: Config) -> Group | None:
     """The group that a name is, or an alias that stands for more than one plain model."""
-    lower = name.lower()        # lists have it as `claude-…` too, for clients that keep no others
-    for spelled in (lower, lower[7:] if lower.startswith("claude-") else lower):
-        if spelled in config.groups:
-            return config.groups[spelled]
-    for spelled in map(normal_model_name, (name, wanted) if config.aliases else ()):
-        patterns = [p for p in config.aliases if fnmatch.fnmatchcase(spelled, p)]
-        if patterns:
-            targets = config.aliases[max(patterns, key=len)]
-            is_plain = len(targets) == 1 and targets[0].lower() not in config.groups and (
-                targets[0].partition("/")[0].lower() not in config.providers)
-            return None if is_plain else Group("priority", tuple(map(GroupItem, targets)))
-    return None
+    for spelled in (name, wanted) if config.groups else ():
+        plain = WINDOW_MARK.sub("", spelled).lower()
+        # lists have it as `claude-…` too, for clients that keep no others
+        bare = plain[7:] if plain.startswith("claude-") else plain
+        group = config.groups.get(plain) or config.groups.get(bare)
+        if group is not None:
+            return group
+    targets = alias_targets(name, wanted, config.aliases)
+    is_plain = len(targets) == 1 and targets[0].lower() not in config.groups and not re.search(
+        r"[/(]", targets[0])
+    return Group("priority", tuple(map(GroupItem, targets))) if targets and not is_plain else None
 
 
 def _is_named(name: str, provider: Provider, is_stand_in: bool = True) -> bool:
@@ -9015,8 +9100,9 @@ def _is_named(name: str, provider: Provider, is_stand_in: bool = True) -> bool:
 def upstream_id(model: Model, provider: Provider) -> str:
     """The id `provider` knows the model by, "" where it does not serve it."""
     if provider.catalogue == "as asked":
-        is_named = _is_named(model.id.lower(), provider)
-        return model.id.replace("-thinking", "") if is_named else ""
+        if not _is_named(model.id.lower(), provider):
+            return ""           # others' `-thinking` is part of their names
+        return model.id.replace("-thinking", "") if model.family == "claude" else model.id
     if provider.catalogue in ("key_id", "vertex"):
         return model.key_id
     if provider.catalogue == "cli_id":
@@ -9031,10 +9117,12 @@ def account_serves(account: Account, model: Model, provider: Provider,
         return ""
     served = upstream_id(model, provider)
     listed = {m.id for m in facts.models} if facts else ()
+    is_set = model.id in account.models and provider is account.provider
     if provider.catalogue == "as asked":        # its list leaves aliases out
-        return served or (model.id if model.id in account.models or model.id in listed else "")
-    if not served and provider is account.provider and (
-            model.id in account.models or model.id in listed):
+        return model.id if is_set or model.id in listed else served
+    if is_set:                                  # whatever the list knows
+        return served or model.id
+    if not served and provider is account.provider and model.id in listed:
         served = model.id
     return served if not listed or served in listed else ""
 
@@ -9052,11 +9140,9 @@ def _model_choices(name: str, wanted: str, aliases: Mapping[str, tuple],
                    listed: Iterable[str]) -> tuple:
     """The ids a client's name may mean, in order of preference, and whether an alias of the owner
     says so; () for a name nobody knows.  `wanted` is the name without an ending about thinking."""
-    full, wanted = normal_model_name(name), normal_model_name(wanted)
-    patterns = [p for p in aliases if fnmatch.fnmatchcase(full, p)]
-    patterns = patterns or [p for p in aliases if fnmatch.fnmatchcase(wanted, p)]
-    if patterns:
-        return tuple(map(plain_model_name, aliases[max(patterns, key=len)])), True
+    targets, wanted = alias_targets(name, wanted, aliases), normal_model_name(wanted)
+    if targets:
+        return tuple(map(plain_model_name, targets)), True
     if wanted in MODELS:
         return (wanted, *filter(None, (HEIRS.get(wanted),))), False
     choices = [(m,) for m in listed if m.lower() == wanted]
@@ -9723,30 +9809,62 @@ class AccountPool:
                     prepared.clear()
         return found
 
-    def plan(self, name: str, wanted: str, config: Config, seed: str = "",
+    def plan(self, name: str, wanted: str, config: Config, seed: str | None = None,
              depth: int = 0) -> Plan:
-        """Who serves what a name means; `seed` tells a conversation, whose random orders stay.
-        Raises ProxyError not_found."""
-        wanted = wanted or name
+        """Who serves what a name means; `seed` tells a conversation, whose random orders stay; with
+        None nobody's turn is used up.  Raises ProxyError not_found."""
+        wanted = wanted or split_variant(name)[0]
         group = virtual_model(name, wanted, config)
         if group is not None and depth < 8:     # groups and aliases may lead in a circle
             return self._plan_group(name, group, config, seed, depth)
-        head, _, rest = wanted.partition("/")
-        is_prefix = rest and any(head.lower() == p.id for a in self.accounts for p in a.providers)
-        if is_prefix and not any(m.id.lower() == wanted.lower() for m in self.listed_models()):
-            return self._plan_at(rest, head.lower(), config)
         try:
+            if "/" in wanted and not alias_targets(name, wanted, config.aliases):
+                provider, exact = self._slashed(WINDOW_MARK.sub("", wanted).strip())
+                if exact is not None:
+                    return Plan((exact,), self.candidates(exact))
+                if provider:
+                    return self._plan_at(wanted.partition("/")[2], provider, config)
             models = self.models_for(name, config.aliases, wanted)
         except ProxyError:
-            if config.unknown_model == "default" and name != config.default_model:
+            if config.unknown_model == "default" and config.default_model and not depth:
                 return self.plan(config.default_model, "", config, seed, depth + 1)
-            if config.unknown_model != "pass":
+            if config.unknown_model != "pass" or self._slashed(wanted)[0]:
                 raise
             return self._plan_at(wanted, "*", config)
         return Plan(models, self.candidates(*models))
 
+    def _slashed(self, name: str) -> tuple[str, Model | None]:
+        """(the provider that a name begins with, or "", the model that it is as a whole, or None).
+        An account of that provider comes first where its list or its owner knows the rest, then
+        who lists the whole name, then any account of that provider, then who takes such names."""
+        with self._lock:
+            found, prepared = self._prepared.get(("slashed", name)), self._prepared
+        if found is None:
+            found = self._split_name(name)
+            with self._lock:
+                prepared["slashed", name] = found
+        return found
+
+    def _split_name(self, name: str) -> tuple[str, Model | None]:
+        lower, (head, _, rest) = name.lower(), name.lower().partition("/")
+        accounts = [(a, p) for a in self.accounts for p in a.providers]
+        at_head = [a for a, p in accounts if p.id == head and rest]
+        known = {m.lower() for a in at_head for m in a.models}
+        for account in at_head:
+            facts = self.facts((account.name, head))
+            known |= {m.id.lower() for m in facts.models} if facts else set()
+        listed = next((m for m in self.listed_models() if m.id.lower() == lower), None)
+        if at_head and (rest in known or listed is None):
+            return head, None
+        # `anthropic/claude-x` that a list lacks is a plain name with its vendor before it
+        is_plain = plain_model_name(name) != name
+        is_taken = any(_is_named(lower, p) and not (is_plain and self.facts((a.name, p.id)))
+                       for a, p in accounts)
+        return "", listed or (model_from_id(name) if is_taken else None)
+
     def _plan_at(self, name: str, provider: str, config: Config) -> Plan:
         """A name at one provider (`*`: any): who takes names as they are asked for gets it."""
+        name = WINDOW_MARK.sub("", name).strip()
         asked = [a for a in self.accounts if a.provider.catalogue == "as asked"
                  and provider in (a.provider.id, "*") and (not a.models or name in a.models)]
         if asked:
@@ -9759,33 +9877,36 @@ class AccountPool:
         return Plan(models, [c for c in self.candidates(*models)
                              if provider in (c.provider.id, "*")])
 
-    def _plan_group(self, name: str, group: Group, config: Config, seed: str,
+    def _plan_group(self, name: str, group: Group, config: Config, seed: str | None,
                     depth: int) -> Plan:
         models: list[Model] = []
-        found: list[Candidate] = []
+        found: dict[tuple, Candidate] = {}      # each once, however many members mean it
         missing = ProxyError("not_found", f"model: nobody serves {name}")
-        is_alias = name.lower() not in config.groups
+        is_alias = config.groups.get(WINDOW_MARK.sub("", name).lower()) is not group
         plain = replace(config, aliases={}) if is_alias else config     # whose targets are plain
         for place, item in enumerate(self._members(name, group, config, seed)):
+            wanted = split_variant(item.model)[0]
             try:
-                plan = (self._plan_at(item.model, item.provider, config) if item.provider
-                        else self.plan(item.model, "", plain, seed, depth + 1))
+                plan = (self._plan_at(wanted, item.provider, config) if item.provider
+                        else self.plan(item.model, wanted, plain, seed, depth + 1))
             except ProxyError as err:
                 missing = err
                 continue
             models += plan.models
             for candidate in plan.candidates:
                 account = candidate.account
-                if item.account in ("", account.name, account.label) and (
+                if candidate.place_key not in found and item.account in (
+                        "", account.name, account.label) and (
                         not item.tag or item.tag in account.tags):
-                    mine = copy.copy(candidate)
+                    mine = found[candidate.place_key] = copy.copy(candidate)
                     mine.rank = (place, *candidate.rank)
-                    found.append(mine)
+                    mine.variant = candidate.variant or item.model * (wanted != item.model)
         if not models:
             raise missing
-        return Plan(tuple(models), found, True)
+        return Plan(tuple(models), list(found.values()), True)
 
-    def _members(self, name: str, group: Group, config: Config, seed: str) -> list[GroupItem]:
+    def _members(self, name: str, group: Group, config: Config,
+                 seed: str | None) -> list[GroupItem]:
         """The group's items in the order of its strategy, groups in it in their place."""
         items = list(group.items)
         if group.strategy in ("random", "weighted"):
@@ -9797,24 +9918,24 @@ class AccountPool:
         out: list[GroupItem] = []
         for item in items:
             inner = config.groups.get(item.model.lower())
-            head, _, rest = item.model.partition("/")
             if inner is not None and item.model.lower() != name.lower():
                 out += [i._replace(**{cell: getattr(i, cell) or getattr(item, cell)
                                       for cell in ("account", "tag", "provider")})
                         for i in self._members(item.model, inner, config, seed)]
-            elif rest and not item.provider and head.lower() in config.providers:
-                out.append(item._replace(model=rest, provider=head.lower()))
             else:
                 out.append(item)
         return out
 
-    def _turn(self, name: str, seed: str) -> int:
+    def _turn(self, name: str, seed: str | None) -> int:
         """Whose turn it is in a group: the next one's; for a conversation whose it was at first,
-        which spares caches and signatures."""
+        which spares caches and signatures.  Who only looks (None) takes none."""
         with self._lock:
             if seed and (name, seed) in self._turns:
                 return self._turns[name, seed]
-            turn = self._turns[name, ""] = self._turns.get((name, ""), -1) + 1
+            turn = self._turns.get((name, ""), -1) + 1
+            if seed is None:
+                return turn
+            self._turns[name, ""] = turn
             if len(self._turns) > 2000:
                 self._turns = {key: at for key, at in self._turns.items() if not key[1]}
             if seed:
@@ -9831,8 +9952,12 @@ class AccountPool:
     def offers(self) -> list[tuple[Model, list[Candidate]]]:
         """What is served by name; who takes any name is asked for none of the catalogue."""
         hidden = self.settings.get("hidden_models", ())
+        with self._lock:
+            told = {pair: {m.id for m in facts.models} & MODELS.keys()
+                    for pair, facts in self.readings.facts.items()}
         rows = [(model, [c for c in self.candidates(model) if c.account.models
-                         or "*" not in c.provider.names or model.id not in MODELS])
+                         or "*" not in c.provider.names or model.id not in MODELS
+                         or model.id in told.get(c.pair, ())])
                 for model in (*MODELS.values(), *self.listed_models())
                 if not any(fnmatch.fnmatchcase(model.id.lower(), h.lower()) for h in hidden)]
         return [(model, candidates) for model, candidates in rows if candidates]
@@ -10365,9 +10490,27 @@ def user_agent(account: Account, provider: Provider, model: str = "") -> str:
     machine = os.uname().machine if hasattr(os, "uname") else os.environ.get(
         "PROCESSOR_ARCHITECTURE", "")
     arch = "arm64" if machine.lower() in ("arm64", "aarch64") else "amd64"
-    text = account.user_agent if provider is account.provider else ""
+    text = account.user_agent if provider.id == account.provider.id else ""
     return (text or provider.user_agent).replace("{os}", system).replace("{arch}", arch).replace(
         "{model}", model or "gemini-2.5-pro")
+
+
+def call_headers(*sets: Mapping[str, str]) -> dict[str, str]:
+    """The head of a call: a later set's value replaces an earlier one's, whatever the spelling;
+    lists of betas are joined."""
+    out: dict[str, tuple[str, str]] = {}
+    for name, value in (item for row in sets for item in row.items()):
+        key = name.lower()
+        if key == "anthropic-beta" and key in out:
+            value = f"{out[key][1]},{value}"
+        out[key] = out.get(key, (name,))[0], value
+    return dict(out.values())
+
+
+def own_headers(account: Account) -> dict[str, str]:
+    """What small calls for a key carry beside it, as generating ones do."""
+    return {"User-Agent": user_agent(account, account.provider),
+            **call_headers(dict(account.provider.headers), dict(account.headers))}
 
 
 def auth_header(provider: Provider, token: str) -> dict[str, str]:
@@ -10842,11 +10985,13 @@ def read_key_quota(account: Account, connections: ConnectionCache, now: float) -
     provider = account.provider
     status, _, raw = simple_call(
         connections, "GET", provider.quota,
-        {**auth_header(provider, resolve_secret(account.secret)),
-         "User-Agent": user_agent(account, provider)}, None, account.proxy, QUOTA_TIMEOUT_S)
-    with contextlib.suppress(ValueError):       # no JSON: no reading
+        call_headers(auth_header(provider, resolve_secret(account.secret)), own_headers(account)),
+        None, account.proxy, QUOTA_TIMEOUT_S)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):     # no JSON, or an odd one
         if status == 200:
-            return QUOTA_FORMS[provider.quota_form](object_of(json_decode(raw)), now)
+            told = QUOTA_FORMS[provider.quota_form](object_of(json_decode(raw)), now)
+            return [w._replace(reset_at=0.0) if w.reset_at > now + LATEST_RESET_S else w
+                    for w in told]
     raise ProxyError("server", f"its quota could not be read: status {status}")
 
 
@@ -10869,8 +11014,8 @@ def _listed_row(row: Mapping) -> Model:
 
 
 def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ...]:
-    """The models that a key's upstream lists beyond the catalogue here, by one free call; () where
-    it has no list.  Raises ProxyError revoked when the key is not accepted."""
+    """The models that a key's upstream lists, by one free call; () where it has no list.  Raises
+    ProxyError revoked when the key is not accepted."""
     path, member, headers = _LISTS[account.provider.dialect]
     secret = resolve_secret(account.secret) if account.secret else ""
     if account.provider.catalogue == "vertex":      # has no free list; a token is proof enough
@@ -10879,8 +11024,8 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         return ()
     status, _, raw = simple_call(
         connections, "GET", account.provider.base_urls[0] + path,
-        {**auth_header(account.provider, secret), **headers,
-         "User-Agent": user_agent(account, account.provider)}, None, account.proxy)
+        call_headers(auth_header(account.provider, secret), headers, own_headers(account)),
+        None, account.proxy)
     try:
         answer = object_of(json_decode(raw))
     except ValueError:
@@ -10895,8 +11040,10 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         is_refused = status in (400, 401, 403)
         told = "the key was not accepted" if is_refused else "its models could not be listed"
         raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message))}")
-    return tuple(_listed_row(row) for row in objects_of(answer[member])
-                 if isinstance(row.get("id"), str) and row["id"] not in MODELS)
+    rows = (row for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
+            and 0 < len(row["id"]) <= MAX_MODEL_NAME and row["id"].isprintable())
+    return tuple(MODELS.get(row["id"]) or _listed_row(row)
+                 for row in itertools.islice(rows, MOST_LISTED))
 
 
 # The browser sign-in
@@ -11778,7 +11925,7 @@ class Repair(NamedTuple):
 
 
 REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
-    Repair(r"thought[ _]?signature", ("signatures", "calls_as_text"), ()),
+    Repair(r"thought[ _]?signature", ("signatures", "calls_as_text"), ("signatures",)),
     Repair(r"expected `thinking`|must start with a thinking block", ("signatures",),
            ("no_thinking",)),
     Repair(r"invalid `signature`|signature: field required|bound to a different|cannot be modified",
@@ -11887,18 +12034,6 @@ def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
             and not re.search(r"-organi[sz]ation|-project", name)     # whose account it is
             and (name.startswith(("anthropic-", "x-ratelimit-", "openai-", "x-codex-"))
                  or name in ("request-id", "x-request-id", "x-should-retry"))}
-
-
-def call_headers(*sets: Mapping[str, str]) -> dict[str, str]:
-    """The head of a call: a later set's value replaces an earlier one's, whatever the spelling;
-    lists of betas are joined."""
-    out: dict[str, tuple[str, str]] = {}
-    for name, value in (item for row in sets for item in row.items()):
-        key = name.lower()
-        if key == "anthropic-beta" and key in out:
-            value = f"{out[key][1]},{value}"
-        out[key] = out.get(key, (name,))[0], value
-    return dict(out.values())
 
 
 def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], raw: Any,
@@ -12338,7 +12473,7 @@ class Services:
     counting: Any = field(default_factory=lambda: threading.BoundedSemaphore(8))
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
-    def plan(self, name: str, wanted: str = "", seed: str = "") -> Plan:
+    def plan(self, name: str, wanted: str = "", seed: str | None = None) -> Plan:
         """Who serves what a name means; raises ProxyError not_found.  What an upstream serves may
         not have been asked yet."""
         wanted = wanted or model_variant(name)[0]
@@ -12406,6 +12541,15 @@ def route_for(request: Request, headers: Mapping[str, str], config: Config,
         if to and is_meant(over):
             return to, role
     return "", ""
+
+
+def as_variant(request: Request, name: str) -> Request:
+    """The request under a name that may say how to think; "" changes nothing."""
+    wanted, wish = model_variant(name)
+    if not wish:
+        return request
+    return replace(request, model=name, wanted=wanted,
+                   thinking=replace(wish, shows=request.thinking.is_shown))
 
 
 def initiator_headers(request: Request) -> dict[str, str]:
@@ -12684,12 +12828,13 @@ class Conducting:
 
     def _call(self, lease: Lease, attempt: Attempt, fold: bool) -> Any:
         """One call: an open stream, or the whole reply."""
-        services, candidate, request = self.services, lease.candidate, self.request
+        services, candidate = self.services, lease.candidate
+        request = as_variant(self.request, candidate.variant)
         account, provider, config = candidate.account, self._spoken(candidate), services.config
         dialect, project = DIALECTS[provider.dialect], self._project(lease, attempt)
         target = Target(candidate.model, provider, candidate.upstream_id, project,
                         config.tool_hardening)
-        is_relayed = self.request.is_native_to(provider)
+        is_relayed = request.is_native_to(provider)
         self.client.aim(candidate.model, is_relayed)
 
         def estimate() -> int:
@@ -13803,10 +13948,7 @@ class Handler:
         if not name or not self._serves(name):
             return request
         exchange.record.note = f"routed: {why}" + (f", {request.small}" if request.small else "")
-        wanted, wish = model_variant(name)
-        return replace(request, model=name, wanted=wanted, routed=why,
-                       thinking=replace(wish, shows=request.thinking.is_shown) if wish
-                       else request.thinking)
+        return as_variant(replace(request, model=name, wanted=name, routed=why), name)
 
     def _serves(self, name: str) -> bool:
         with contextlib.suppress(ProxyError):       # nobody knows the name

@@ -778,7 +778,7 @@ def test_arguments_are_brought_to_the_clients_schema_where_it_leaves_no_doubt(gi
 
 
 STEPS = [       # an upstream's words, the repairs of a translated and of a relayed request, in order
-    ("Corrupted thought signature.", ["signatures", "calls_as_text"], []),
+    ("Corrupted thought signature.", ["signatures", "calls_as_text"], ["signatures"]),
     ("messages.1.content.0: Invalid `signature` in `thinking` block", ["signatures"], ["thinking"]),
     ("messages.1.content.0.type: Expected `thinking` or `redacted_thinking`, but found `text`", ["signatures"], ["no_thinking"]),
     ("`tool_use` ids were found without `tool_result` blocks", ["calls_as_text"], ["pairs"]),
@@ -4952,6 +4952,64 @@ def test_a_name_may_say_its_provider(make_proxy):
     assert served_by(proxy, "gemini/odd")[1] == "n"      # a listed name is that name first
 
 
+OPENROUTER = {"name": "or", "provider": "openrouter", "api_key": "k" * 9}
+LISTED = ["deepseek/deepseek-chat", "anthropic/claude-sonnet-4.5", "qwen/qwen3-thinking"]
+
+
+def planned(stored, name, lists=()):
+    """(account, upstream id, variant) of each candidate for a name, under an accounts file and the lists of its accounts."""
+    config = ag.load_config("x", {}, {}, stored)
+    pool = ag.AccountPool([ag.account_from_row(r, config.providers) for r in config.accounts], FakeClock(), config.settings)
+    for pair, ids in dict(lists).items():
+        pool.note_facts(pair, ag.Facts("", "", "", tuple(map(ag.model_from_id, ids)), pool.clock.now()))
+    return [(c.account.name, c.upstream_id, c.variant) for c in pool.plan(name, "", config).candidates]
+
+
+@table("stored, name, expected", [
+    ("a slash is OpenRouter's", {}, "anthropic/claude-sonnet-4.5", [("or", "anthropic/claude-sonnet-4.5", "")]),
+    ("a thinking model", {}, "qwen/qwen3-thinking", [("or", "qwen/qwen3-thinking", "")]),
+    ("in a group", {"groups": {"g": {"models": ["anthropic/claude-sonnet-4.5"]}}}, "g", [("or", "anthropic/claude-sonnet-4.5", "")]),
+    ("a group's window", {"groups": {"g": {"models": ["z-ai/glm-4.6"]}}}, "G[1m]", [("or", "z-ai/glm-4.6", "")]),
+    ("a group's effort", {"groups": {"g": {"models": ["z-ai/glm-4.6"]}}}, "g(high)", [("or", "z-ai/glm-4.6", "")]),
+    ("a member's effort", {"groups": {"g": {"models": ["z-ai/glm-4.6(high)"]}}}, "g", [("or", "z-ai/glm-4.6", "z-ai/glm-4.6(high)")]),
+    ("an alias's effort", {"aliases": {"x": "openai/gpt-5(low)"}}, "x", [("or", "openai/gpt-5", "openai/gpt-5(low)")]),
+    ("a dated alias", {"aliases": {"claude-3-5-haiku-20241022": "openai/gpt-5"}}, "claude-3-5-haiku-20241022", [("or", "openai/gpt-5", "")]),
+    ("an alias with a slash", {"aliases": {"openrouter/x": "openai/gpt-5"}}, "openrouter/x", [("or", "openai/gpt-5", "")]),
+    ("once each", {"groups": {"g": {"models": ["h", "a/b", "h"]}, "h": {"models": ["a/b"]}}}, "g", [("or", "a/b", "")]),
+    ("no chain of defaults", {"settings": {"unknown_model": "default", "default_model": "g"}, "groups": {"g": {"models": [
+        *(f"nobody{n}" for n in range(40)), "a/b"]}}}, "nosuch", [("or", "a/b", "")])])
+def test_names_with_slashes_and_endings(stored, name, expected):
+    assert planned({"accounts": [OPENROUTER], **stored}, name, {("or", "openrouter"): LISTED}) == expected
+
+
+def test_a_providers_own_account_serves_its_prefix_before_another_that_lists_it():
+    accounts = {"accounts": [OPENROUTER, {"name": "n", "provider": "anthropic", "api_key": "n" * 9}]}
+    lists = {("or", "openrouter"): LISTED, ("n", "anthropic"): ["claude-opus-4-8"]}
+    assert planned(accounts, "anthropic/claude-opus-4-8", lists) == [("n", "claude-opus-4-8", "")]
+    assert planned(accounts, "anthropic/claude-sonnet-4.5", lists) == [("or", "anthropic/claude-sonnet-4.5", "")]
+    assert planned(accounts, "anthropic/claude-new")[0] == ("n", "claude-new", "")
+
+
+@table("row, name, expected", [
+    ("as it is named", {"provider": "moonshot", "api_key": "m" * 9}, "kimi-k2-thinking", "kimi-k2-thinking"),
+    ("as the catalogue says", {"provider": "anthropic", "api_key": "m" * 9}, "claude-opus-4-6-thinking", "claude-opus-4-6"),
+    ("set by its owner", {"provider": "antigravity", "refresh_token": "1//" + "m" * 9, "models": ["new-1"]}, "new-1", "new-1")])
+def test_a_model_is_asked_for_by_its_own_name(row, name, expected):
+    assert [c[1] for c in planned({"accounts": [{"name": "a", **row}]}, name, {("a", row["provider"]): ["other"]})] == [expected]
+
+
+def test_looking_takes_nobodys_turn_in_a_group(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": GROUPS, "routes": {"default": "cheap"}})
+    first = {served_by(proxy, "x", messages=[said(wrote(f"words {n}"))])[0] for n in range(2)}
+    assert first == {"gemini-3-flash", "gemini-2.5-flash"}
+
+
+def test_a_member_says_how_to_think(make_proxy):
+    proxy = routed(mixed(make_proxy), {"groups": {"g": {"models": ["gemini-3-flash(2048)"]}}})
+    assert served_by(proxy, "g")[0] == "gemini-3-flash"
+    assert proxy.sim.requests[-1][1]["request"]["generationConfig"]["thinkingConfig"]["thinkingBudget"] == 2048
+
+
 @table("settings, expected", [("reject", {}, 404), ("pass", {"unknown_model": "pass"}, "n"),
                               ("default", {"unknown_model": "default", "default_model": "gemini-2.5-pro"}, "k")])
 def test_a_name_nobody_knows(make_proxy, settings, expected):
@@ -7082,6 +7140,47 @@ def test_a_service_that_nobody_has_heard_of_needs_two_cells_of_the_accounts_file
     proxy.upstream.script[0] = refuses(500, {"error": {"message": "acme-secret-key is bad"}})
     for client, side in SIDES.items():
         assert b"acme-secret-key" not in speak(proxy, client, "Their-Model/9", side.said("hi"), stream)[2]
+
+
+MISSING_EACH_OTHER = table("client, up", [(f"{c}-to-{u}", c, u) for c, u in (("chat", "chat"), ("responses", "responses"),
+                                                                           ("gemini", "key"))])
+
+
+@both
+@MISSING_EACH_OTHER
+def test_calls_and_results_that_miss_each_other_are_mended_for_an_upstream_of_ones_own_language_too(make_proxy, client, up, stream):
+    proxy, side, asked = make_proxy({"a": None}), SIDES[client], UPSTREAMS[up][3]
+    proxy.pool.replace(*rows_for(up, proxy.sim.url, proxy))
+    begun = side.said("in parallel alpha and beta_2")
+    told = side.read(speak(proxy, client, asked, begun, stream, tools=PAIR_TOOLS)[2], stream)
+    one, two = (side.results([(call, "done")]) for call in told.calls)
+    for turns in (begun + told.turns + one, begun + told.turns + two + one + one, begun + one, begun + told.turns + side.said("stop")):
+        status, _, raw = speak(proxy, client, asked, turns, stream, tools=PAIR_TOOLS)
+        assert status == 200 and side.read(raw, stream).stop in ("end", "tool"), raw
+    assert list(proxy.sim.refusals) == []
+
+
+def test_what_another_model_left_out_is_stood_in_for_where_an_upstream_of_ones_own_language_wants_it(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.pool.replace(*rows_for("key", proxy.sim.url, proxy))
+    made = [{"functionCall": {"name": n, "args": {}}} for n in PAIR_TOOLS]
+    given = [{"functionResponse": {"name": n, "response": {"output": "ok"}}} for n in (*PAIR_TOOLS, PAIR_TOOLS[0])]    # one twice
+    turns = [*SIDES["gemini"].said("hi"), {"role": "model", "parts": made}, {"role": "user", "parts": given}]
+    assert speak(proxy, "gemini", "gemini-3-flash", turns, False, tools=PAIR_TOOLS)[0] == 200
+    _, calls, results = proxy.sim.requests[-1][1]["contents"]
+    assert [p.get("thoughtSignature") for p in calls["parts"]] == [ag.SKIP_SIGNATURE, None] and results["parts"] == given[:2]
+    proxy.pool.replace(*rows_for("chat", proxy.sim.url, proxy, quirks=["reasoning_replay"]))
+    made = [{"role": "assistant", "content": None, "tool_calls": [{"id": i, "type": "function", "function": {
+        "name": "alpha", "arguments": "{}"}}], **more} for i, more in (("c1", {}), ("c2", {"reasoning_content": "hm"}))]
+    turns = [*SIDES["chat"].said("hi"), *(m for c in made for m in (c, *SIDES["chat"].results([((c["tool_calls"][0]["id"],), "ok")])))]
+    assert speak(proxy, "chat", "gpt-sim", turns, False, tools=PAIR_TOOLS)[0] == 200
+    assert [m["reasoning_content"] for m in proxy.sim.requests[-1][1]["messages"] if m["role"] == "assistant"] == [ag.NOT_KEPT, "hm"]
+    proxy.pool.replace(*rows_for("responses", proxy.sim.url, proxy))
+    kept = [{"type": "reasoning", "id": "rs_agp1", "summary": [], "encrypted_content": "agp1.gfs.simg"},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hello"}]}]
+    proxy.services.replies.keep("resp_x", {"previous": None, "input": [U], "output": kept, "relayed": False}, 9)
+    assert ask_responses(proxy, model="gpt-sim", input="and?", previous_response_id="resp_x")[0] == 200
+    assert proxy.sim.requests[-1][1]["input"][:2] == [U, kept[1]] and list(proxy.sim.refusals) == []
 
 
 def test_an_earlier_response_is_the_business_of_an_upstream_that_knows_it(staged):
