@@ -12074,12 +12074,14 @@ class Pipe:
             self.gate = TextGate(request.stop_sequences, request.max_tokens, shape.prefill,
                                  shape.pick_json, self.assembler.known_usage)
         self.fault: ProxyError | None = None
+        self.has_said = False           # some text was rendered
         self.is_done = False            # the answer is over before the upstream's end
         self.skipped = 0                # events that could not be read
 
     @property
     def has_content(self) -> bool:
-        return self.assembler.begun
+        """Whether something was told that cannot be taken back: Gemini's clients get calls whole."""
+        return self.assembler.begun and self.has_said
 
     leaves_whole = False        # where it ends an answer, the upstream has more to say
 
@@ -12139,6 +12141,7 @@ class Pipe:
             self.is_done = self.gate.done
         for delta in deltas:
             out.append(self.render(delta))
+        self.has_said = self.has_said or any(out)
 
 
 class RelayPipe(Pipe):
