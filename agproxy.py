@@ -197,6 +197,7 @@ QUOTA_CRITICAL = 0.05           # the hybrid strategy takes such an account last
 FIVE_HOURS_S = 5 * 3600         # the shorter of Cloud Code's quota windows
 QUOTA_TIMEOUT_S = 10
 LATEST_RESET_S = 400 * 86400    # a reset that is told for later is unknown
+LIST_WAIT_S = 5                 # a request with a name nobody knows waits for lists so long
 MOST_LISTED = 5000              # models taken over from one upstream's list
 QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
 QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
@@ -207,6 +208,7 @@ ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
 SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
 MOST_SIGNATURES, MOST_SIGNATURE_LETTERS = 5000, 8 << 20
+MOST_RECALLED_BYTES, MOST_LINKS = 32 << 20, 2000        # of one conversation by their ids
 REPLIES_LAST_S, MOST_REPLY_BYTES = 86400, 64 << 20      # that clients go on from by id
 LOGIN_WAIT_S = 300              # a browser sign-in in all
 ONBOARD_TRIES, ONBOARD_PAUSE_S = 12, 5
@@ -232,38 +234,30 @@ _PRO = ("gemini3", 1048576, 65535, 128, 32768)
 _FLASH = ("gemini3", 1048576, 65536, 0, 32768)
 _IMAGE = ("image", 65536, 32768, 0, 0)
 _ALL, _LMH = "minimal low medium high", "low medium high"
+# ... and how the two services name one: on Cloud Code, id on the Gemini API, its levels
+_PRO31 = (True, "gemini-3.1-pro-preview", _LMH)
+_FLASH38 = (True, "gemini-3.8-flash", _ALL)
+_FLASH37 = (True, "gemini-3.7-flash", _LMH)
+_FLASH36 = (True, "gemini-3.6-flash", _ALL)
+_FLASH35 = (True, "gemini-3.5-flash", _ALL)
 MODELS = {row.id: row for row in (      # Cloud Code and Gemini API catalogues, September 2026
     # id, label, line, default thinking tokens, on Cloud Code, id on the Gemini API, its levels
     Model("claude-opus-4-6-thinking", "Claude Opus 4.6", *_CLAUDE, 16000, True, ""),
     Model("claude-sonnet-4-6", "Claude Sonnet 4.6", *_CLAUDE, 16000, True, ""),
-    Model("gemini-pro-agent", "Gemini 3.1 Pro (High)", *_PRO, 10001, True,
-          "gemini-3.1-pro-preview", _LMH),
-    Model("gemini-3.1-pro-low", "Gemini 3.1 Pro (Low)", *_PRO, 1001, True,
-          "gemini-3.1-pro-preview", _LMH),
-    Model("gemini-3.8-flash-high", "Gemini 3.8 Flash (High)", *_FLASH, -1, True,
-          "gemini-3.8-flash", _ALL),
-    Model("gemini-3.8-flash-medium", "Gemini 3.8 Flash (Medium)", *_FLASH, 4000, True,
-          "gemini-3.8-flash", _ALL),
-    Model("gemini-3.8-flash-low", "Gemini 3.8 Flash (Low)", *_FLASH, 1000, True,
-          "gemini-3.8-flash", _ALL),
-    Model("gemini-3.7-flash-high", "Gemini 3.7 Flash (High)", *_FLASH, -1, True,
-          "gemini-3.7-flash", _LMH),
-    Model("gemini-3.7-flash-medium", "Gemini 3.7 Flash (Medium)", *_FLASH, 4000, True,
-          "gemini-3.7-flash", _LMH),
-    Model("gemini-3.7-flash-low", "Gemini 3.7 Flash (Low)", *_FLASH, 1000, True,
-          "gemini-3.7-flash", _LMH),
-    Model("gemini-3.6-flash-high", "Gemini 3.6 Flash (High)", *_FLASH, -1, True,
-          "gemini-3.6-flash", _ALL),
-    Model("gemini-3.6-flash-medium", "Gemini 3.6 Flash (Medium)", *_FLASH, 4000, True,
-          "gemini-3.6-flash", _ALL),
-    Model("gemini-3.6-flash-low", "Gemini 3.6 Flash (Low)", *_FLASH, 1000, True,
-          "gemini-3.6-flash", _ALL),
-    Model("gemini-3-flash-agent", "Gemini 3.5 Flash (High)", *_FLASH, 10000, True,
-          "gemini-3.5-flash", _ALL),
-    Model("gemini-3.5-flash-low", "Gemini 3.5 Flash (Medium)", *_FLASH, 4000, True,
-          "gemini-3.5-flash", _ALL),
-    Model("gemini-3.5-flash-extra-low", "Gemini 3.5 Flash (Low)", *_FLASH, 1000, True,
-          "gemini-3.5-flash", _ALL),
+    Model("gemini-pro-agent", "Gemini 3.1 Pro (High)", *_PRO, 10001, *_PRO31),
+    Model("gemini-3.1-pro-low", "Gemini 3.1 Pro (Low)", *_PRO, 1001, *_PRO31),
+    Model("gemini-3.8-flash-high", "Gemini 3.8 Flash (High)", *_FLASH, -1, *_FLASH38),
+    Model("gemini-3.8-flash-medium", "Gemini 3.8 Flash (Medium)", *_FLASH, 4000, *_FLASH38),
+    Model("gemini-3.8-flash-low", "Gemini 3.8 Flash (Low)", *_FLASH, 1000, *_FLASH38),
+    Model("gemini-3.7-flash-high", "Gemini 3.7 Flash (High)", *_FLASH, -1, *_FLASH37),
+    Model("gemini-3.7-flash-medium", "Gemini 3.7 Flash (Medium)", *_FLASH, 4000, *_FLASH37),
+    Model("gemini-3.7-flash-low", "Gemini 3.7 Flash (Low)", *_FLASH, 1000, *_FLASH37),
+    Model("gemini-3.6-flash-high", "Gemini 3.6 Flash (High)", *_FLASH, -1, *_FLASH36),
+    Model("gemini-3.6-flash-medium", "Gemini 3.6 Flash (Medium)", *_FLASH, 4000, *_FLASH36),
+    Model("gemini-3.6-flash-low", "Gemini 3.6 Flash (Low)", *_FLASH, 1000, *_FLASH36),
+    Model("gemini-3-flash-agent", "Gemini 3.5 Flash (High)", *_FLASH, 10000, *_FLASH35),
+    Model("gemini-3.5-flash-low", "Gemini 3.5 Flash (Medium)", *_FLASH, 4000, *_FLASH35),
+    Model("gemini-3.5-flash-extra-low", "Gemini 3.5 Flash (Low)", *_FLASH, 1000, *_FLASH35),
     Model("gemini-3-flash", "Gemini 3 Flash", "gemini3", 1048576, 65536, 128, 32768, -1, True,
           "gemini-3-flash-preview", _ALL),
     Model("gemini-3.1-flash-lite", "Gemini 3.1 Flash Lite", "gemini3", 1048576, 65535, 0, 32768,
@@ -400,6 +394,8 @@ def _compatible(name: str, url: str, tag: str, variable: str = "", *names: str,
                     endpoints=tuple((dialect, (u,)) for dialect, u in endpoints.items()))
 
 
+# services whose models think in Anthropic's and OpenAI's words, and sign nothing
+_UNSIGNED = ("thinking_type", "reasoning_replay", "unsigned_thinking", "no_count", "no_search")
 _SCOPE = "https://www.googleapis.com/auth/"
 CLOUD_SCOPE, GOOGLE_AUDIENCE = _SCOPE + "cloud-platform", _GOOGLE["token_url"]
 _SCOPES = f"{_SCOPE}cloud-platform {_SCOPE}userinfo.email {_SCOPE}userinfo.profile"
@@ -432,13 +428,11 @@ PROVIDERS = {row.id: row for row in (
              endpoints=(("chat", ("https://api.openai.com/v1",)),), variables=("OPENAI_API_KEY",)),
     Provider("zai", "anthropic", ("https://api.z.ai/api/anthropic",), "x-api-key", "", "as asked",
              _AGENT, names=("glm-*",), stand_ins=("claude-*",), signature_tag="z",
-             quirks=("unsigned_thinking", "no_count", "no_search", "thinking_type",
-                     "reasoning_replay", "tool_choice_basic", "no_json_schema"),
+             quirks=(*_UNSIGNED, "tool_choice_basic", "no_json_schema"),
              endpoints=(("chat", ("https://api.z.ai/api/paas/v4",)),), variables=("ZAI_API_KEY",)),
     Provider("zai-plan", "anthropic", ("https://api.z.ai/api/anthropic",), "bearer", "", "as asked",
              _AGENT, names=("glm-*",), stand_ins=("claude-*",), signature_tag="zp",
-             quirks=("unsigned_thinking", "no_count", "no_search", "thinking_type",
-                     "reasoning_replay", "tool_choice_basic", "no_json_schema"),
+             quirks=(*_UNSIGNED, "tool_choice_basic", "no_json_schema"),
              endpoints=(("chat", ("https://api.z.ai/api/coding/paas/v4",)),
                         ("responses", ("https://api.z.ai/api/v1",))),
              quota="https://api.z.ai/api/monitor/usage/quota/limit", quota_form="zai",
@@ -452,14 +446,10 @@ PROVIDERS = {row.id: row for row in (
                            token_url="https://openrouter.ai/api/v1/auth/keys"),
     _compatible("moonshot", "https://api.moonshot.ai/v1", "mo", "MOONSHOT_API_KEY", "kimi-*",
                 "moonshot-*", anthropic="https://api.moonshot.ai/anthropic",
-                responses="https://api.moonshot.ai/v1",
-                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_count",
-                        "no_search"),
+                responses="https://api.moonshot.ai/v1", quirks=_UNSIGNED,
                 quota="https://api.moonshot.ai/v1/users/me/balance", quota_form="balance"),
     _compatible("kimi", "https://api.kimi.com/coding/v1", "ki", "KIMI_API_KEY", "kimi-for-coding*",
-                anthropic="https://api.kimi.com/coding",
-                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_count",
-                        "no_search"),
+                anthropic="https://api.kimi.com/coding", quirks=_UNSIGNED,
                 quota="https://api.kimi.com/coding/v1/usages", quota_form="kimi"),
     _compatible("minimax", "https://api.minimax.io/v1", "mm", "MINIMAX_API_KEY", "minimax-*",
                 anthropic="https://api.minimax.io/anthropic",
@@ -468,8 +458,7 @@ PROVIDERS = {row.id: row for row in (
                         "no_count", "no_search")),
     _compatible("deepseek", "https://api.deepseek.com", "ds", "DEEPSEEK_API_KEY", "deepseek-*",
                 anthropic="https://api.deepseek.com/anthropic",
-                quirks=("thinking_type", "reasoning_replay", "unsigned_thinking", "no_json_schema",
-                        "no_images", "no_count", "no_search"),
+                quirks=(*_UNSIGNED, "no_json_schema", "no_images"),
                 quota="https://api.deepseek.com/user/balance", quota_form="balance"),
     _compatible("qwen", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qw",
                 "DASHSCOPE_API_KEY", "qwen*", "qwq*",
@@ -497,7 +486,7 @@ PROVIDERS = {row.id: row for row in (
                 responses="http://localhost:8000/v1"),
     _compatible("llamacpp", "http://localhost:8080/v1", "lc",
                 quirks=("no_parallel_flag", "no_effort")),
-    Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", "agproxy/" + VERSION,
+    Provider("sim", "gemini", (), "oauth", "antigravity", "on_cloud_code", _AGENT,
              signature_tag="s"),
 )}
 
@@ -699,6 +688,11 @@ def content_key(word: str, text: str) -> str:
     """Under what a memory keeps something about a text, when the text itself is all that is known
     of it later."""
     return word + " " + hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def base64url(data: bytes) -> str:
+    """Base64 for addresses and tokens (RFC 7515): no padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
 # ASCII output costs less than UTF-8: no wide string is built, and encode() cannot fail.
@@ -947,6 +941,15 @@ def objects_of(value: Any) -> list[dict]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def letters_in(value: Any) -> int:
+    """About the length of a value's JSON."""
+    if isinstance(value, str):
+        return len(value) + 2
+    if isinstance(value, dict):
+        return sum(len(name) + 4 + letters_in(v) for name, v in value.items()) + 2
+    return sum(map(letters_in, value)) + 2 if isinstance(value, (list, tuple)) else 5
+
+
 # Fields of a client's body: a wrong one is refused by its path
 
 def list_at(value: Any, path: str) -> list:
@@ -1025,6 +1028,7 @@ class Group(NamedTuple):
 
 
 GROUP_STRATEGIES = ("priority", "random", "weighted", "round-robin")
+MOST_MEMBERS = 200          # of a group, those of groups in it counted
 ROUTE_ROLES = ("default", "background", "think", "long_context", "web_search", "image")
 LONG_CONTEXT_TOKENS = 60_000        # of a long_context route that does not say
 
@@ -1041,7 +1045,7 @@ class Edit(NamedTuple):
 
 
 CONDITIONS = {      # of a rule: what each looks at -> its type
-    "model": str,               # pattern of the name asked for
+    "model": str,               # pattern of the name asked for, or for changes of what serves
     "client": str, "upstream": str,     # dialects
     "provider": str,            # pattern of its id
     "headers": dict,            # name -> pattern
@@ -1107,22 +1111,35 @@ def resolve_secret(text: str) -> str:
     remember_secret(value)
     if value.startswith("{"):       # a key file of Google's
         with contextlib.suppress(ValueError):
+            told = object_of(json_decode(value.encode()))
             for name in ("private_key", "refresh_token", "client_secret", "private_key_id"):
-                remember_secret(object_of(json.loads(value)).get(name))
+                remember_secret(str(told.get(name) or ""))
             return value
-    if not re.fullmatch(r"[!-~]+", value):
+    if not re.fullmatch(r"[!-z|~][!-~]*", value):       # `{`: a key file that cannot be read
         raise ConfigError("a secret holds characters that cannot stand in a header")
     return value
 
 
 def check_proxy(url: str, where: str) -> None:
     """Raises ConfigError for what is no proxy's URL."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.password:
-        remember_secret(urllib.parse.unquote(parts.password))
-    is_known = parts.scheme in ("http", "socks5", "socks5h") and parts.hostname
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_known = parts.scheme in ("http", "socks5", "socks5h") and parts.hostname and (
+            parts.port != 0)
+        for secret in (parts.password or "", urllib.parse.unquote(parts.password or "")):
+            remember_secret(secret)
+    except ValueError:      # brackets that do not match, a port above 65535
+        is_known = None
     if url != "direct" and not is_known:
         raise ConfigError(f"{where}: direct, http://host:port or socks5://host:port is required")
+
+
+def check_headers(rows: Mapping, where: str) -> None:
+    """Raises ConfigError for what cannot stand in a request's head."""
+    for name, value in rows.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or (
+                isinstance(value, (dict, list)) or not str(value).isprintable()):
+            raise ConfigError(f"{where}: names and texts of one line are required")
 
 
 def _setting_value(name: str, value: Any, where: str) -> Any:
@@ -1204,7 +1221,8 @@ def _base_urls(value: Any, dialect: str, where: str) -> tuple[str, ...]:
     urls = [value] if isinstance(value, str) else value
     if not isinstance(urls, list) or not urls or not all(
             isinstance(u, str) and re.fullmatch(
-                r"https?://([^/\s:@\[\]]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/\S*)?", u) for u in urls):
+                r"https?://([^/\s:@\[\]?#]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?(/[^\s?#]*)?", u)
+            and 0 < int((re.search(r":(\d+)(/|\Z)", u[8:]) or [0, 1])[1]) < 65536 for u in urls):
         raise ConfigError(f"{where}: a http(s) URL, or a list of them, is required")
     cut = [re.sub(_TAILS.get(dialect, r"/*\Z"), "", u) for u in urls]
     if dialect in ("chat", "responses"):        # OpenAI's own paths begin with it
@@ -1216,12 +1234,14 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
     """A built-in row with cells replaced, or a new row of a known dialect."""
     if not isinstance(cells, dict):
         raise ConfigError(f"providers.{name}: an object is required")
-    row = known or Provider(name, "", (), "x-goog-api-key", "", "key_id", "agproxy/" + VERSION,
+    row = known or Provider(name, "", (), "x-goog-api-key", "", "key_id", _AGENT,
                             signature_tag=hashlib.sha256(name.encode()).hexdigest()[:4])
     spoken = cells.get("endpoints")
     if known is None and "dialect" not in cells and isinstance(spoken, dict) and spoken:
-        dialect = next(iter(spoken))
-        cells = {"dialect": dialect, "base_url": spoken[dialect], **cells}
+        cells = {"dialect": next(iter(spoken)), **cells}
+    own = str(cells.get("dialect", row.dialect))
+    if isinstance(spoken, dict) and own in spoken:      # of its own language: its base URL
+        cells = {"base_url": spoken[own], **cells}
     if known is None and cells.get("dialect") in ("anthropic", "chat", "responses"):
         row = row._replace(auth="x-api-key" if cells["dialect"] == "anthropic" else "bearer",
                            catalogue="as asked", names=("*",))
@@ -1236,6 +1256,7 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
             row = row._replace(endpoints=tuple((d, _base_urls(u, d, where)) for d, u in
                                                value.items() if d != dialect))
         elif cell == "headers" and isinstance(value, dict):
+            check_headers(value, where)
             row = row._replace(headers=tuple((str(k), str(v)) for k, v in value.items()))
         elif cell in ("names", "stand_ins", "quirks") and isinstance(value, list) and all(
                 isinstance(v, str) for v in value):
@@ -1274,6 +1295,8 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
         raise ConfigError(f"{where}.name: a label in visible characters is required")
     if row.get("proxy"):
         check_proxy(row["proxy"], where + ".proxy")
+    check_headers(row.get("headers", {}), where + ".headers")
+    check_headers({"User-Agent": row.get("user_agent", "")}, where + ".user_agent")
     warn_unknown(row, ACCOUNT_FIELDS, where + ".")
     if row.get("provider") not in providers:
         raise ConfigError(f"{where}.provider: one of {', '.join(providers)} is required")
@@ -1355,12 +1378,17 @@ def stored_accounts(stored: Mapping) -> list[tuple[str, dict]]:
             if isinstance(row, dict)] if isinstance(stored.get("accounts"), list) else []
 
 
-def _refuse_cycle(name: str, groups: Mapping[str, Group], above: tuple) -> None:
+def _count_members(name: str, groups: Mapping[str, Group], above: tuple, known: dict) -> int:
+    """Models in a group and the groups in it; raises ConfigError for circles and heaps."""
     if name in above:
         raise ConfigError(f"groups.{name}: contains itself: {' > '.join((*above, name))}")
-    for item in groups[name].items:
-        if item.model.lower() in groups:
-            _refuse_cycle(item.model.lower(), groups, (*above, name))
+    if name not in known and len(above) < MOST_MEMBERS:
+        known[name] = sum(_count_members(item.model.lower(), groups, (*above, name), known)
+                          if item.model.lower() in groups else 1 for item in groups[name].items)
+    if known.get(name, MOST_MEMBERS + 1) > MOST_MEMBERS:
+        raise ConfigError(f"groups.{name}: at most {MOST_MEMBERS} members are possible, with those "
+                          "of the groups in it")
+    return known[name]
 
 
 def _config_groups(stored: Mapping) -> dict[str, Group]:
@@ -1386,8 +1414,9 @@ def _config_groups(stored: Mapping) -> dict[str, Group]:
                 raise ConfigError(f"{where}.models: texts, and a weight of 0 or more, are required")
             items.append(GroupItem(**known))
         groups[name.lower()] = Group(strategy, tuple(items))
+    known: dict[str, int] = {}
     for name in groups:
-        _refuse_cycle(name, groups, ())
+        _count_members(name, groups, (), known)
     return groups
 
 
@@ -1412,7 +1441,9 @@ def _config_rules(stored: Iterable) -> tuple[Edit, ...]:
             raise ConfigError(f"{where}: an object is required")
         when = row.get("when", {})
         if not isinstance(when, dict) or not all(
-                isinstance(v, CONDITIONS.get(k, object)) for k, v in when.items()) or not all(
+                isinstance(v, CONDITIONS.get(k, object)) and (
+                    type(v) is not bool or CONDITIONS.get(k) is not int)
+                for k, v in when.items()) or not all(
                 isinstance(v, str) for v in object_of(when.get("headers")).values()):
             raise ConfigError(f"{where}.when: an object of conditions is required: "
                               + ", ".join(CONDITIONS))
@@ -1443,8 +1474,8 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     stored = read_accounts_file(path, recovers) if stored is None else stored
     warn_unknown(stored, ("settings", "providers", "accounts", "aliases", "groups", "users",
                           "routes", "rules"), "")
-    if not stored and path:
-        stored = {"accounts": environment_accounts(environ)}
+    if path and "accounts" not in stored:       # an alias or a setting makes a file too
+        stored = {**stored, "accounts": environment_accounts(environ)}
     for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
                        ("aliases", dict), ("groups", dict), ("routes", dict), ("rules", list)):
         if not isinstance(stored.get(name, kind()), kind):
@@ -1463,7 +1494,8 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     aliases = {}
     for pattern, target in stored.get("aliases", {}).items():
         targets = [target] if isinstance(target, str) else target
-        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        if not isinstance(targets, list) or not targets or not all(
+                isinstance(t, str) for t in targets):
             raise ConfigError(f"aliases.{pattern}: a model name, or a list of them, is required")
         aliases[pattern.lower()] = tuple(targets)
     api_key = environ.get("PROXY_API_KEY", "")
@@ -1588,6 +1620,11 @@ class Record:
     mended: Mapping[str, int] = field(default_factory=dict)     # repairs of the conversation
     refused: tuple = ()         # repairs that refusals asked for
     choices: list = field(default_factory=list)         # (at, reason, verdicts) of each selection
+
+    def tell(self, note: str) -> None:
+        """One more thing for the log's line; what stands there already stays."""
+        if note not in self.note:
+            self.note = f"{self.note}; {note}" if self.note else note
 
 
 def request_line(record: Record, now: float) -> str:
@@ -2003,29 +2040,44 @@ class Replies:
         self.clock, self.state = clock, state
         self._lock = threading.Lock()
         self._newest: collections.OrderedDict = collections.OrderedDict()   # id -> (row, bytes)
+        self._unwritten: set[str] = set()
         self._bytes = self._since_tidy = 0
 
     def keep(self, reply_id: str, row: dict, size: int) -> None:
         """`size` is about that of its JSON."""
+        row = {**row, "size": size}
         with self._lock:
+            self._bytes += size - self._newest.pop(reply_id, (None, 0))[1]
             self._newest[reply_id] = row, size
-            self._bytes += size
             self._since_tidy += size
+            self._unwritten.add(reply_id)
             while len(self._newest) > 256 or self._bytes > MOST_REPLY_BYTES // 8:
                 self._bytes -= self._newest.popitem(last=False)[1][1]
             if self._since_tidy > MOST_REPLY_BYTES // 4:
                 self._since_tidy, self.state.is_crowded = 0, True
-        self.state.put("replies", reply_id, lambda: zlib.compress(json_encode(row).encode()),
-                       self.clock.now())
+        self.state.put("replies", reply_id, lambda: self._packed(reply_id, row), self.clock.now())
+
+    def _packed(self, reply_id: str, row: dict) -> bytes:
+        with self._lock:
+            self._unwritten.discard(reply_id)
+        return zlib.compress(json_encode(row).encode())
 
     def get(self, reply_id: str) -> dict | None:
+        """The row, whose day begins again when half of it is over."""
         with self._lock:
             row, _ = self._newest.get(reply_id) or (None, 0)
+            is_unwritten = reply_id in self._unwritten
         if row is not None:
             return row
-        found = self.state.rows("replies", "id = ? AND at > ?", reply_id,
-                                self.clock.now() - REPLIES_LAST_S)
-        return json.loads(zlib.decompress(found[0][1])) if found else None
+        if is_unwritten:        # too big, or too many came at once
+            self.state.flush()
+        now = self.clock.now()
+        found = self.state.rows("replies", "id = ? AND at > ?", reply_id, now - REPLIES_LAST_S)
+        if not found:
+            return None
+        if now - found[0][2] > REPLIES_LAST_S / 2:
+            self.state.put("replies", reply_id, found[0][1], now)
+        return json.loads(zlib.decompress(found[0][1]))
 
 
 # ── 6. Wire framing ───────────────────────────────────────────────────────
@@ -2413,13 +2465,6 @@ def media_of_url(url: Any, media_type: str, path: str, name: str = "") -> Media:
     return Media(media_type, "", url, name, path)
 
 
-def media_at(source: Any, media_type: str, path: str, name: str = "") -> Media:
-    """The Media of a URL, which may be a `data:` one."""
-    if text_at(source, path).startswith("data:"):
-        return media_of_data(source, "", path, name)
-    return media_of_url(source, media_type, path, name)
-
-
 @dataclass(frozen=True)
 class Thinking:
     text: str
@@ -2521,13 +2566,12 @@ class Native:
     raw: bytes                          # a JSON object
     headers: tuple = ()                 # (name, value) of those the upstream is to see
     query: str = ""
-    verb: str = ""                      # of Gemini's path
 
 
 ANY_OBJECT = {"type": "object"}         # the schema of "any JSON object"
 MORE_FIELDS = {     # what clients may give beyond the common fields: least and most, None for text
     "seed": (-(1 << 63), 1 << 63), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
-    "verbosity": None, "service_tier": None, "user": None, "schema_name": None, "title": None}
+    "verbosity": None, "service_tier": None, "user": None}
 
 
 def is_paired(turns: Iterable[Turn], minds_strays: bool = True) -> bool:
@@ -2566,7 +2610,7 @@ class Request:
     stop_sequences: tuple = ()
     thinking: ThinkingWish = ThinkingWish()
     json_schema: dict | None = None     # the answer must be JSON of this schema, or ANY_OBJECT
-    more: Mapping = field(default_factory=dict)     # of MORE_FIELDS what the client gave
+    more: Mapping = field(default_factory=dict)     # of MORE_FIELDS, schema_name, schema_strict
     search: SearchWish | None = None
     session: str = ""                   # same for all requests of one conversation
     agent: str = ""                     # which of the session's agents asks, "" the main one
@@ -2578,13 +2622,13 @@ class Request:
     refusal: ProxyError | None = None   # why only an upstream of its own dialect can take it
     dialect: str = "anthropic"          # of the client
     ext: Mapping = field(default_factory=dict)      # what only its own dialect's renderer reads
-    left_out: tuple = ()                # hosted tools that no other service offers
+    left_out: tuple = ()                # hosted tools and blocks that no other service takes
     routed: str = ""                    # the owner's rule or role that gave it its model
 
     def is_native_to(self, provider: Provider) -> bool:
         """Whether the upstream speaks the client's own language: nothing is translated then."""
-        return self.native is not None and self.native.dialect == provider.dialect and (
-            not provider.envelope) and not self.is_broken
+        return self.native is not None and not provider.envelope and (
+            self.native.dialect == provider.speaking(self.dialect).dialect) and not self.is_broken
 
     @functools.cached_property
     def is_broken(self) -> bool:
@@ -2616,6 +2660,17 @@ class Request:
         for text in () if self.session else (*self.system, first):
             seed.update(text[:4000].encode("utf-8", "replace") + b"\0")
         return seed.hexdigest()[:32]
+
+
+def fields_for_others(read: Callable[[], dict], raw: bytes) -> dict:
+    """The fields of a Request that other dialects need.  A body that `read` refuses may still go as
+    it is, where it came `raw`: the reason stands in `refusal` then."""
+    try:
+        return read()
+    except ProxyError as err:
+        if not raw or err.kind not in ("invalid_request", "no_response"):
+            raise
+        return {"turns": (), "refusal": err}
 
 
 class Target(NamedTuple):
@@ -2890,6 +2945,11 @@ class Rendered(NamedTuple):
     shape: AnswerShape
     mended: Mapping[str, int] = {}      # what was repaired on the way, how many times
     sent: tuple = ()            # thinking signatures that went along
+
+    @property
+    def raw(self) -> bytes:
+        body = self.body
+        return body if isinstance(body, bytes) else json_encode(body).encode("ascii")
 
 
 class Assembler:
@@ -3299,34 +3359,6 @@ def deltas_of(reply: Reply) -> list:
                     for c in getattr(block, "citations", ())]
         out.append(BlockEnd(index))
     return [*out, reply.finish]
-
-
-def check_grammar(deltas: Iterable) -> None:
-    """Raises AssertionError where a stream breaks the grammar of this room."""
-    state, index, open_kind = "new", -1, None
-    allowed = {Kind.TEXT: {Kind.TEXT, Kind.CITATION}, Kind.CALL: {Kind.ARGUMENTS},
-               Kind.THINKING: {Kind.THINKING, Kind.SIGNATURE}, Kind.OPAQUE: set(),
-               Kind.SERVER_CALL: {Kind.ARGUMENTS}, Kind.FOUND: set()}
-    for delta in deltas:
-        if isinstance(delta, Begin):
-            assert state == "new", "a second Begin"
-            state = "between"
-        elif isinstance(delta, BlockStart):
-            assert state == "between" and delta.index == index + 1, f"misplaced {delta}"
-            state, index, open_kind = "open", delta.index, delta.kind
-        elif isinstance(delta, Piece):
-            assert state == "open" and delta.index == index, f"misplaced {delta}"
-            assert delta.kind in allowed[open_kind], f"{delta.kind} in a block of {open_kind}"
-        elif isinstance(delta, BlockEnd):
-            assert state == "open" and delta.index == index, f"misplaced {delta}"
-            state = "between"
-        elif isinstance(delta, Finish):
-            assert state == "between", "Finish inside a block or before Begin"
-            state = "over"
-        elif isinstance(delta, Fault):
-            assert state != "over", "a Fault after the end"
-            state = "over"
-    assert state == "over", f"the stream ends {state}"
 
 
 # ── 8. Bridges ────────────────────────────────────────────────────────────
@@ -4232,6 +4264,7 @@ class _Reading:
     def __init__(self, parsers: Mapping[str, Callable[[dict, str, _Reading], tuple]]):
         self.parsers = parsers
         self.mentioned: dict[str, None] = {}    # in order, for tools whose loading was deferred
+        self.unread: dict[str, None] = {}       # types of blocks that nobody here knows
         self.removed: set = set()               # tools that were taken away and not used again
 
     def blocks(self, content: Any, path: str) -> tuple:
@@ -4246,6 +4279,8 @@ class _Reading:
             parse = self.parsers.get(block["type"])
             if parse:
                 out.extend(parse(block, where, self))
+            else:
+                self.unread[block["type"][:40]] = None
         return tuple(out)
 
 
@@ -4327,7 +4362,7 @@ def _search_result(block: dict, path: str, reading: _Reading) -> tuple:
 
 
 # type of an input block -> function(block, path, reading) -> neutral blocks.  Types that are not
-# here, and keys nobody reads (cache_control, citations, caller), are dropped.
+# here are left out and told; keys nobody reads (cache_control, citations, caller) are dropped.
 ANTHROPIC_BLOCKS: dict[str, Callable[[dict, str, _Reading], tuple]] = {
     "text": lambda b, path, _: (Text(text_at(b.get("text"), path + ".text")),),
     "image": lambda b, path, reading: _media(b.get("source"), path + ".source", reading),
@@ -4389,10 +4424,10 @@ def _system(value: Any) -> tuple:
     return tuple(t for t in texts if t.strip() and not t.startswith("x-anthropic-billing-header:"))
 
 
-def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
-    """Tools the client runs itself.  Deferred ones count from their first mention on, after the
-    others; server tools are left out.  Of two with one name the last wins."""
-    plain, deferred = {}, {}
+def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple[tuple, dict[str, str]]:
+    """(tools the client runs itself, names of Anthropic's own -> their types).  Deferred ones count
+    from their first mention on, after the others.  Of two with one name the last wins."""
+    plain, deferred, hosted = {}, {}, {}
     for position, row in enumerate(list_at(value, "tools") if value is not None else ()):
         path = f"tools.{position}"
         row = dict_at(row, path)
@@ -4406,6 +4441,7 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
         else:
             known = next((CLIENT_TOOLS[p] for p in CLIENT_TOOLS if kind.startswith(p)), None)
             if known is None:
+                hosted[str(row.get("name") or kind)] = kind[:40]
                 continue
             schema = {"type": "object", "properties": {n: {"type": t} for n, t in known.items()}}
         name = text_at(row.get("name"), path + ".name")
@@ -4423,12 +4459,13 @@ def _tools(value: Any, mentioned: Mapping[str, None]) -> tuple:
             plain[name] = tool
         elif name in mentioned:
             deferred[name] = tool
-    return tuple(plain.values()) + tuple(deferred[n] for n in mentioned if n in deferred)
+    tools = tuple(plain.values()) + tuple(deferred[n] for n in mentioned if n in deferred)
+    return tools, hosted
 
 
-def _tool_choice(value: Any, tools: tuple, offered: set) -> tuple[tuple, bool]:
+def _tool_choice(value: Any, tools: tuple, offered: set, hosted: Mapping) -> tuple[tuple, bool]:
     """((mode, name), whether parallel calls are unwanted).  `offered` are all names the client
-    gave; one that was left out cannot be forced."""
+    gave, `hosted` those that are left out: they cannot be forced."""
     if value is None:
         return ("auto", ""), False
     kind = dict_at(value, "tool_choice").get("type")
@@ -4437,6 +4474,8 @@ def _tool_choice(value: Any, tools: tuple, offered: set) -> tuple[tuple, bool]:
     name = ""
     if kind == "tool":
         name = text_at(value.get("name"), "tool_choice.name")
+        if name in hosted:
+            raise invalid("tool_choice", f"{hosted[name]} is run by Anthropic's own service only")
         if name in offered and name not in {tool.name for tool in tools}:
             kind, name = "auto", ""
         elif name not in offered:
@@ -4568,7 +4607,7 @@ def _search_wish(rows: Any, tools: tuple) -> SearchWish | None:
     return None
 
 
-def _fields_for_others(body: Mapping, model: str, is_count: bool) -> dict:
+def _anthropic_fields(body: Mapping, model: str, is_count: bool) -> dict:
     """Fields of the Request that other dialects need; ProxyError where they cannot take it."""
     if body.get("thread") is not None:      # the SDK's tool runner goes on without when told so
         error = invalid("thread", "threads are not supported")
@@ -4586,10 +4625,13 @@ def _fields_for_others(body: Mapping, model: str, is_count: bool) -> dict:
     choice = body.get("tool_choice")
     if isinstance(choice, dict) and isinstance(choice.get("name"), str):
         reading.mentioned.setdefault(choice["name"])
-    tools = tuple(t for t in _tools(body.get("tools"), reading.mentioned)
-                  if t.name not in reading.removed)
+    tools, hosted = _tools(body.get("tools"), reading.mentioned)
+    tools = tuple(t for t in tools if t.name not in reading.removed)
+    search = _search_wish(body.get("tools"), tools)
+    if search is not None:
+        hosted = {n: kind for n, kind in hosted.items() if not kind.startswith("web_")}
     offered = {t["name"] for t in body.get("tools") or () if isinstance(t.get("name"), str)}
-    tool_choice, one_call = _tool_choice(choice, tools, offered)
+    tool_choice, one_call = _tool_choice(choice, tools, offered, hosted)
     stops = list_at(body.get("stop_sequences") or [], "stop_sequences")
     top_k = number_at(body, "top_k", 0, 1 << 31)
     _, wish = model_variant(model)
@@ -4601,30 +4643,25 @@ def _fields_for_others(body: Mapping, model: str, is_count: bool) -> dict:
         "top_p": number_at(body, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
         "stop_sequences": tuple(text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
         "thinking": replace(wish, shows_text=asked.shows_text) if wish else asked,
-        "json_schema": _json_schema(body), "search": _search_wish(body.get("tools"), tools)}
+        "json_schema": _json_schema(body), "search": search,
+        "left_out": tuple(dict.fromkeys((*hosted.values(), *reading.unread)))}
 
 
 def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
-                            raw: bytes = b"", query: str = "", path: str = "") -> Request:
+                            raw: bytes = b"", query: str = "", **_: Any) -> Request:
     """The neutral Request of a Messages body.  Raises ProxyError invalid_request with the path of
     the offending field; what only an upstream of this dialect can judge (newer clients' blocks and
     fields) stands in `refusal` instead.  Unknown fields are ignored."""
     body = dict_at(body, "body")
     model, is_streaming = model_at(body), flag_at(body, "stream")
-    refused = None
-    try:
-        fields = _fields_for_others(body, model, is_count)
-    except ProxyError as err:
-        if not raw or err.kind != "invalid_request":
-            raise
-        fields, refused = {"turns": ()}, err
+    fields = fields_for_others(lambda: _anthropic_fields(body, model, is_count), raw)
     seen = tuple((n, v) for n, v in headers.items() if n.startswith("anthropic-"))
     return Request(
         model=model, wanted=model_variant(model)[0], session=_session(body, headers),
         agent=headers.get("x-claude-code-agent-id", ""),
         parent=headers.get("x-claude-code-parent-agent-id", ""), is_streaming=is_streaming,
         small="" if is_count else anthropic_small_request(body, headers),
-        window_tokens=_client_window(model, headers), refusal=refused,
+        window_tokens=_client_window(model, headers),
         native=Native("anthropic", raw, seen, query) if raw else None, **fields)
 
 
@@ -4926,6 +4963,18 @@ def _mark_for_cache(body: dict) -> None:
     body["messages"][-1]["content"][-1].update(mark)
 
 
+def _native_sampling(request: Request, is_thinking: bool) -> dict:
+    """Thinking bears no temperature and a high top_p only; of those two one may be given."""
+    fields: dict = {}
+    if request.temperature is not None and not is_thinking:
+        fields["temperature"] = min(1, request.temperature)
+    elif request.top_p is not None and (not is_thinking or request.top_p >= 0.95):
+        fields["top_p"] = request.top_p
+    if request.top_k is not None and not is_thinking:
+        fields["top_k"] = request.top_k
+    return fields
+
+
 def anthropic_render_request(request: Request, target: Target, signatures: Any,
                              repairs: frozenset = frozenset()) -> Rendered:
     """The Messages body of a request.  `repairs`: `signatures`, `no_thinking`, `limit N`,
@@ -4954,14 +5003,7 @@ def anthropic_render_request(request: Request, target: Target, signatures: Any,
                 "type": "json_schema", "schema": request.json_schema}}
     if system:
         body["system"] = [{"type": "text", "text": text} for text in system]
-    if not is_thinking:
-        body.update({name: getattr(request, name) for name in ("temperature", "top_k")
-                     if getattr(request, name) is not None})
-        if "temperature" in body:
-            body["temperature"] = min(1, body["temperature"])
-    if request.top_p is not None and "temperature" not in body and (
-            not is_thinking or request.top_p >= 0.95):
-        body["top_p"] = request.top_p
+    body.update(_native_sampling(request, is_thinking))
     stops = [s for s in request.stop_sequences if s.strip()]
     if stops:
         body["stop_sequences"] = stops
@@ -4975,7 +5017,7 @@ def anthropic_render_request(request: Request, target: Target, signatures: Any,
     betas = [beta for is_wanted, beta in (
         ("effort" in body.get("output_config", {}), "effort-2025-11-24"),
         ("format" in body.get("output_config", {}), "structured-outputs-2025-12-15"),
-        (is_thinking and "tools" in body and "budget_tokens" in body["thinking"],
+        ("tools" in body and "budget_tokens" in body.get("thinking", {}),
          "interleaved-thinking-2025-05-14")) if is_wanted and f"drop {beta}" not in repairs]
     headers = {"anthropic-version": "2023-06-01",
                **({"anthropic-beta": ",".join(betas)} if betas else {})}
@@ -5539,7 +5581,9 @@ def _image_part(row: Mapping, path: str, reading: Any) -> tuple:
     source = source.get("url") if isinstance(source, dict) else source
     if source is None:
         raise invalid(path, "an image that was uploaded elsewhere is not known here; send its data")
-    return (media_at(source, "image/*", path + ".image_url"),)
+    path += ".image_url"
+    return (media_of_data(source, "", path) if text_at(source, path).startswith("data:")
+            else media_of_url(source, "image/*", path),)
 
 
 def _audio_part(row: Mapping, path: str, reading: Any) -> tuple:
@@ -5619,21 +5663,17 @@ def _openai_effort(body: Mapping) -> ThinkingWish:
     return ThinkingWish(None, None, "auto", shows=shows)
 
 
-def _openai_format(wanted: Any, path: str) -> dict:
-    """Fields of the Request for a `response_format` or `text.format`."""
-    if wanted is None:
-        return {}
-    row = dict_at(wanted, path)
+def _openai_format(wanted: Any, path: str) -> tuple[dict | None, dict]:
+    """(the schema, its name and strictness) for a `response_format` or `text.format`."""
+    row = dict_at({"type": "text"} if wanted is None else wanted, path)
     kind = row.get("type")
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return {"json_schema": ANY_OBJECT}
+    if kind in ("text", "json_object"):
+        return (None if kind == "text" else ANY_OBJECT), {}
     if kind != "json_schema":
         raise invalid(path + ".type", "text, json_object or json_schema is required")
     row = object_of(row.get("json_schema")) or row
-    return {"json_schema": dict_at(row.get("schema"), path + ".schema"),
-            "name": str(row.get("name") or "answer"), "strict": row.get("strict") is True}
+    return dict_at(row.get("schema"), path + ".schema"), {
+        "schema_name": str(row.get("name") or "answer"), "schema_strict": row.get("strict") is True}
 
 
 def _openai_limit(body: Mapping, *names: str) -> int | None:
@@ -5646,24 +5686,13 @@ def _openai_limit(body: Mapping, *names: str) -> int | None:
     return None
 
 
-def _openai_more(body: Mapping) -> dict:
-    """What is given of MORE_FIELDS, checked."""
-    more = {}
-    for name, bounds in MORE_FIELDS.items():
-        value = body.get(name)
-        if value is not None:
-            more[name] = number_at(body, name, *bounds) if bounds else text_at(value, name)
-    return more
-
-
 def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> dict:
     """The fields of the Request that Chat and Responses write alike.  `wanted` is the wish for a
     format and where it stands."""
     kept, choice = tools.choose(body.get("tool_choice"))
-    form = _openai_format(*wanted)
-    more = _openai_more(body)
-    if "name" in form:
-        more.update(schema_name=form.pop("name"), schema_strict=form.pop("strict"))
+    schema, named = _openai_format(*wanted)
+    more = {n: number_at(body, n, *bounds) if bounds else text_at(body[n], n)
+            for n, bounds in MORE_FIELDS.items() if body.get(n) is not None}
     _, wish = model_variant(model)
     asked = _openai_effort(body)
     search = tools.search_wish()
@@ -5673,35 +5702,30 @@ def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> d
         "temperature": number_at(body, "temperature", 0, 2),
         "top_p": number_at(body, "top_p", 0, 1), "thinking": asked if wish is None else replace(
             wish, shows=asked.shows, shows_text=asked.shows_text),
-        "more": more, "search": search, "left_out": tuple(left_out), **form}
+        "more": {**more, **named}, "json_schema": schema, "search": search,
+        "left_out": tuple(left_out)}
 
 
 def _openai_request(dialect: str, body: dict, headers: Mapping[str, str], raw: bytes,
                     fields: Callable[[dict, str], dict], ext: dict) -> Request:
-    """The Request of a body: `fields` reads what other dialects need; what only an upstream of its
-    own dialect can take stands in `refusal`."""
-    model, is_streaming, refused = model_at(body), flag_at(body, "stream"), None
-    try:
-        found = fields(body, model)
-    except ProxyError as err:
-        if not raw or err.kind not in ("invalid_request", "no_response"):
-            raise
-        found, refused = {"turns": ()}, err
+    """The Request of a body, whose fields that other dialects need `fields` reads."""
+    model, is_streaming = model_at(body), flag_at(body, "stream")
+    found = fields_for_others(lambda: fields(body, model), raw)
     return Request(
         model=model, wanted=model_variant(model)[0], session=session_key(body, headers),
-        agent=headers.get("x-openai-subagent", ""), is_streaming=is_streaming, refusal=refused,
+        agent=headers.get("x-openai-subagent", ""), is_streaming=is_streaming,
         native=Native(dialect, raw) if raw else None, dialect=dialect,
         ext={**ext, **found.pop("ext", {})}, **found)
 
 
 # Chat: requests of clients
 
-def _chat_thought(message: Mapping) -> tuple:
-    told = message.get("reasoning_content") or message.get("reasoning")
-    if not isinstance(told, str):
-        told = "".join(str(row.get("text") or row.get("summary") or "")
-                       for row in objects_of(message.get("reasoning_details")))
-    return (Thinking(told, ""),) if told else ()
+def chat_thought(row: Mapping) -> str:
+    """What a message or a delta tells of thinking: in DeepSeek's, vLLM's or OpenRouter's field."""
+    told = row.get("reasoning_content") or row.get("reasoning")
+    return told if isinstance(told, str) else "".join(
+        str(d.get("text") or d.get("summary") or "") for d in objects_of(
+            row.get("reasoning_details")))
 
 
 def _chat_call(row: Mapping, path: str) -> ToolCall:
@@ -5745,7 +5769,9 @@ def _chat_turns(messages: Any) -> tuple[tuple, tuple]:
                 calls += (_chat_call({"id": call_id, "function": old}, path + ".function_call"),)
             told = message.get("refusal")
             blocks += (Text(told),) if isinstance(told, str) and not blocks else ()
-            turns.append(Turn("assistant", _chat_thought(message) + blocks + calls))
+            thought = chat_thought(message)
+            turns.append(Turn("assistant", (Thinking(thought, ""),) * bool(thought)
+                              + blocks + calls))
     if not turns and not system:
         raise invalid("messages", "at least one message is required")
     return tuple(system), tuple(turns)
@@ -5773,12 +5799,6 @@ def _chat_fields(body: dict, model: str) -> dict:
         "max_tokens": _openai_limit(body, "max_completion_tokens", "max_tokens"),
         "stop_sequences": tuple(text_at(s, f"stop.{i}") for i, s in enumerate(stops)),
         "ext": {"tools": tools.kinds}}
-
-
-def _shell_call(item: Mapping, kind: str) -> dict:
-    """The arguments of a typed call as the function that stands for it takes them."""
-    inner = object_of(item.get("action") or item.get("operation"))
-    return {k: v for k, v in inner.items() if k in SHELL_TOOLS[kind] and v is not None}
 
 
 def _told_output(value: Any, path: str) -> tuple:
@@ -5814,13 +5834,11 @@ class _Items:
     def _joined(self) -> list[Turn]:
         """The turns, what the model thinks, says and calls in a row being one: a thought alone
         would count for an empty turn."""
-        out: list[tuple[str, list]] = []
-        for turn in self.turns:
-            if out and turn.role == out[-1][0] == "assistant":
-                out[-1][1].extend(turn.blocks)
-            else:
-                out.append((turn.role, list(turn.blocks)))
-        return [Turn(role, tuple(blocks)) for role, blocks in out]
+        out: list[Turn] = []
+        for role, group in itertools.groupby(self.turns, lambda turn: turn.role):
+            out += group if role != "assistant" else [
+                Turn(role, tuple(b for turn in group for b in turn.blocks))]
+        return out
 
     def message(self, item: dict, path: str) -> None:
         role = item.get("role")
@@ -5846,7 +5864,9 @@ class _Items:
         kind = item["type"]
         word = kind[:-5]        # without _call
         if word in SHELL_TOOLS:
-            name, arguments = word, _shell_call(item, word)
+            inner = object_of(item.get("action") or item.get("operation"))
+            name, arguments = word, {k: v for k, v in inner.items()
+                                     if k in SHELL_TOOLS[word] and v is not None}
         else:
             name = text_at(item.get("name") or ("tool_search" if word == "tool_search" else None),
                            path + ".name")
@@ -5886,7 +5906,8 @@ class _Items:
         self.turns.append(Turn("user", (Text(who + "\n".join(texts)),)))
 
     def opaque(self, item: dict, path: str) -> None:
-        """Items of tools that OpenAI runs mean nothing to others."""
+        """Items of tools that OpenAI runs, and what it encrypted, mean nothing to others."""
+        self.tools.hosted.setdefault(str(item.get("type")), {})
 
     _READERS = {
         "message": message, "reasoning": reasoning, "item_reference": reference,
@@ -5946,8 +5967,8 @@ def _responses_fields(body: dict, model: str) -> dict:
                     "encrypted": encrypted}}
 
 
-def chat_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
-                       raw: bytes = b"", query: str = "", path: str = "") -> Request:
+def chat_parse_request(body: Any, headers: Mapping[str, str], raw: bytes = b"",
+                       **_: Any) -> Request:
     """The neutral Request of a Chat body.  One in the shape of Responses, which some editors send
     here, is read as such and answered as Chat.  Raises ProxyError invalid_request."""
     body = dict_at(body, "body")
@@ -5977,8 +5998,7 @@ def _completion_fields(body: dict, model: str) -> dict:
             "ext": {"prompt": prompt if body.get("echo") is True else ""}}
 
 
-def completion_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
-                             raw: bytes = b"", query: str = "", path: str = "") -> Request:
+def completion_parse_request(body: Any, headers: Mapping[str, str], **_: Any) -> Request:
     """The neutral Request of an old Completions body: the prompt is a turn of the user."""
     body = dict_at(body, "body")
     ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
@@ -6008,10 +6028,14 @@ class ChatAnswer:
     def __post_init__(self) -> None:
         kind = "chat.completion.chunk" if self.echo is None else "text_completion"
         word = '"delta":' if self.echo is None else '"text":'
+        self.id = self.id if self.echo is None else self.id[4:]     # cmpl-...
         self.before = (f'data: {{"id":{quote(self.id)},"object":"{kind}","created":{self.created},'
                        f'"model":{quote(self.model)},"choices":[{{"index":0,{word}')
         usage = ',"usage":null' if self.wants_usage else ""
         self.after = f',"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+
+    def chunk(self, delta: str) -> str:
+        return self.before + delta + self.after
 
 
 def chat_answer(request: Request, now: int) -> ChatAnswer:
@@ -6033,8 +6057,8 @@ def _chat_begin(state: ChatAnswer, delta: Begin) -> str:
         return ""
     state.begun = True
     if state.echo is not None:
-        return state.before + quote(state.echo) + state.after if state.echo else ""
-    return state.before + '{"role":"assistant","content":""}' + state.after
+        return state.chunk(quote(state.echo)) if state.echo else ""
+    return state.chunk('{"role":"assistant","content":""}')
 
 
 def _call_shape(told: ClientTool, call_id: str, text: str) -> dict:
@@ -6050,9 +6074,9 @@ def _chat_start(state: ChatAnswer, delta: BlockStart) -> str:
         return ""
     told = state.kinds.get(delta.name) or ClientTool("function", delta.name)
     state.custom = InputText() if told.kind == "custom" else None
-    row = {"index": state.calls, **_call_shape(told, delta.id, "")}
+    row = {"index": state.calls, **_call_shape(told, delta.id, "")}      # [C1]
     state.calls += 1
-    return state.before + json_encode({"tool_calls": [row]}) + state.after
+    return state.chunk(json_encode({"tool_calls": [row]}))
 
 
 def _chat_arguments(state: ChatAnswer, text: str) -> str:
@@ -6061,8 +6085,8 @@ def _chat_arguments(state: ChatAnswer, text: str) -> str:
         text, word, key = state.custom.feed(text), "custom", "input"
     if not text:
         return ""
-    return (f'{state.before}{{"tool_calls":[{{"index":{state.calls - 1},"{word}":'
-            f'{{"{key}":{quote(text)}}}}}]}}{state.after}')
+    row = f'{{"index":{state.calls - 1},"{word}":{{"{key}":{quote(text)}}}}}'
+    return state.chunk(f'{{"tool_calls":[{row}]}}')
 
 
 def url_citation(told: Mapping, end: int) -> dict:
@@ -6079,18 +6103,17 @@ def _chat_piece(state: ChatAnswer, delta: Piece) -> str:
     if kind is Kind.TEXT:
         state.letters += len(delta.text)
         text = quote(delta.text)
-        return state.before + (text if state.echo is not None else f'{{"content":{text}}}'
-                               ) + state.after
+        return state.chunk(text if state.echo is not None else f'{{"content":{text}}}')
     if state.echo is not None:
         return ""
     if kind is Kind.THINKING:
-        return f'{state.before}{{"reasoning_content":{quote(delta.text)}}}{state.after}'
+        return state.chunk(f'{{"reasoning_content":{quote(delta.text)}}}')
     if kind is Kind.ARGUMENTS and state.open_kind is Kind.CALL:
         return _chat_arguments(state, delta.text)
     if kind is Kind.CITATION:
         note = url_citation(json.loads(delta.text), state.letters)
         row = {"type": "url_citation", "url_citation": note}
-        return state.before + json_encode({"annotations": [row]}) + state.after if note else ""
+        return state.chunk(json_encode({"annotations": [row]})) if note else ""
     return ""                   # signatures: the client has no place for them
 
 
@@ -6100,14 +6123,14 @@ def _chat_end(state: ChatAnswer, delta: BlockEnd) -> str:
     if not rest:
         return ""
     row = {"index": state.calls - 1, "custom": {"input": rest}}
-    return state.before + json_encode({"tool_calls": [row]}) + state.after
+    return state.chunk(json_encode({"tool_calls": [row]}))
 
 
 def _chat_finish(state: ChatAnswer, delta: Finish) -> str:
     word = STOP_WORDS[delta.stop].chat
-    out = (state.before + ("{}" if state.echo is None else '""')
-           + state.after.replace('"finish_reason":null', f'"finish_reason":"{word}"', 1))
-    if state.wants_usage:
+    after = state.after.replace('"finish_reason":null', f'"finish_reason":"{word}"', 1)
+    out = state.before + ("{}" if state.echo is None else '""') + after
+    if state.wants_usage:       # [C2]
         head = state.before[:state.before.index('"choices":')]
         out += f'{head}"choices":[],"usage":{json_encode(chat_usage(delta.usage))}}}\n\n'
     return out + "data: [DONE]\n\n"
@@ -6132,6 +6155,8 @@ OPENAI_ERRORS = {       # Anthropic's type, or a kind of ERRORS -> OpenAI's type
 def openai_render_error(error: ProxyError, request_id: str) -> dict:
     kind, code = OPENAI_ERRORS.get(error.kind) or OPENAI_ERRORS[error.rule.type]
     body = {"message": error.message, "type": kind, "param": None, "code": code}
+    if error.kind == "not_found" and not error.message.startswith("model: "):
+        body["code"] = None         # a path, or an answer that is gone
     named = re.match(r"([a-z_]+(?:\.[\w.]+)?): ", error.message)
     if error.kind == "invalid_request" and named:
         body["param"] = named[1]
@@ -6144,7 +6169,7 @@ def openai_render_error(error: ProxyError, request_id: str) -> dict:
 
 CHAT_EVENTS: dict[type, Callable[[ChatAnswer, Any], str]] = {
     Piece: _chat_piece, Begin: _chat_begin, BlockStart: _chat_start, BlockEnd: _chat_end,
-    Finish: _chat_finish,
+    Finish: _chat_finish,       # [C3]
     Fault: lambda state, delta: f"data: {json_encode(openai_render_error(delta.error, ''))}\n\n",
 }
 
@@ -6161,8 +6186,7 @@ def comment_keep_alive(state: Any, is_beat: bool) -> str:
 def chat_render_reply(state: ChatAnswer, reply: Reply) -> dict:
     """The completion object of a folded answer."""
     text = "".join(b.text for b in reply.blocks if isinstance(b, Text))
-    row: dict = {"index": 0, "logprobs": None,
-                 "finish_reason": STOP_WORDS[reply.finish.stop].chat}
+    row: dict = {"index": 0, "logprobs": None, "finish_reason": STOP_WORDS[reply.finish.stop].chat}
     head = {"id": state.id, "created": state.created, "model": state.model}
     if state.echo is not None:
         return {**head, "object": "text_completion", "choices": [
@@ -6171,24 +6195,21 @@ def chat_render_reply(state: ChatAnswer, reply: Reply) -> dict:
     thought = "".join(b.text for b in reply.blocks if isinstance(b, Thinking))
     if thought:
         message["reasoning_content"] = thought
-    calls = []
+    calls, end, notes = [], 0, []
     for block in reply.blocks:
         if isinstance(block, ToolCall):
             told = state.kinds.get(block.name) or ClientTool("function", block.name)
             arguments = json_encode(block.arguments)
             calls.append(_call_shape(told, block.id, freeform_text(arguments)
                                      if told.kind == "custom" else arguments))
+        end += len(block.text) if isinstance(block, Text) else 0
+        notes += filter(None, (url_citation(c, end) for c in getattr(block, "citations", ())))
     if calls:
         message.update(content=text or None, tool_calls=calls)
     if reply.finish.stop is Stop.REFUSAL and not text:      # what was said stays where it was said
         message["refusal"] = reply.finish.explanation or "refused"
-    end, notes = 0, []
-    for block in reply.blocks:
-        end += len(block.text) if isinstance(block, Text) else 0
-        notes += [url_citation(c, end) for c in getattr(block, "citations", ())]
-    if any(notes):
-        message["annotations"] = [{"type": "url_citation", "url_citation": n}
-                                  for n in notes if n]
+    if notes:
+        message["annotations"] = [{"type": "url_citation", "url_citation": n} for n in notes]
     return {**head, "object": "chat.completion", "choices": [{**row, "message": message}],
             "usage": chat_usage(reply.finish.usage), "system_fingerprint": None,
             "service_tier": "default"}
@@ -6276,8 +6297,13 @@ class ThinkTags:
         return [(kind, held)] if held else []
 
 
-def _wire_tools(request: Request, repairs: frozenset) -> Iterator[tuple[dict, bool]]:
-    """(name, description, parameters) of each tool, and whether it is strict."""
+def _openai_tools(request: Request, repairs: frozenset, quirks: Iterable[str],
+                  told: Callable[[dict], dict]) -> dict:
+    """`tools`, `tool_choice`, `parallel_tool_calls`; `told` writes a function as its dialect does,
+    or the name of one."""
+    if not request.tools:
+        return {}
+    fields: dict = {"tools": []}
     for tool in request.tools:
         schema = tool.schema
         if schema.get("type") != "object":
@@ -6286,8 +6312,22 @@ def _wire_tools(request: Request, repairs: frozenset) -> Iterator[tuple[dict, bo
             schema = core_schema(clean_schema(tool.schema, False))
         if "bare_schemas" in repairs:
             schema = {"type": "object", "properties": {}}
-        yield {"name": tool_name(tool.name), "description": tool.description,
-               "parameters": schema}, tool.is_strict
+        fields["tools"].append(told({"name": tool_name(tool.name), "parameters": schema,
+                                     "description": tool.description, "strict": tool.is_strict}))
+    mode, name = request.tool_choice
+    if mode != "auto" and not ("tool_choice_basic" in quirks and mode in ("any", "tool")):
+        fields["tool_choice"] = {"any": "required", "none": "none"}.get(mode) or told(
+            {"name": tool_name(name)})
+    if request.one_call and "no_parallel_flag" not in quirks:
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def _openai_sampling(request: Request, *more: str) -> dict:
+    """The fields that are called the same here, where they were given."""
+    given = {"temperature": request.temperature, "top_p": request.top_p}
+    return {**{name: value for name, value in given.items() if value is not None},
+            **{name: request.more[name] for name in more if name in request.more}}
 
 
 def wanted_effort(wish: ThinkingWish) -> str:
@@ -6444,23 +6484,13 @@ def chat_render_request(request: Request, target: Target, signatures: Any,
     if request.max_tokens:
         name = "max_completion_tokens" if "completion_limit" in quirks else "max_tokens"
         body[name] = request.max_tokens
-    for name in ("temperature", "top_p"):
-        if getattr(request, name) is not None:
-            body[name] = getattr(request, name)
+    body.update(_openai_sampling(request, "seed", "presence_penalty", "frequency_penalty",
+                                 "verbosity", "service_tier", "user"))
     if request.stop_sequences:
         body["stop"] = [s for s in request.stop_sequences if s.strip()][:4] or None
-    body.update({k: v for k, v in request.more.items() if k in (
-        "seed", "presence_penalty", "frequency_penalty", "verbosity", "service_tier", "user")})
     body.update(_chat_thinking(request, target))
-    mode, name = request.tool_choice
-    if request.tools:
-        body["tools"] = [{"type": "function", "function": {**row, "strict": True} if is_strict
-                          else row} for row, is_strict in _wire_tools(request, repairs)]
-        if mode != "auto" and not ("tool_choice_basic" in quirks and mode in ("any", "tool")):
-            body["tool_choice"] = {"any": "required", "none": "none"}.get(mode) or {
-                "type": "function", "function": {"name": tool_name(name)}}
-        if request.one_call and "no_parallel_flag" not in quirks:
-            body["parallel_tool_calls"] = False
+    body.update(_openai_tools(request, repairs, quirks, lambda row: {
+        "type": "function", "function": {k: v for k, v in row.items() if v is not False}}))
     if request.json_schema is not None:
         as_text = "schema_as_text" in repairs or "no_json_schema" in quirks
         if request.json_schema == ANY_OBJECT or as_text:
@@ -6479,10 +6509,6 @@ def chat_render_request(request: Request, target: Target, signatures: Any,
     body = without_refused({k: v for k, v in body.items() if v is not None}, repairs)
     shape = answer_shape(request, turns, mended, "o", target.provider.signature_tag, signatures)
     return Rendered(body, {}, shape, mended)
-
-
-def chat_path(target: Target, request: Request) -> str:
-    return "/chat/completions"
 
 
 # Chat: answers of upstreams
@@ -6554,11 +6580,8 @@ class ChatParser:
         return out
 
     def _delta(self, delta: dict, out: list) -> None:
-        thought, details = delta.get("reasoning_content") or delta.get("reasoning"), objects_of(
-            delta.get("reasoning_details"))
-        self._keep(details)
-        if not isinstance(thought, str):
-            thought = "".join(str(d.get("text") or d.get("summary") or "") for d in details)
+        self._keep(objects_of(delta.get("reasoning_details")))
+        thought = chat_thought(delta)
         if thought:
             self._is_thinking = self._has_content = True
             self._aside([(Kind.THINKING, thought)], out)
@@ -6740,8 +6763,8 @@ class ChatRelay(EventRelay):
 
 # Responses: requests of clients
 
-def responses_parse_request(body: Any, headers: Mapping[str, str], is_count: bool = False,
-                            raw: bytes = b"", query: str = "", path: str = "") -> Request:
+def responses_parse_request(body: Any, headers: Mapping[str, str], raw: bytes = b"",
+                            **_: Any) -> Request:
     """The neutral Request of a Responses body, an earlier response put before its input by whoever
     keeps those.  Raises ProxyError invalid_request, no_response."""
     body = dict_at(body, "body")
@@ -6751,11 +6774,6 @@ def responses_parse_request(body: Any, headers: Mapping[str, str], is_count: boo
 
 
 # Responses: answers to clients
-
-_USED = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens",
-         "input_tokens_details": "prompt_tokens_details",
-         "output_tokens_details": "completion_tokens_details", "total_tokens": "total_tokens"}
-
 
 @dataclass
 class ResponsesAnswer:
@@ -6819,10 +6837,10 @@ def call_item(told: ClientTool, call_id: str, arguments: str, status: str) -> di
     """The item of a call as its client knows the tool; `arguments` is JSON, or "" at its
     beginning."""
     head = {"id": new_id("fc_"), "call_id": call_id, "status": status}
+    home = {"namespace": told.namespace} if told.namespace else {}
     if told.kind == "custom":
-        item = {**head, "id": new_id("ctc_"), "type": "custom_tool_call", "name": told.name,
-                "input": freeform_text(arguments) if arguments else ""}
-        return {**item, "namespace": told.namespace} if told.namespace else item
+        return {**head, "id": new_id("ctc_"), "type": "custom_tool_call", "name": told.name,
+                "input": freeform_text(arguments) if arguments else "", **home}
     if told.kind in SHELL_TOOLS:
         given = openai_arguments(arguments)
         if told.kind == "apply_patch":
@@ -6832,8 +6850,7 @@ def call_item(told: ClientTool, call_id: str, arguments: str, status: str) -> di
     if told.kind == "tool_search":
         return {**head, "type": "tool_search_call", "execution": "client",
                 "arguments": openai_arguments(arguments)}
-    item = {**head, "type": "function_call", "name": told.name, "arguments": arguments}
-    return {**item, "namespace": told.namespace} if told.namespace else item
+    return {**head, "type": "function_call", "name": told.name, "arguments": arguments, **home}
 
 
 def _responses_start(state: ResponsesAnswer, delta: BlockStart) -> str:
@@ -6880,16 +6897,16 @@ def _responses_piece(state: ResponsesAnswer, delta: Piece) -> str:
         return ""
     if kind is Kind.TEXT:
         state.texts.append(text)
-        return _numbered(state, "response.output_text.delta", **_item_place(state), content_index=0,
-                     delta=text, logprobs=[])
+        return _numbered(state, "response.output_text.delta", **_item_place(state),
+                         content_index=0, delta=text, logprobs=[])
     if kind is Kind.THINKING:
         out = _open_thought(state)
         if not state.texts:
             out += _numbered(state, "response.reasoning_summary_part.added", **_item_place(state),
-                         summary_index=0, part={"type": "summary_text", "text": ""})
+                             summary_index=0, part={"type": "summary_text", "text": ""})
         state.texts.append(text)
         return out + _numbered(state, "response.reasoning_summary_text.delta", **_item_place(state),
-                           summary_index=0, delta=text)
+                               summary_index=0, delta=text)
     if kind is Kind.SIGNATURE and state.encrypts:
         out = _open_thought(state)
         state.signature = text
@@ -6902,7 +6919,7 @@ def _responses_piece(state: ResponsesAnswer, delta: Piece) -> str:
         if note:
             notes.append({"type": "url_citation", **note})
             return _numbered(state, "response.output_text.annotation.added", **_item_place(state),
-                         content_index=0, annotation_index=len(notes) - 1, annotation=notes[-1])
+                             content_index=0, annotation_index=len(notes) - 1, annotation=notes[-1])
     return ""
 
 
@@ -6934,10 +6951,9 @@ def _call_end(state: ResponsesAnswer, item: dict) -> str:
     if item["type"] == "custom_tool_call":
         rest = state.custom.end()
         item.update(input=state.custom.text, status="completed")
-        out = _numbered(state, "response.custom_tool_call_input.delta", **place,
-                    delta=rest) if rest else ""
-        return out + _numbered(state, "response.custom_tool_call_input.done", **place,
-                           input=item["input"])
+        event = "response.custom_tool_call_input."
+        out = _numbered(state, event + "delta", **place, delta=rest) if rest else ""
+        return out + _numbered(state, event + "done", **place, input=item["input"])
     if item["type"] == "function_call":
         item.update(arguments=arguments, status="completed")
         return _numbered(state, "response.function_call_arguments.done", **place,
@@ -6968,17 +6984,14 @@ def _responses_end(state: ResponsesAnswer, delta: BlockEnd) -> str:
     return out
 
 
-def responses_usage(usage: Usage) -> dict:
-    told = chat_usage(usage)
-    return {name: told[chat] for name, chat in _USED.items()}
-
-
 def _responses_end_fields(state: ResponsesAnswer, finish: Finish) -> tuple[str, dict]:
     """(status, fields) of the last response.  Codex repeats a turn that is incomplete [R1]."""
     why = STOP_WORDS[finish.stop].incomplete
     if state.is_codex and state.output and why == "max_output_tokens":
         why = ""
-    fields = {"output": state.output, "usage": responses_usage(finish.usage)}
+    fields = {"output": state.output, "usage": {
+        name.replace("prompt", "input").replace("completion", "output"): value
+        for name, value in chat_usage(finish.usage).items()}}
     if not why:
         return "completed", fields
     return "incomplete", {**fields, "incomplete_details": {"reason": why}}
@@ -6999,8 +7012,8 @@ def _responses_fault(state: ResponsesAnswer, delta: Fault) -> str:
     if delta.error.retry_after_s is not None and code == "rate_limit_exceeded":
         message += f" Please try again in {int(delta.error.retry_after_s + 0.999)}s."
     error = {"code": code or "server_error", "message": message}
-    return _numbered(state, "response.failed", response=_response(state, "failed", error=error,
-                                                              output=state.output))
+    response = _response(state, "failed", error=error, output=state.output)
+    return _numbered(state, "response.failed", response=response)
 
 
 RESPONSES_EVENTS: dict[type, Callable[[ResponsesAnswer, Any], str]] = {
@@ -7033,18 +7046,22 @@ def responses_recall(body: Any, kept: Callable[[str], Any]) -> tuple[Any, dict]:
     told = body.get("previous_response_id")
     if not isinstance(given, list):
         return body, {}
-    items, at, seen, is_relayed = [], told, set(), True
+    links, at, seen, left = [], told, set(), MOST_RECALLED_BYTES
     while isinstance(at, str) and at and at not in seen:
         seen.add(at)
         row = kept(at)
         if row is None:
             return body, {"input": given}
-        items = [*row["input"], *row["output"], *items]
-        is_relayed = is_relayed and row["relayed"]
+        links.append(row)
+        left -= row.get("size", 0)
+        if left < 0 or len(links) > MOST_LINKS:
+            raise invalid("previous_response_id", "what it goes on from has become too long; send "
+                          "what matters of it as `input`")
         at = row.get("previous")
-    if not told:
+    if not links:
         return body, {"input": given}
-    whole = items + given
+    is_relayed = all(row["relayed"] for row in links)
+    whole = [item for row in reversed(links) for item in (*row["input"], *row["output"])] + given
     rest = {k: v for k, v in body.items() if k != "previous_response_id"}
     return {**rest, "input": whole}, {"input": given, "expanded": whole, "previous": told,
                                       "is_ours": not is_relayed}
@@ -7140,23 +7157,13 @@ def responses_render_request(request: Request, target: Target, signatures: Any,
     system = [text for text in (*request.system, *more_system) if text.strip()]
     if request.max_tokens:
         body["max_output_tokens"] = max(16, request.max_tokens)     # the API's least
-    for name in ("temperature", "top_p"):
-        if getattr(request, name) is not None:
-            body[name] = getattr(request, name)
-    body.update({k: v for k, v in request.more.items() if k in ("service_tier", "user")})
+    body.update(_openai_sampling(request, "service_tier", "user"))
     effort = wanted_effort(wish)
     if effort or wish.is_on:
         body["reasoning"] = {**({"effort": effort} if effort else {}),
                              **({"summary": "auto"} if wish.is_shown and wish.shows_text else {})}
-    mode, name = request.tool_choice
-    if request.tools:
-        body["tools"] = [{"type": "function", **row, "strict": is_strict}
-                         for row, is_strict in _wire_tools(request, repairs)]
-        if mode != "auto":
-            body["tool_choice"] = {"any": "required", "none": "none"}.get(mode) or {
-                "type": "function", "name": tool_name(name)}
-        if request.one_call:
-            body["parallel_tool_calls"] = False
+    body.update(_openai_tools(request, repairs, target.provider.quirks,
+                              lambda row: {"type": "function", **row}))
     if request.search:
         body["tools"] = [{"type": "web_search", **({"filters": {
             "allowed_domains": list(request.search.allowed)}} if request.search.allowed else {})}]
@@ -7175,10 +7182,6 @@ def responses_render_request(request: Request, target: Target, signatures: Any,
         body["instructions"] = "\n\n".join(system)
     shape = answer_shape(request, turns, mended, "r", target.provider.signature_tag, signatures)
     return Rendered(without_refused(body, repairs), {}, shape, mended, tuple(items.sent))
-
-
-def responses_path(target: Target, request: Request) -> str:
-    return "/responses"
 
 
 # Responses: answers of upstreams
@@ -7397,7 +7400,7 @@ class ResponsesRelay(EventRelay):
         if value.get("error") or not isinstance(value.get("output"), list):
             raise responses_fault(value)
         self.state.id, self.state.output = str(value.get("id") or ""), objects_of(value["output"])
-        self.state.is_complete = value.get("status") != "in_progress"
+        self.state.is_complete = value.get("status") in (None, "completed", "incomplete")
         self.counts.update(chat_parse_usage(value.get("usage")))
 
 
@@ -7465,7 +7468,7 @@ def _wanted_budget(wish: ThinkingWish, model: Model) -> int | None:
     if wish.effort == "auto":
         return 0 if model.family == "claude" else model.default_budget
     if wish.is_on is False:
-        return model.min_budget if model.family.startswith("gemini") else 0
+        return model.min_budget if model.family.startswith("gemini") else 0     # [G7]
     if wish.budget_tokens is not None:
         budget = wish.budget_tokens
     elif wish.effort in EFFORT_BUDGETS:
@@ -7752,9 +7755,23 @@ def gemini_place_sources(text: str, grounds: list) -> list[tuple[Kind, Any]]:
     return [*pieces, *_cited_text(raw, spans), (Kind.METER, {"searches": len(queries)})]
 
 
-def _session_id(request: Request) -> str:
-    """Groups a conversation's turns for the upstream's prompt cache: a signed 63-bit number."""
-    return "-" + str(int(request.conversation[:16], 16) & (2 ** 63 - 1))
+def _enveloped(request: Request, target: Target, inner: dict) -> dict:
+    """The body as Cloud Code wraps it, where the provider is behind that."""
+    if not target.provider.envelope:
+        return inner
+    # groups a conversation's turns for the upstream's prompt cache: a signed 63-bit number
+    session = "-" + str(int(request.conversation[:16], 16) & (2 ** 63 - 1))
+    if target.provider.envelope == "gemini-cli":
+        body = {"model": target.upstream_id, "project": target.project,
+                "user_prompt_id": f"{session}########{os.urandom(4).hex()}",
+                "request": {**inner, "session_id": session}}
+    else:
+        body = {"project": target.project, "requestId": "agent-" + os.urandom(16).hex(),
+                "model": target.upstream_id, "userAgent": "antigravity",
+                "requestType": "image_gen" if target.model.family == "image" else
+                "web_search" if request.search else "agent",
+                "request": {**inner, "sessionId": session}}
+    return {name: value for name, value in body.items() if name != "project" or value}
 
 
 def gemini_render_request(request: Request, target: Target, signatures: Any,
@@ -7766,7 +7783,7 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     more_system, turns = repair_turns(request.turns, mended)
     turns = drop_old_media(turns) if "old_media" in repairs else turns
     forced = request.tool_choice[0] in ("any", "tool")      # Anthropic forbids both at once
-    may_think = not (model.family == "claude" and (
+    may_think = not (model.family == "claude" and (         # [G6]
         forced or "signatures" in repairs or has_unsigned_open_loop(
             turns, signatures, "c", target.provider.signature_tag)))
     config, is_thinking = _generation_config(request, target, may_think)
@@ -7788,38 +7805,21 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     if request.json_schema is not None:
         if model.family == "gemini3" or (model.family == "gemini25" and "tools" not in inner):
             config["responseMimeType"] = "application/json"
-            if request.json_schema == ANY_OBJECT:
-                pass
-            elif target.provider.envelope:
+            if request.json_schema != ANY_OBJECT and target.provider.envelope:
                 config["responseSchema"] = clean_answer_schema(request.json_schema)
-            else:
+            elif request.json_schema != ANY_OBJECT:
                 config["responseJsonSchema"] = request.json_schema
         else:
             inner["contents"][-1]["parts"].append({"text": schema_order(request.json_schema)})
     inner["generationConfig"] = config
-    told = mended, tuple(contents.sent)
     shape = answer_shape(request, turns, mended, _family(model), target.provider.signature_tag,
                          signatures)
     if request.search:
         shape = shape._replace(place_sources=gemini_place_sources)
-    if not target.provider.envelope:
-        return Rendered(inner, {}, shape, *told)
-    if target.provider.envelope == "gemini-cli":
-        inner["session_id"] = _session_id(request)
-        body = {"model": target.upstream_id, "project": target.project,
-                "user_prompt_id": f"{inner['session_id']}########{os.urandom(4).hex()}",
-                "request": inner}
-        return Rendered(body if target.project else {
-            k: v for k, v in body.items() if k != "project"}, {}, shape, *told)
-    inner["sessionId"] = _session_id(request)
-    body = {"project": target.project, "requestId": "agent-" + os.urandom(16).hex(),
-            "model": target.upstream_id, "userAgent": "antigravity",
-            "requestType": "image_gen" if model.family == "image" else
-            "web_search" if request.search else "agent", "request": inner}
-    if not target.project:
-        del body["project"]
-    beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"}
-    return Rendered(body, beta if model.family == "claude" and is_thinking else {}, shape, *told)
+    is_claude_thinking = (target.provider.envelope == "antigravity" and is_thinking
+                          and model.family == "claude")
+    beta = {"anthropic-beta": "interleaved-thinking-2025-05-14"} if is_claude_thinking else {}
+    return Rendered(_enveloped(request, target, inner), beta, shape, mended, tuple(contents.sent))
 
 
 def gemini_model_path(target: Target) -> str:
@@ -7832,11 +7832,6 @@ def gemini_model_path(target: Target) -> str:
     return f"/v1/{where}publishers/google/models/{model}"
 
 
-def gemini_count_path(target: Target) -> str:
-    """Cloud Code's count leaves out system and tools: our own guess is better there."""
-    return "" if target.provider.envelope else gemini_model_path(target) + ":countTokens"
-
-
 def gemini_path(target: Target, request: Request) -> str:
     if target.provider.envelope:
         return "/v1internal:streamGenerateContent?alt=sse"
@@ -7847,9 +7842,9 @@ def gemini_path(target: Target, request: Request) -> str:
 
 # Answers
 
-_FINISH = {         # finishReason -> (Stop | None for "nothing usable", explanation)
+_FINISH = {         # finishReason -> Stop, None for "nothing usable"
     "STOP": Stop.END, "MAX_TOKENS": Stop.LENGTH, "TOOL_USE": Stop.TOOL,
-    "OTHER": Stop.END, "FINISH_REASON_UNSPECIFIED": Stop.END,
+    "OTHER": Stop.END, "FINISH_REASON_UNSPECIFIED": Stop.END,       # [G3]
     **dict.fromkeys(("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "LANGUAGE",
                      "MODEL_ARMOR", "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION",
                      "IMAGE_OTHER", "NO_IMAGE"), Stop.REFUSAL),
@@ -8082,8 +8077,7 @@ class _GeminiTurns:
             told[key] if key else told) if told else ""
         media = [self._media(dict_at(_told(row, "inlineData"), path), path)
                  for row in objects_of(answer.get("parts")) if _told(row, "inlineData")]
-        return ToolResult(match or given or name, (Text(text), *media),
-                          key == "error")
+        return ToolResult(match or given or name, (Text(text), *media), key == "error")
 
     @staticmethod
     def _media(data: dict, path: str) -> Media:
@@ -8198,19 +8192,15 @@ def gemini_parse_request(body: Any, headers: Mapping[str, str], is_count: bool =
     in `refusal`."""
     name, _, verb = path.rpartition(":")
     model = model_at({"model": urllib.parse.unquote(name.partition("/models/")[2] or name)})
-    body, refused = dict_at(body, "body"), None
+    body = dict_at(body, "body")
     inner = _told(body, "generateContentRequest") if is_count else None
-    try:
-        fields = _gemini_fields(dict_at(inner, "generateContentRequest") if inner else body, model)
-    except ProxyError as err:
-        if not raw or err.kind != "invalid_request":
-            raise
-        fields, refused = {"turns": ()}, err
+    fields = fields_for_others(lambda: _gemini_fields(
+        dict_at(inner, "generateContentRequest") if inner else body, model), raw)
     is_sse = dict(urllib.parse.parse_qsl(query)).get("alt") == "sse"
     return Request(
         model=model, wanted=model_variant(model)[0], session=session_key(body, headers),
-        is_streaming=verb == "streamGenerateContent", dialect="gemini", refusal=refused,
-        native=Native("gemini", raw, verb=verb) if raw else None, ext={"is_array": not is_sse},
+        is_streaming=verb == "streamGenerateContent", dialect="gemini",
+        native=Native("gemini", raw) if raw else None, ext={"is_array": not is_sse},
         **fields)
 
 
@@ -8246,10 +8236,6 @@ class GeminiAnswer:
 
     def last(self) -> str:
         return "]" if self.is_array else ""
-
-
-def gemini_answer(request: Request, now: int) -> GeminiAnswer:
-    return GeminiAnswer(request.model, request.is_streaming and request.ext.get("is_array", False))
 
 
 def gemini_usage(usage: Usage) -> dict:
@@ -8364,20 +8350,15 @@ def gemini_render_error(error: ProxyError, request_id: str) -> dict:
 def gemini_render_delta(state: GeminiAnswer, delta: Any) -> str:
     """One neutral delta -> the text of its chunk, "" where nothing is complete yet.  An error
     stands bare on its line: clients look for it there."""
-    if isinstance(delta, (Begin, Fault, Finish)):
-        if isinstance(delta, Begin):
-            return ""
-        if isinstance(delta, Fault):
-            text = json_encode(gemini_render_error(delta.error, ""))
-            return state.frame(text) + "]" if state.is_array else text + "\n\n"
+    if isinstance(delta, Begin):
+        return ""
+    if isinstance(delta, Fault):
+        text = json_encode(gemini_render_error(delta.error, ""))
+        return state.frame(text) + "]" if state.is_array else text + "\n\n"
+    if isinstance(delta, Finish):
         return state.frame(json_encode(_gemini_end(state, delta, [{"text": ""}]))) + state.last()
     parts = _gemini_parts(state, delta)
     return state.frame(json_encode(_gemini_chunk(state, parts))) if parts else ""
-
-
-def gemini_keep_alive(state: GeminiAnswer, is_beat: bool) -> str:
-    """An empty line: comments break Gemini's clients."""
-    return "\n" if state.is_array else "\n\n"
 
 
 def gemini_render_reply(state: GeminiAnswer, reply: Reply) -> dict:
@@ -8607,7 +8588,7 @@ def _link(details: list[dict], metadata: Mapping, message: str) -> str:
     return match[0] if match else ""
 
 
-def gemini_parse_error(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
+def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
     """The facts of an error body (bytes, or an object from a stream).  A stated reset time wins;
     of several stated delays the longest counts."""
     if isinstance(raw, bytes):
@@ -8737,38 +8718,73 @@ SOCKS_FAILURES = {1: "general failure", 2: "not allowed by its rules", 3: "netwo
 
 
 def socks_connection(via: urllib.parse.SplitResult, host: str, port: int,
-                     timeout_s: float) -> socket.socket:
-    """A connection to `host` through a SOCKS5 proxy (RFC 1928, 1929), which looks up the name.
-    Raises OSError."""
-    sock = socket.create_connection((via.hostname, via.port or 1080), timeout_s)
+                     take: Callable[[int], bytes], send: Callable[[bytes], None]) -> None:
+    """Asks a SOCKS5 proxy (RFC 1928, 1929), which looks up the name, for a connection to `host`."""
+    user, word = (urllib.parse.unquote(t or "").encode()[:255]
+                  for t in (via.username, via.password))
+    send(b"\5\2\0\2" if user else b"\5\1\0")
+    version, method = take(2)
+    if version != 5 or method not in ((0, 2) if user else (0,)):
+        raise ConnectionError(errno.EACCES, "the SOCKS proxy wants another sign-in")
+    if method == 2:
+        send(b"\1%c%b%c%b" % (len(user), user, len(word), word))
+        if take(2)[1]:
+            raise ConnectionError(errno.EACCES, "the SOCKS proxy refused its password")
+    name = host.encode("idna") if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
+    kind = b"\4" if ":" in host else b"\3%c" % len(name)
+    send(b"\5\1\0" + kind + name + port.to_bytes(2, "big"))
+    _, failure, _, bound = take(4)
+    if failure:
+        raise ConnectionError(errno.EHOSTUNREACH, "the SOCKS proxy says: "
+                              + SOCKS_FAILURES.get(failure, f"failure {failure}"))
+    take({1: 4, 4: 16}.get(bound) or take(1)[0])
+    take(2)
+
+
+def http_tunnel(via: urllib.parse.SplitResult, host: str, port: int,
+                take: Callable[[int], bytes], send: Callable[[bytes], None]) -> None:
+    """Asks an HTTP proxy for a tunnel to `host` (RFC 9110, section 9.3.6)."""
+    name = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii")
+    place = f"{name}:{port}"
+    lines = [f"CONNECT {place} HTTP/1.1", f"Host: {place}"]
+    if via.username:
+        pair = (urllib.parse.unquote(t or "") for t in (via.username, via.password))
+        token = base64.b64encode(":".join(pair).encode()).decode()
+        lines.append("Proxy-Authorization: Basic " + token)
+    send("\r\n".join([*lines, "", ""]).encode("ascii"))
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):       # byte by byte: what follows is the tunnel's
+        head += take(1)
+        if len(head) > MAX_HEAD_BYTES:
+            raise ConnectionError(errno.EPROTO, "its proxy sent an endless head")
+    status = re.match(rb"HTTP/1\.\d (\d{3})", head)
+    if not status or status[1][:1] != b"2":
+        told = status[1].decode() if status else "no HTTP"
+        raise ConnectionError(errno.EACCES, f"its proxy answered {told}")
+
+
+def proxied(proxy: str, host: str, port: int, timeout_s: float) -> socket.socket:
+    """A connection to `host` through a proxy, asked for within `timeout_s`.  Raises OSError."""
+    via = urllib.parse.urlsplit(proxy if "//" in proxy else "http://" + proxy)
+    ask, usual = {"socks5": (socks_connection, 1080), "socks5h": (socks_connection, 1080),
+                  "http": (http_tunnel, 8080)}.get(via.scheme, (None, 0))
+    if ask is None:
+        raise OSError(errno.EPROTONOSUPPORT, f"a proxy by {via.scheme} is not supported")
+    deadline = time.monotonic() + timeout_s
+    sock = socket.create_connection((via.hostname, via.port or usual), timeout_s)
+
+    def take(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            more = sock.recv(count - len(data))
+            if not more:
+                raise ConnectionError(errno.ECONNRESET, "its proxy hung up")
+            data += more
+        return data
     try:
-        def take(count: int) -> bytes:
-            data = b""
-            while len(data) < count:
-                more = sock.recv(count - len(data))
-                if not more:
-                    raise ConnectionError(errno.ECONNRESET, "the SOCKS proxy hung up")
-                data += more
-            return data
-        user, word = (urllib.parse.unquote(t or "").encode()[:255]
-                      for t in (via.username, via.password))
-        sock.sendall(b"\5\2\0\2" if user else b"\5\1\0")
-        version, method = take(2)
-        if version != 5 or method not in ((0, 2) if user else (0,)):
-            raise ConnectionError(errno.EACCES, "the SOCKS proxy wants another sign-in")
-        if method == 2:
-            sock.sendall(b"\1%c%b%c%b" % (len(user), user, len(word), word))
-            if take(2)[1]:
-                raise ConnectionError(errno.EACCES, "the SOCKS proxy refused its password")
-        name = host.encode("idna") if ":" not in host else socket.inet_pton(socket.AF_INET6, host)
-        kind = b"\4" if ":" in host else b"\3%c" % len(name)
-        sock.sendall(b"\5\1\0" + kind + name + port.to_bytes(2, "big"))
-        _, failure, _, bound = take(4)
-        if failure:
-            raise ConnectionError(errno.EHOSTUNREACH, "the SOCKS proxy says: "
-                                  + SOCKS_FAILURES.get(failure, f"failure {failure}"))
-        take({1: 4, 4: 16}.get(bound) or take(1)[0])
-        take(2)
+        ask(via, host, port, take, sock.sendall)
+        sock.settimeout(timeout_s)
     except BaseException:
         sock.close()
         raise
@@ -8790,9 +8806,12 @@ class ConnectionCache:
     def take(self, base_url: str, timeout_s: float, proxy: str = "",
              fresh: bool = False) -> Connection:
         """A live connection to `base_url`; raises ProxyError network or stall."""
-        url = urllib.parse.urlsplit(base_url)
-        key = (url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80),
-               self._proxy_for(url, proxy))
+        try:
+            url = urllib.parse.urlsplit(base_url)
+            key = (url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80),
+                   self._proxy_for(url, proxy))
+        except ValueError as err:
+            raise network_error(err, "the upstream") from err
         while not fresh:
             with self._lock:
                 kept = self._idle.get(key)
@@ -8843,32 +8862,24 @@ class ConnectionCache:
         file = self.settings().get("ca_file", "")
         if file not in self._tls:
             context = ssl.create_default_context()
-            if file:
-                context.load_verify_locations(os.path.expanduser(file))
+            try:
+                if file:
+                    context.load_verify_locations(os.path.expanduser(file))
+            except OSError as err:
+                raise OSError(err.errno, f"settings.ca_file cannot be used ({err.strerror})"
+                              ) from err
             self._tls[file] = context
         return self._tls[file]
 
     def _open(self, key: tuple, timeout_s: float) -> socket.socket:
         scheme, host, port, proxy = key
-        via = urllib.parse.urlsplit(proxy if "//" in proxy
-                                    else "http://" + proxy) if proxy else None
-        is_socks = via is not None and via.scheme.startswith("socks")
-        address = (via.hostname, via.port or 8080) if via and not is_socks else (host, port)
         if scheme == "https":
             opener: http.client.HTTPConnection = http.client.HTTPSConnection(
-                *address, timeout=timeout_s, context=self._tls_context())
+                host, port, timeout=timeout_s, context=self._tls_context())
         else:
-            opener = http.client.HTTPConnection(*address, timeout=timeout_s)
-        if is_socks:
-            # where http.client would connect by itself; TLS comes after it
-            opener._create_connection = lambda *_: socks_connection(via, host, port, timeout_s)
-        elif via:
-            headers = {}
-            if via.username:
-                pair = f"{via.username}:{via.password or ''}"
-                token = base64.b64encode(urllib.parse.unquote(pair).encode()).decode()
-                headers["Proxy-Authorization"] = "Basic " + token
-            opener.set_tunnel(host, port, headers)
+            opener = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        if proxy:       # where http.client would connect by itself; TLS comes after it
+            opener._create_connection = lambda *_: proxied(proxy, host, port, timeout_s)
         opener.connect()            # sets TCP_NODELAY
         with self._lock:
             self.opened += 1
@@ -8882,12 +8893,13 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
     """(status, lower-case headers, body) of a small call: tokens, projects.  Raises ProxyError."""
     parts = urllib.parse.urlsplit(url)
     connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, proxy, True)
-    client = http.client.HTTPConnection(connection.host)
+    client = http.client.HTTPConnection("upstream")     # is connected already
     client.sock = connection.sock
     client.sock.settimeout(timeout_s)
     try:
         path = parts.path + ("?" + parts.query if parts.query else "")
-        client.request(method, path or "/", body, dict(headers))
+        client.request(method, path or "/", body, {
+            "Host": parts.netloc.rpartition("@")[2], **headers})
         response = client.getresponse()
         data = response.read(MAX_REPLY_BYTES)
         return response.status, {k.lower(): v for k, v in response.getheaders()}, data
@@ -9018,6 +9030,11 @@ def quota_group(model: Model, provider: Provider) -> str:
     return {"claude": "3p", "gpt-oss": "3p", "image": "gemini-image"}.get(model.family, "gemini")
 
 
+def host_key(url: str) -> tuple:
+    """Under what a host rests, for all endpoints that it has."""
+    return "host", "/".join(url.split("/", 3)[:3])
+
+
 class Candidate:
     """An account's pool that serves a model.  What decisions look up by is prepared here."""
     __slots__ = ("account", "provider", "model", "upstream_id", "rank", "pair", "key", "keys",
@@ -9030,13 +9047,13 @@ class Candidate:
         self.variant = ""           # a group's name for it that says how to think
         # lower first: what was asked for comes before what stands in for it, and the first pool of
         # all accounts before the second of any
-        self.rank = account.priority, place, account.providers.index(provider)
+        self.rank = account.priority, place, [p.id for p in account.providers].index(provider.id)
         self.pair = name, pool = account.name, provider.id
         self.key, group = ("candidate", name, pool, model.id), quota_group(model, provider)
         # everything whose rest makes this one rest; hosts count when all of them rest
         self.keys = (("account", name), ("pair", name, pool), self.key,
                      ("group", name, pool, group), ("capacity", pool, model.id), ("pool", pool))
-        self.hosts = tuple(("host", url) for url in provider.base_urls)
+        self.hosts = tuple(map(host_key, provider.base_urls))
         self.scopes = tuple(dict.fromkeys((served, model.id, group, "account")))
 
     @property
@@ -9797,17 +9814,8 @@ class AccountPool:
 
     def models_for(self, name: str, aliases: Mapping[str, tuple], wanted: str = "") -> tuple:
         """The models a client's name means here; raises ProxyError not_found."""
-        key = name, wanted, frozenset(aliases.items())
-        with self._lock:
-            found, prepared = self._prepared.get(key), self._prepared
-        if found is None:
-            found = resolve_models(name, self.accounts, aliases, self.candidates,
-                                   self.listed_models(), wanted)
-            with self._lock:        # what was learned meanwhile has begun another table
-                prepared[key] = found
-                if len(prepared) > 1000:        # clients make up names
-                    prepared.clear()
-        return found
+        return self._once((name, wanted, frozenset(aliases.items())), lambda: resolve_models(
+            name, self.accounts, aliases, self.candidates, self.listed_models(), wanted))
 
     def plan(self, name: str, wanted: str, config: Config, seed: str | None = None,
              depth: int = 0) -> Plan:
@@ -9823,26 +9831,32 @@ class AccountPool:
                 if exact is not None:
                     return Plan((exact,), self.candidates(exact))
                 if provider:
-                    return self._plan_at(wanted.partition("/")[2], provider, config)
+                    return self._plan_at(wanted.partition("/")[2], provider)
             models = self.models_for(name, config.aliases, wanted)
         except ProxyError:
             if config.unknown_model == "default" and config.default_model and not depth:
                 return self.plan(config.default_model, "", config, seed, depth + 1)
             if config.unknown_model != "pass" or self._slashed(wanted)[0]:
                 raise
-            return self._plan_at(wanted, "*", config)
+            return self._plan_at(wanted, "*")
         return Plan(models, self.candidates(*models))
 
     def _slashed(self, name: str) -> tuple[str, Model | None]:
         """(the provider that a name begins with, or "", the model that it is as a whole, or None).
         An account of that provider comes first where its list or its owner knows the rest, then
         who lists the whole name, then any account of that provider, then who takes such names."""
+        return self._once(("slashed", name), lambda: self._split_name(name))
+
+    def _once(self, key: tuple, find: Callable[[], Any]) -> Any:
+        """What `find` answers, kept as long as accounts and facts stay."""
         with self._lock:
-            found, prepared = self._prepared.get(("slashed", name)), self._prepared
+            found, prepared = self._prepared.get(key), self._prepared
         if found is None:
-            found = self._split_name(name)
-            with self._lock:
-                prepared["slashed", name] = found
+            found = find()
+            with self._lock:        # what was learned meanwhile has begun another table
+                prepared[key] = found
+                if len(prepared) > 1000:        # clients make up names
+                    prepared.clear()
         return found
 
     def _split_name(self, name: str) -> tuple[str, Model | None]:
@@ -9862,9 +9876,12 @@ class AccountPool:
                        for a, p in accounts)
         return "", listed or (model_from_id(name) if is_taken else None)
 
-    def _plan_at(self, name: str, provider: str, config: Config) -> Plan:
+    def _plan_at(self, name: str, provider: str) -> Plan:
         """A name at one provider (`*`: any): who takes names as they are asked for gets it."""
         name = WINDOW_MARK.sub("", name).strip()
+        return self._once(("at", provider, name), lambda: self._find_at(name, provider))
+
+    def _find_at(self, name: str, provider: str) -> Plan:
         asked = [a for a in self.accounts if a.provider.catalogue == "as asked"
                  and provider in (a.provider.id, "*") and (not a.models or name in a.models)]
         if asked:
@@ -9887,7 +9904,7 @@ class AccountPool:
         for place, item in enumerate(self._members(name, group, config, seed)):
             wanted = split_variant(item.model)[0]
             try:
-                plan = (self._plan_at(wanted, item.provider, config) if item.provider
+                plan = (self._plan_at(wanted, item.provider) if item.provider
                         else self.plan(item.model, wanted, plain, seed, depth + 1))
             except ProxyError as err:
                 missing = err
@@ -10142,19 +10159,19 @@ class AccountPool:
 
     def rest_host(self, url: str, error: ProxyError) -> None:
         with self._lock:
-            self.rests.note(("host", url), error, self.clock.now())
+            self.rests.note(host_key(url), error, self.clock.now())
 
     def host_answered(self, url: str) -> None:
-        if ("host", url) in self.rests.items:       # mostly not: no lock is taken for nothing
+        if host_key(url) in self.rests.items:       # mostly not: no lock is taken for nothing
             with self._lock:
-                self.rests.end(("host", url))
+                self.rests.end(host_key(url))
 
     def hosts(self, provider: Provider) -> list[str]:
         """The provider's base URLs, those that rest last."""
         now, rests = self.clock.now(), self.rests.items
         with self._lock:
             return sorted(provider.base_urls, key=lambda url: (
-                ("host", url) in rests and rests["host", url].holds(now)))
+                host_key(url) in rests and rests[host_key(url)].holds(now)))
 
     # What a person clears, what other processes and upstreams tell
 
@@ -10261,9 +10278,13 @@ class AccountPool:
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
     """Each candidate, why it was passed over, and when it is free."""
+    verdicts = list(verdicts)
+    is_mixed = len({v.candidate.model.id for v in verdicts}) > 1
+
     def line(v: Verdict) -> str:
         until = f", free in {human_s(v.until - now)}" if now < v.until < float("inf") else ""
-        return (f"{v.candidate.account.label} ({v.candidate.provider.id}): "
+        model = f", {v.candidate.model.id}" if is_mixed else ""
+        return (f"{v.candidate.account.label} ({v.candidate.provider.id}{model}): "
                 f"{(v.reason or v.state).rstrip('.')}{until}")
     return "; ".join(map(line, verdicts))
 
@@ -10453,24 +10474,30 @@ def rs256(message: bytes, pem: str) -> bytes:
     return pow(int.from_bytes(padded, "big"), exponent, modulus).to_bytes(size, "big")
 
 
+def _number(value: Any) -> float:
+    """A number that may be told as a text; 0 for anything else."""
+    try:
+        return 0.0 if isinstance(value, bool) else finite(str(value))
+    except ValueError:
+        return 0.0
+
+
 def google_token(info: Any, account: Account, connections: ConnectionCache,
                  now: float) -> tuple[str, float]:
     """(access token, epoch seconds of its end) for a key file: of a service account, or what
     `gcloud auth application-default login` leaves.  Raises ProxyError."""
-    def part(value: Any) -> str:
-        raw = value if isinstance(value, bytes) else json_encode(value).encode()
-        return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
     info = object_of(info)
     if info.get("type") == "service_account":
         claims = {"iss": info.get("client_email"), "aud": GOOGLE_AUDIENCE, "iat": int(now),
                   "exp": int(now) + 3600, "scope": CLOUD_SCOPE}
-        signed = part({"alg": "RS256", "typ": "JWT"}) + "." + part(claims)
+        signed = ".".join(base64url(json_encode(part).encode())
+                          for part in ({"alg": "RS256", "typ": "JWT"}, claims))
         try:
             mark = rs256(signed.encode(), str(info.get("private_key")))
         except ValueError as err:
             raise ProxyError("no_secret", f"its key file cannot be used: {err}") from err
         fields = {"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
-                  "assertion": f"{signed}.{part(mark)}"}
+                  "assertion": f"{signed}.{base64url(mark)}"}
     elif info.get("type") == "authorized_user":
         fields = {"grant_type": "refresh_token", **{
             n: str(info.get(n)) for n in ("client_id", "client_secret", "refresh_token")}}
@@ -10480,8 +10507,8 @@ def google_token(info: Any, account: Account, connections: ConnectionCache,
     if not answer:
         raise ProxyError("revoked", f"{GRANT_ERRORS.get(error, 'the key file was refused')} "
                          f"({error})")
-    lifetime = answer.get("expires_in")
-    return answer["access_token"], now + (lifetime if isinstance(lifetime, int) else 3600)
+    return answer["access_token"], now + max(60.0, min(86400.0, _number(answer.get("expires_in"))
+                                                       or 3600.0))
 
 
 def user_agent(account: Account, provider: Provider, model: str = "") -> str:
@@ -10530,6 +10557,9 @@ class Flights:
     def __init__(self):
         self._lock = threading.Lock()           # guards _under_way
         self._under_way: dict[Any, list] = {}   # key -> [Event, result, error]
+
+    def is_under_way(self, key: Any) -> bool:
+        return key in self._under_way
 
     def fly(self, key: Any, call: Callable[[], Any]) -> Any:
         with self._lock:
@@ -10922,14 +10952,6 @@ def read_limit_headers(headers: Mapping[str, str], now: float) -> list[Window]:
     return [window for window in told if window]
 
 
-def _number(value: Any) -> float:
-    """A number that may be told as a text; 0 for anything else."""
-    try:
-        return 0.0 if isinstance(value, bool) else finite(str(value))
-    except ValueError:
-        return 0.0
-
-
 def _zai_windows(answer: Mapping, now: float) -> list[Window]:
     rows = objects_of(object_of(answer.get("data")).get("limits"))
     words = {("TOKENS_LIMIT", 3): "5h", ("TOKENS_LIMIT", 6): "weekly"}
@@ -11101,18 +11123,16 @@ class Login:
         self._listener = self._listen(environ)
         port = self._listener.server_address[1] if self._listener else provider.ports[0]
         self.redirect = provider.redirect.format(port=port)
-        challenge = hashlib.sha256(self._verifier.encode()).digest()
-        if not provider.scopes:     # OpenRouter's way: no client, the answer is a key
+        if provider.scopes:
+            asked = {"client_id": clients[0][0], "redirect_uri": self.redirect, "state": self.state,
+                     "response_type": "code", "scope": provider.scopes,
+                     "access_type": "offline", "prompt": "consent"}     # [O3]
+        else:                       # OpenRouter's way: no client, the answer is a key
             self.redirect += "?state=" + self.state
-            self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
-                "callback_url": self.redirect, "code_challenge_method": "S256", "code_challenge":
-                base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii")})
-            return
+            asked = {"callback_url": self.redirect}
+        challenge = base64url(hashlib.sha256(self._verifier.encode()).digest())
         self.port, self.url = port, provider.auth_url + "?" + urllib.parse.urlencode({
-            "client_id": clients[0][0], "redirect_uri": self.redirect, "response_type": "code",
-            "scope": provider.scopes, "access_type": "offline", "prompt": "consent",     # [O3]
-            "state": self.state, "code_challenge_method": "S256", "code_challenge":
-            base64.urlsafe_b64encode(challenge).rstrip(b"=").decode("ascii")})
+            **asked, "code_challenge_method": "S256", "code_challenge": challenge})
 
     def take(self, text: str) -> str:
         """Takes the address of the last page, its query, or a bare code (PKCE binds that to this
@@ -11599,10 +11619,22 @@ class Keeper:
             self._blame(account, err)
 
     def list_models(self, account: Account) -> None:
-        """Once a day what an upstream lists, for clients that want to see names."""
+        """Once a day what an upstream lists, for clients that want to see names; who comes while
+        it is asked waits for it."""
         key = account.name, account.provider.id
         facts, now = self.pool.facts(key), self.clock.now()
-        if (facts and now - facts.at < FACTS_LAST_S) or now - self._read_at.get(key, 0) < 3600:
+        if facts and now - facts.at < FACTS_LAST_S or not self._may_list(key):
+            return
+        with contextlib.suppress(ProxyError):       # of another's asking, which has said so
+            self.tokens.flights.fly(("list", *key), lambda: self._list(account, key))
+
+    def _may_list(self, key: tuple) -> bool:
+        return self.clock.now() - self._read_at.get(key, 0) >= 3600 or (
+            self.tokens.flights.is_under_way(("list", *key)))
+
+    def _list(self, account: Account, key: tuple) -> None:
+        now = self.clock.now()
+        if now - self._read_at.get(key, 0) < 3600:
             return
         self._read_at[key] = now
         try:
@@ -11615,18 +11647,25 @@ class Keeper:
         key, now = (account.name, account.provider.id), self.clock.now()
         if now < self._read_at.get(("quota", *key), 0) + self.interval(account, account.provider):
             return
-        self._read_at["quota", account.name, account.provider.id] = now
+        self._read_at[("quota", *key)] = now
         try:
             self.pool.note_windows(key, read_key_quota(account, self.connections, now))
         except (ProxyError, ConfigError) as err:        # requests go on without it
             self.log.line("%s: %s", account.label, err)
 
     def list_missing(self) -> bool:
-        """Whether a list was read that was never asked for, or could not be had."""
-        asked = [a for a in self.pool.accounts if a.enabled and (
-            a.provider.catalogue == "as asked") and not self.pool.facts((a.name, a.provider.id))]
-        for account in asked:
-            self.list_models(account)
+        """Whether a list was read that was never asked for, or could not be had; all are asked at
+        once, and waited for a little."""
+        asked = [a for a in self.pool.accounts if a.provider.catalogue == "as asked"
+                 and not self.pool.facts((a.name, a.provider.id))
+                 and self._may_list((a.name, a.provider.id)) and not self.pool.is_stopped(a)]
+        threads = [threading.Thread(target=self.list_models, args=(a,), daemon=True, name="lister")
+                   for a in asked]
+        deadline = time.monotonic() + LIST_WAIT_S
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
         return any(self.pool.facts((a.name, a.provider.id)) for a in asked)
 
     def interval(self, account: Account, provider: Provider) -> float:
@@ -11704,7 +11743,7 @@ class Count(NamedTuple):
 class Dialect(NamedTuple):
     """The functions of a wire language; None on the side it does not play.  All are fed and
     answer, none waits.  To add a dialect: a room with these functions, and a row here."""
-    parse_request: Any = None       # (body, headers, is_count, raw, query, path) -> Request
+    parse_request: Any = None       # (body, headers, is_count=, raw=, query=, path=) -> Request
     answer_state: Any = None        # (Request, epoch seconds) -> state for the following
     render_delta: Any = None        # (state, delta) -> ASCII text
     render_reply: Any = None        # (state, Reply) -> dict
@@ -11715,7 +11754,6 @@ class Dialect(NamedTuple):
     path: Any = None                # (Target, Request) -> path and query of the generating call
     parser: Any = None              # (Target) -> function(event text) -> loose pieces
     can_search: Any = None          # (Model, Provider, SearchWish) -> whether it looks at the web
-    parse_error: Any = None         # (raw, headers, now) -> ErrorFacts
     relay_request: Any = None       # (Request, Target, repairs) -> Rendered: same on both sides
     relay: Any = None               # (state) -> machine that takes whole events
     count: Count | None = None      # how an upstream of this language counts tokens
@@ -11753,35 +11791,50 @@ DIALECTS = {
         anthropic_keep_alive, scaled_tokens, anthropic_render_request, anthropic_path,
         lambda target: anthropic_parse_event,
         lambda model, provider, wish: "no_search" not in provider.quirks,
-        gemini_parse_error, anthropic_relay_request, AnthropicRelay,
+        anthropic_relay_request, AnthropicRelay,
         Count(lambda target: "" if "no_count" in target.provider.quirks
               else "/v1/messages/count_tokens", anthropic_count_body, "input_tokens"),
-        None, None, lambda tokens: {"input_tokens": tokens}, "toolu_", True, True,
+        render_count=lambda tokens: {"input_tokens": tokens}, call_prefix="toolu_",
+        begins_early=True, fetches=True,
         is_error=lambda body: body.get("type") == "error" and isinstance(
             object_of(body.get("error")).get("type"), str)),
     "chat": Dialect(
         chat_parse_request, chat_answer, chat_render_delta, chat_render_reply, openai_render_error,
-        comment_keep_alive, None, chat_render_request, chat_path, ChatParser, None,
-        gemini_parse_error, chat_relay_request, ChatRelay, fetches=True, sounds=True),
+        comment_keep_alive, None, chat_render_request, lambda target, request: "/chat/completions",
+        ChatParser, None, chat_relay_request, ChatRelay, fetches=True, sounds=True),
     "completions": Dialect(
         completion_parse_request, chat_answer, chat_render_delta, chat_render_reply,
         openai_render_error, comment_keep_alive),
     "responses": Dialect(
         responses_parse_request, responses_answer, responses_render_delta, responses_render_reply,
-        openai_render_error, comment_keep_alive, None, responses_render_request, responses_path,
-        ResponsesParser, lambda model, provider, wish: (
+        openai_render_error, comment_keep_alive, None, responses_render_request,
+        lambda target, request: "/responses", ResponsesParser, lambda model, provider, wish: (
             wish.tool == "web_search" and "no_search" not in provider.quirks),
-        gemini_parse_error, responses_relay_request, ResponsesRelay, fetches=True,
+        responses_relay_request, ResponsesRelay, fetches=True,
         recall=responses_recall, keep=responses_keep, render_count=lambda tokens: {
             "object": "response.input_tokens", "input_tokens": tokens}),
     "gemini": Dialect(
-        gemini_parse_request, gemini_answer, gemini_render_delta, gemini_render_reply,
-        gemini_render_error, gemini_keep_alive, None, gemini_render_request, gemini_path,
-        lambda target: gemini_parse_event, can_search, gemini_parse_error, gemini_relay_request,
-        GeminiRelay, Count(gemini_count_path, gemini_count_body, "totalTokens"),
+        gemini_parse_request, lambda request, now: GeminiAnswer(
+            request.model, request.is_streaming and request.ext.get("is_array", False)),
+        gemini_render_delta, gemini_render_reply, gemini_render_error,
+        lambda state, is_beat: "\n" if state.is_array else "\n\n",    # comments break its clients
+        None, gemini_render_request, gemini_path,
+        lambda target: gemini_parse_event, can_search, gemini_relay_request, GeminiRelay,
+        # Cloud Code's count leaves out system and tools: our own guess is better there
+        Count(lambda target: "" if target.provider.envelope
+              else gemini_model_path(target) + ":countTokens", gemini_count_body, "totalTokens"),
         render_count=lambda tokens: {"totalTokens": tokens, "promptTokensDetails": [
             {"modality": "TEXT", "tokenCount": tokens}]}, sounds=True),
 }
+
+
+def rendered_for(request: Request, target: Target, signatures: Any,
+                 repairs: frozenset) -> Rendered:
+    """The request in the upstream's language: as it came, where that is the client's own."""
+    dialect = DIALECTS[target.provider.dialect]
+    if request.is_native_to(target.provider):
+        return dialect.relay_request(request, target, repairs)
+    return dialect.render_request(request, target, signatures, repairs)
 
 
 _FETCHED_BY_GEMINI = re.compile(r"(gs://|https://generativelanguage\.googleapis\.com/|https://"
@@ -11796,7 +11849,9 @@ def unsupported(request: Request, provider: Provider, model: Model) -> str:
         kind = block.media_type.partition("/")[0]
         if kind == "image" and "no_images" in provider.quirks:
             return f"{block.path}: {model.id} takes no images"
-        if kind in ("audio", "video") and not dialect.sounds or (
+        is_deaf = not dialect.sounds or (       # Cloud Code serves these, which hear nothing
+            provider.dialect == "gemini" and model.family in ("claude", "gpt-oss"))
+        if kind in ("audio", "video") and is_deaf or (
                 kind == "video" and provider.dialect != "gemini"):
             return f"{block.path}: {model.id} takes no {kind}"
         if block.url and provider.dialect == "chat" and kind != "image":
@@ -11843,7 +11898,8 @@ MEANINGS = tuple(row._replace(text=re.compile(row.text, re.I), reason=re.compile
     Meaning((400,), "OVERLOADED_ERROR", "", "capacity"),
     Meaning((400,), "PERMISSION_ERROR", "", "denied"),
     Meaning((400,), "", r"credit balance is too low", "quota"),
-    Meaning((400,), "PREVIOUS_RESPONSE_NOT_FOUND", "", "form"),
+    Meaning((400, 404), "PREVIOUS_RESPONSE_NOT_FOUND", "", "form"),
+    Meaning((404,), "", r"previous.response|\bresponse with id", "form"),
     Meaning((400, 422), "UNSUPPORTED_PARAMETER|UNKNOWN_PARAMETER|UNSUPPORTED_VALUE"
             "|EXTRA_FORBIDDEN", "", "form"),
     Meaning((400, 422), "", _REFUSED_PARAMETER, "form"),
@@ -11941,7 +11997,7 @@ REPAIRS = tuple(row._replace(text=re.compile(row.text, re.I)) for row in (
     Repair(r"(?:body\.)?\b([a-z_][\w.]*): extra inputs are not permitted", ("drop {}",),
            ("drop {}",)),
     Repair(r"max_tokens: \d+ > (\d+)|supports at most (\d+)", ("limit {}",), ()),
-    Repair(r"previous.response", (), ("expand",)),
+    Repair(r"previous.response|\bresponse with id", (), ("expand",)),
     Repair(r"invalid schema for", ("core_schemas", "bare_schemas"), ()),
     Repair(r"(output_config\.effort)", ("unset {}",), ()),
     Repair(r"output_config\.format|output_format|json_schema|response_format",
@@ -11992,11 +12048,11 @@ _TYPE_STATUS = {        # what an event in a stream calls its error -> the statu
     "invalid_api_key": 401, "model_not_found": 404}
 
 
-def read_meaning(status: int, headers: Mapping[str, str], raw: Any, parse_error: Any, now: float,
+def read_meaning(status: int, headers: Mapping[str, str], raw: Any, now: float,
                  counted: Callable[[], int], limit: int) -> ProxyError:
     """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
     model's window, for upstreams that say `too long` without numbers."""
-    facts = parse_error(raw, headers, now)
+    facts = error_facts(raw, headers, now)
     facts = facts._replace(message=facts.message[:MAX_ERROR_LETTERS])
     if status == 200:           # an event in a stream: Google tells a code, Anthropic a type
         word = next((r for r in facts.reasons if r.lower() in _TYPE_STATUS), "")
@@ -12056,7 +12112,7 @@ def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], ra
 def small_call_error(status: int, headers: Mapping[str, str], raw: bytes,
                      now: float) -> ProxyError:
     """What the error answer of a token, project or quota call means."""
-    return read_meaning(status, headers, raw, gemini_parse_error, now, lambda: 0, 0)
+    return read_meaning(status, headers, raw, now, lambda: 0, 0)
 
 
 # Pipe
@@ -12076,11 +12132,10 @@ class Pipe:
         self.fault: ProxyError | None = None
         self.has_said = False           # some text was rendered
         self.is_done = False            # the answer is over before the upstream's end
-        self.skipped = 0                # events that could not be read
 
     @property
     def has_content(self) -> bool:
-        """Whether something was told that cannot be taken back: Gemini's clients get calls whole."""
+        """Whether what was told cannot be taken back; Gemini's clients get calls whole."""
         return self.assembler.begun and self.has_said
 
     leaves_whole = False        # where it ends an answer, the upstream has more to say
@@ -12131,8 +12186,7 @@ class Pipe:
         try:
             pieces = self.parse_event(event)
         except ValueError:
-            self.skipped += 1
-            return
+            return              # an event that nobody can read ends no answer
         self._send(self.assembler.feed(pieces), out)
 
     def _send(self, deltas: list, out: list[str]) -> None:
@@ -12207,10 +12261,15 @@ def vertex_host(url: str, project: str) -> str:
 
 # What rules change in a body
 
-def _set_at(body: dict, path: str, value: Any, is_default: bool) -> dict:
+def _set_at(body: Any, path: str, value: Any, is_default: bool) -> Any:
     head, _, rest = path.partition(".")
+    if isinstance(body, list):      # an item by its number, or all by `*`
+        return [(_set_at(item, rest, value, is_default) if rest else
+                 item if is_default else value) if head in ("*", str(at)) else item
+                for at, item in enumerate(body)]
+    body = object_of(body)
     if rest:
-        return {**body, head: _set_at(object_of(body.get(head)), rest, value, is_default)}
+        return {**body, head: _set_at(body.get(head), rest, value, is_default)}
     return body if is_default and head in body else {**body, head: value}
 
 
@@ -12225,7 +12284,7 @@ def prepended(body: dict, text: str, dialect: str) -> dict:
     if dialect == "gemini":
         name = "system_instruction" if "system_instruction" in body else "systemInstruction"
         told = object_of(body.get(name))
-        return {**body, name: {**told, "parts": [{"text": text}, *told.get("parts", ())]}}
+        return {**body, name: {**told, "parts": [{"text": text}, *objects_of(told.get("parts"))]}}
     told = body.get("system") or []
     rows = told if isinstance(told, list) else [{"type": "text", "text": told}]
     return {**body, "system": [{"type": "text", "text": text}, *rows]}
@@ -12240,8 +12299,8 @@ def edited_body(body: Any, edits: Iterable[Edit], provider: Provider) -> Any:
         for values, is_default in ((edit.set, False), (edit.default, True)):
             for path, value in values.items():
                 inner = _set_at(inner, path, value, is_default)
-        for path in edit.drop:
-            inner = without(inner, path.split("."))
+        for path in (p.split(".") for p in edit.drop):
+            inner = without(inner, path) if path[0] in inner else inner
         if edit.system:
             inner = prepended(inner, edit.system, provider.dialect)
     if raw is None:
@@ -12499,13 +12558,14 @@ class Services:
 # Rules
 
 def rule_holds(when: Mapping, request: Request, headers: Mapping[str, str],
-               count: Callable[[], int],
-               provider: Provider | None = None) -> bool:
-    """Whether all conditions of a rule hold; those about an upstream only where one is given."""
+               count: Callable[[], int], provider: Provider | None = None,
+               served: str = "") -> bool:
+    """Whether all conditions of a rule hold; those about an upstream only where one is given, and
+    `model` there for the one that is `served` too."""
     def is_like(text: str, pattern: str) -> bool:
         return fnmatch.fnmatchcase(text.lower(), pattern.lower())
     checks: dict[str, Callable[[Any], bool]] = {
-        "model": lambda p: is_like(request.model, p) or is_like(request.wanted, p),
+        "model": lambda p: any(is_like(m, p) for m in (request.model, request.wanted, served) if m),
         "client": lambda p: request.dialect == p,
         "upstream": lambda p: provider is not None and provider.dialect == p,
         "provider": lambda p: provider is not None and is_like(provider.id, p),
@@ -12642,7 +12702,7 @@ class Conducting:
         if self.request.search is not None:
             self.candidates = self._searchers(self.candidates)
         if self.request.refusal is not None or self.request.max_tokens == 0:
-            self.candidates = [c for c in self.candidates if self._is_native_to(c)]
+            self.candidates = [c for c in self.candidates if self.request.is_native_to(c.provider)]
         if self.request.refusal is not None and not self.candidates:
             raise self.request.refusal
         if self.request.media:
@@ -12651,9 +12711,6 @@ class Conducting:
     def _spoken(self, candidate: Candidate) -> Provider:
         """The candidate's provider with the endpoint that suits this client."""
         return candidate.provider.speaking(self.request.dialect)
-
-    def _is_native_to(self, candidate: Candidate) -> bool:
-        return self.request.is_native_to(self._spoken(candidate))
 
     def _leave_out_unable(self) -> None:
         """Without those who cannot take the request's media; ProxyError where nobody can."""
@@ -12669,17 +12726,26 @@ class Conducting:
         services, wish = self.services, self.request.search
 
         def able(candidates: list[Candidate]) -> list[Candidate]:
-            return [c for c in candidates if self._is_native_to(c) or (
+            return [c for c in candidates if self.request.is_native_to(c.provider) or (
                 DIALECTS[self._spoken(c).dialect].can_search or (lambda *_: False))(
                     c.model, self._spoken(c), wish)]
         found = able(candidates)
         with contextlib.suppress(ProxyError):       # the search model may not be known here
-            found = found or able(services.candidates(services.config.search_model))
+            if not found:
+                found = able(services.candidates(services.config.search_model))
+                if found:
+                    self._route_by("search_model")
         if candidates and not found:
             raise ProxyError("no_search", f"no account here can do a {wish.tool} for "
                              f"{self.request.model}; add one with a Gemini model, or an Anthropic "
                              "key: `python3 agproxy.py accounts add`")
         return found
+
+    def _route_by(self, why: str) -> None:
+        """Notes what gave the request another model, beside what did before."""
+        routed = ", ".join(dict.fromkeys(filter(None, (self.request.routed, why))))
+        self.request = replace(self.request, routed=routed)
+        self.record.tell(f"routed: {why}")
 
     def _elapsed_s(self) -> float:
         return self.services.clock.monotonic() - self.began
@@ -12695,7 +12761,8 @@ class Conducting:
         refused = refusal(self.request.model, verdicts, now, self.last)
         refused.headers = self.last.headers if self.last else {}
         pair = fallback_for(self.used) if self.used.id in MODELS else ""
-        if (not self.services.config.fallback or not pair or self.is_fallback
+        is_named = self.request.wanted.lower() in self.services.config.groups  # has its own order
+        if (not self.services.config.fallback or not pair or self.is_fallback or is_named
                 or self.request.refusal is not None
                 or refused.kind not in ("exhausted", "quota", "rate", "soft_429", "capacity")):
             raise refused
@@ -12703,7 +12770,8 @@ class Conducting:
         others = self.services.pool.candidates(model)
         if all(v.state == "stopped" for v in self.services.pool.verdicts(others, ())):
             raise refused
-        self.is_fallback, self.record.note = True, f"fell back from {self.used.id}"
+        self.is_fallback = True
+        self.record.tell(f"fell back from {self.used.id}")
         self.tries_left, self.soft_failures = self.services.config.max_attempts, 0
         self._aim(Plan((model,), others))
 
@@ -12829,6 +12897,19 @@ class Conducting:
             raise ProxyError("absent", facts.absent)
         return account.project or facts.project
 
+    def _rendered(self, request: Request, target: Target, attempt: Attempt,
+                  count: Callable[[], int]) -> Rendered:
+        """What goes upstream, after the owner's rules; what was mended in it is noted."""
+        provider = target.provider
+        rendered = rendered_for(request, target, self.services.signatures, attempt.repairs)
+        edits = [e for e in self.services.config.rules if e[2:] != Edit({})[2:] and rule_holds(
+            e.when, request, self.client.headers, count, provider, target.upstream_id)]
+        if edits:
+            rendered = rendered._replace(body=edited_body(rendered.body, edits, provider))
+        attempt.sent = rendered.sent or attempt.sent
+        self.record.mended, self.record.refused = rendered.mended, tuple(attempt.mended)
+        return rendered
+
     def _call(self, lease: Lease, attempt: Attempt, fold: bool) -> Any:
         """One call: an open stream, or the whole reply."""
         services, candidate = self.services, lease.candidate
@@ -12842,14 +12923,7 @@ class Conducting:
 
         def estimate() -> int:
             return services.count(request, candidate.model)
-        rendered = (dialect.relay_request(request, target, attempt.repairs) if is_relayed else
-                    dialect.render_request(request, target, services.signatures, attempt.repairs))
-        edits = [e for e in config.rules if e[2:] != Edit({})[2:] and rule_holds(
-            e.when, request, self.client.headers, estimate, provider)]
-        if edits:
-            rendered = rendered._replace(body=edited_body(rendered.body, edits, provider))
-        attempt.sent = rendered.sent or attempt.sent
-        self.record.mended, self.record.refused = rendered.mended, tuple(attempt.mended)
+        rendered = self._rendered(request, target, attempt, estimate)
 
         def note_limits(head: Mapping[str, str]) -> None:
             windows = read_limit_headers(head, services.clock.now())
@@ -12858,28 +12932,28 @@ class Conducting:
 
         def understand(status: int, head: Mapping[str, str], raw: Any) -> ProxyError:
             note_limits(head)
-            error = read_meaning(status, head, raw, dialect.parse_error, services.clock.now(),
-                                 estimate, candidate.model.context_tokens)
-            return told_verbatim(error, status, head, raw, dialect.is_error) if (
-                is_relayed) else error
+            error = read_meaning(status, head, raw, services.clock.now(), estimate,
+                                 candidate.model.context_tokens)
+            return (told_verbatim(error, status, head, raw, dialect.is_error) if is_relayed
+                    else error)
+
+        def understand_event(body: Any) -> ProxyError:
+            return understand(200, {}, body)
 
         deltas: list = []
         render = self.client.render if not fold else lambda delta: deltas.append(delta) or ""
         if is_relayed:
             pipe: Pipe = RelayPipe(dialect.relay(self.client.state), request.is_streaming,
-                                   lambda body: understand(200, {}, body))
+                                   understand_event)
         else:
             shape = rendered.shape._replace(
                 estimate_input=estimate, call_prefix=DIALECTS[request.dialect].call_prefix)
-            pipe = Pipe(dialect.parser(target), shape, request, render,
-                        lambda body: understand(200, {}, body))
+            pipe = Pipe(dialect.parser(target), shape, request, render, understand_event)
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
-        body = rendered.body
         call = Call(vertex_host(attempt.hosts[0], project), dialect.path(target, request),
                     call_head(candidate, provider, request, attempt.token, rendered),
-                    body if isinstance(body, bytes) else json_encode(body).encode("ascii"),
-                    account.proxy, pipe, understand,
+                    rendered.raw, account.proxy, pipe, understand,
                     config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
                     MAX_REPLY_BYTES if is_whole else 1 << 40)
         answer, out = upstream_call(services.connections, call, self.client.wait, config)
@@ -12903,11 +12977,13 @@ class Conducting:
         routed = f"; {self.request.routed}" if self.request.routed else ""
         self.client.route = f"{lease.candidate.account.label}; {lease.reason}{routed}"
         self.client.more_headers = dict(headers)
-        if self.request.left_out and not self._is_native_to(lease.candidate):
-            self.client.more_headers["x-agproxy-left-out"] = ", ".join(self.request.left_out)
+        if self.request.left_out and not self.request.is_native_to(lease.candidate.provider):
+            told = ", ".join(self.request.left_out)
+            self.client.more_headers["x-agproxy-left-out"] = told
+            self.record.tell("left out: " + told)
         if attempt.mended:
             self.client.more_headers["x-agproxy-repair"] = ", ".join(attempt.mended)
-            self.record.note = "repaired: " + ", ".join(attempt.mended)
+            self.record.tell("repaired: " + ", ".join(attempt.mended))
 
     def _fold(self, stream: OpenStream, deltas: list) -> Reply:
         """Reads the stream to its end; a failure on the way is the attempt's."""
@@ -12934,9 +13010,9 @@ def count_upstream(services: Services, request: Request) -> int | None:
         candidate = verdict.candidate
         account, provider = candidate.account, candidate.provider.speaking(request.dialect)
         dialect = DIALECTS[provider.dialect]
-        is_relayed = request.is_native_to(provider)
         target = Target(candidate.model, provider, candidate.upstream_id, account.project)
-        if verdict.state not in ("usable", "soft", "busy") or (request.refusal and not is_relayed):
+        if verdict.state not in ("usable", "soft", "busy") or (
+                request.refusal and not request.is_native_to(provider)):
             continue
         path = dialect.count.path(target) if dialect.count else ""
         if not path or (provider.id, "count") in services.learned or (
@@ -12945,10 +13021,8 @@ def count_upstream(services: Services, request: Request) -> int | None:
         try:
             repairs = services.learned.get((provider.id, candidate.upstream_id, provider.dialect),
                                            frozenset())
-            rendered = (dialect.relay_request(request, target, repairs) if is_relayed else
-                        dialect.render_request(request, target, services.signatures, repairs))
-            body = dialect.count.wrap(rendered.body, target)
-            raw = body if isinstance(body, bytes) else json_encode(body).encode("ascii")
+            rendered = rendered_for(request, target, services.signatures, repairs)
+            raw = rendered._replace(body=dialect.count.wrap(rendered.body, target)).raw
             key = content_key(candidate.upstream_id, raw.decode("utf-8"))
             count = services.counts.get(key)
             if count is None:
@@ -13077,7 +13151,7 @@ def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
         return "chat"
     if re.match(r"/v1beta\w*/(?!openai)|/v1/.+:\w+\Z", path):
         return "gemini"
-    if re.search(r"/(chat/completions|completions|responses|embeddings)\b|/openai/", path):
+    if re.search(r"/(completions|responses|embeddings|audio|images|moderations)\b|/openai/", path):
         return "chat"
     return "anthropic"
 
@@ -13148,7 +13222,7 @@ class Exchange:
         if self.is_open:
             self.downstream.send(self.frame(self.fault_event(error)) + self.last_frame())
             return
-        self.record.note = redact(f"{error.kind}: {error.message}")
+        self.record.tell(redact(f"{error.kind}: {error.message}"))
         if self.is_started:
             self.keeps_alive = False
             return
@@ -13180,7 +13254,7 @@ class Exchange:
     def fault_event(self, error: ProxyError) -> bytes:
         """The event that ends a stream by `error`, which is noted.  The connection goes on: its
         framing ends as any other, and a client that was promised to keep it may use it at once."""
-        self.record.note = redact(f"{error.kind}: {error.message}")
+        self.record.tell(redact(f"{error.kind}: {error.message}"))
         if error.rule.step is Step.NEXT:
             error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
                                f"elsewhere: {error.message}")
@@ -13301,13 +13375,16 @@ class Exchange:
         kept = self.dialect.keep and self.request and self.services.replies and (
             self.dialect.keep(self.state, self.request, self.is_relayed))
         if kept:
-            self.services.replies.keep(*kept, len(self.body) + len(kept[1]["output"]) * 1000)
+            self.services.replies.keep(*kept, len(self.body) + letters_in(kept[1]["output"]))
 
     def report(self) -> None:
         """The request's line and counters, once it is over."""
         record, now = self.record, time.monotonic()
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
+        elif record.note:       # a wrong path or key: why a client finds nothing here
+            self.services.log.line("%s  %s %s  %s  %s", record.client, self.method,
+                                   self.path[:200], record.status, record.note)
         if record.asked != "-" and self.services.state is not None:
             self.services.state.put("requests", record.id, self.services.clock.now(),
                                     lambda: json_encode(request_row(record, now)))
@@ -13736,7 +13813,9 @@ class KeyGuard:
             if self._wrong > 20 and now < self._next_at:
                 raise ProxyError("locked_out", "too many wrong keys", 1)
             self._next_at = now + 1
-        raise ProxyError("authentication", "invalid x-api-key")
+        # Claude Code looks for "x-api-key" in it
+        raise ProxyError("authentication", "invalid x-api-key: this proxy wants its PROXY_API_KEY, "
+                         "as x-api-key, x-goog-api-key or Authorization: Bearer")
 
 
 class Handler:
@@ -13903,7 +13982,8 @@ class Handler:
         loopback = ("127.0.0.1", "localhost", "[::1]")
         if origin and origin not in [f"http://{name}:{server.server_port}" for name in loopback]:
             if origin not in config.cors_origins:
-                raise ProxyError("forbidden", "requests from this web origin are not allowed")
+                raise ProxyError("forbidden", "requests from this web origin are not allowed; add "
+                                 "it to settings.cors_origins")
             exchange.cors_origin = origin
         elif headers.get("sec-fetch-site") == "cross-site":
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
@@ -13949,8 +14029,10 @@ class Handler:
         name, why = route_for(request, exchange.headers, self.services.config,
                               lambda: self.services.count(request, exchange.model))
         if not name or not self._serves(name):
+            if name:
+                exchange.record.tell(f"not routed: {why} says {name}, which no account serves")
             return request
-        exchange.record.note = f"routed: {why}" + (f", {request.small}" if request.small else "")
+        exchange.record.tell(f"routed: {why}" + (f", {request.small}" if request.small else ""))
         return as_variant(replace(request, model=name, wanted=name, routed=why), name)
 
     def _serves(self, name: str) -> bool:
@@ -13979,8 +14061,7 @@ class Handler:
         services = self.services
         candidates = services.candidates(request.model, request.wanted)
         if request.max_tokens == 0:
-            is_local = not any(request.is_native_to(c.provider.speaking(request.dialect))
-                               for c in candidates)
+            is_local = not any(request.is_native_to(c.provider) for c in candidates)
         else:       # where nobody can serve, the refusal is the better answer
             is_local = any(v.state != "stopped" for v in services.pool.verdicts(candidates, ()))
         return (candidates[0].model if candidates else Exchange.model) if is_local else None
@@ -14008,8 +14089,9 @@ class Handler:
         known: dict = {}
         if exchange.dialect.recall and self.services.replies:
             body, known = exchange.dialect.recall(body, self.services.replies.get)
-        request = exchange.dialect.parse_request(body, exchange.headers, is_count, exchange.body,
-                                                 exchange.query, exchange.path)
+        request = exchange.dialect.parse_request(
+            body, exchange.headers, is_count=is_count, raw=exchange.body, query=exchange.query,
+            path=exchange.path)
         if known:
             echo = {**request.ext["echo"], "previous_response_id": known.get("previous")}
             request = replace(request, ext={**request.ext, **known, "echo": echo})
@@ -14074,8 +14156,7 @@ def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any,
     exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
     count = count_upstream(services, request)
     how = "upstream" if count is not None else "estimate"
-    is_native = bool(candidates) and request.is_native_to(
-        candidates[0].provider.speaking(request.dialect))
+    is_native = bool(candidates) and request.is_native_to(candidates[0].provider)
     if count is None:
         if request.refusal is not None and not is_native:
             raise request.refusal
@@ -14237,9 +14318,9 @@ def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
 GEMINI_PATH = r"/v1(?:beta\w*)?(?:/publishers/google|/projects/[^/]+/.+)?/(?:models|tunedModels)/.+"
 ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
     # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
-    Route("POST", r"(/v1|/anthropic)?/v1/messages", "api",
+    Route("POST", r"(/v1|/anthropic)?(/v1)?/messages", "api",
           functools.partial(Handler.generate, dialect="anthropic")),
-    Route("POST", r"(/v1|/anthropic)?/v1/messages/count_tokens", "api", answer_count_tokens),
+    Route("POST", r"(/v1|/anthropic)?(/v1)?/messages/count_tokens", "api", answer_count_tokens),
     Route("POST", r"(/v1|/v1beta)?(/v1|/openai)?/chat/completions", "api",
           functools.partial(Handler.generate, dialect="chat")),
     Route("POST", r"(/v1)?(/v1)?/completions", "api",
@@ -14404,14 +14485,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 
 # ── 18. Simulated upstream ────────────────────────────────────────────────
-# A real HTTP server that plays Google: token endpoint, project discovery,
-# Cloud Code and the Gemini API.  It refuses what the real one refuses, drains
-# quota, misbehaves when told, and given tools works as a small scripted agent.
-# Demo, tests and bench share it: it is the executable specification.
-# It knows nothing of the proxy.
-
-_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
-
+# A real HTTP server that plays Google (token endpoint, project discovery,
+# Cloud Code, the Gemini API) and, thinly, Anthropic and OpenAI.  It refuses
+# what the real ones refuse, drains quota, misbehaves when told, and given
+# tools works as a small scripted agent.  Demo and tests share it: it is the
+# executable specification.  It knows nothing of the proxy.
 
 _SIM_WORDS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
               404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
@@ -14423,8 +14501,8 @@ def sim_error(status: int, message: str, reason: str = "", retry: str = "", word
     error = {"code": status, "message": message, "status": word or _SIM_WORDS[status]}
     details: list[dict] = []
     if reason:
-        details.append({"@type": _INFO, "reason": reason, "domain": "cloudcode-pa.googleapis.com",
-                        "metadata": metadata})
+        details.append({"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": reason,
+                        "domain": "cloudcode-pa.googleapis.com", "metadata": metadata})
     if retry:
         details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": retry})
     return status, {"error": {**error, "details": details} if details else error}
@@ -14668,6 +14746,17 @@ def sim_native_refuses(body: Mapping) -> str | None:
     return None
 
 
+def _sim_inner(contents: list, tools: list, forced: list | None, answer: tuple,
+               system: str) -> dict:
+    """A body as the scripted agent reads it.  Of the tools `forced` names one must be called, of an
+    empty list any, of None none; `answer` is its schema and the texts that stop it."""
+    calling = {} if forced is None else {"mode": "ANY", "allowedFunctionNames": forced}
+    return {"contents": contents, "tools": [{"functionDeclarations": tools}],
+            "generationConfig": {"responseSchema": answer[0], "stopSequences": answer[1]},
+            "toolConfig": {"functionCallingConfig": calling},
+            "systemInstruction": {"parts": [{"text": system}]}}
+
+
 def sim_from_native(body: Mapping) -> dict:
     """The body as the scripted agent reads it."""
     names: dict[str, str] = {}
@@ -14694,16 +14783,12 @@ def sim_from_native(body: Mapping) -> dict:
     tools = [{"name": t["name"], "parameters": t.get("input_schema") or {}}
              for t in body.get("tools", ()) if "name" in t]
     choice = object_of(body.get("tool_choice"))
-    calling = {"mode": "ANY", **({"allowedFunctionNames": [choice["name"]]} if "name" in choice
-                                 else {})} if choice.get("type") in ("any", "tool") else {}
-    system = body.get("system") or ""
+    named = [choice["name"]] if "name" in choice else []
     form = object_of(body.get("output_format")
                      or object_of(body.get("output_config")).get("format"))
-    return {"contents": contents, "tools": [{"functionDeclarations": tools}],
-            "generationConfig": {"responseSchema": form.get("schema"),
-                                 "stopSequences": body.get("stop_sequences", ())},
-            "toolConfig": {"functionCallingConfig": calling},
-            "systemInstruction": {"parts": [{"text": json_encode(system)}]}}
+    return _sim_inner(contents, tools, named if choice.get("type") in ("any", "tool") else None,
+                      (form.get("schema"), body.get("stop_sequences", ())),
+                      json_encode(body.get("system") or ""))
 
 
 # The scripted agent: what a prompt's verbs and names ask for, of the tools its client offers
@@ -15005,6 +15090,18 @@ def _sim_parts(content: Any) -> list[dict]:
     return [{"text": p["text"]} if "text" in p else {"inlineData": {}} for p in content]
 
 
+def _sim_openai_tools(body: Mapping) -> list[dict]:
+    """The tools of a body, those of namespaces and of Codex's additional_tools too."""
+    items = body["input"] if isinstance(body.get("input"), list) else ()
+    rows = [*(body.get("tools") or ()), *(
+        t for i in items if i.get("type") == "additional_tools" for t in i.get("tools") or ())]
+    return [{"name": f["name"], "parameters": f.get("parameters") or {
+        "properties": {"input": {"type": "string"}}, "required": ["input"]},
+        "is_custom": t["type"] == "custom"}
+        for row in rows for t in row.get("tools", [row]) for f in [t.get(t["type"], t)]
+        if "name" in f]
+
+
 def sim_from_openai(body: Mapping) -> dict:
     """The body as the scripted agent reads it."""
     names: dict[str, str] = {}
@@ -15038,25 +15135,15 @@ def sim_from_openai(body: Mapping) -> dict:
             for row in item.get("tool_calls") or ():
                 inner = row[row["type"]]
                 call(row["id"], inner["name"], inner.get("arguments") or inner.get("input"))
-    rows = [t for item in (given if isinstance(given, list) else ())
-            for t in (item.get("tools") or () if item.get("type") == "additional_tools" else ())]
-    rows = [inner for t in [*(body.get("tools") or ()), *rows] for inner in t.get("tools", [t])]
-    tools = [{"name": f["name"], "parameters": f.get("parameters") or {
-        "properties": {"input": {"type": "string"}}, "required": ["input"]},
-        "is_custom": t["type"] == "custom"}
-        for t in rows for f in [t.get(t["type"], t)] if "name" in f]
     choice = body.get("tool_choice")
     named = object_of(object_of(choice).get("function") or choice).get("name")
-    forced = named or choice == "required"
     form = object_of(body.get("response_format") or object_of(body.get("text")).get("format"))
     schema = object_of(object_of(form.get("json_schema")).get("schema") or form.get("schema"))
-    calling = {"mode": "ANY", **({"allowedFunctionNames": [named]} if named else {})}
-    return {"contents": contents or [{"role": "user", "parts": [{"text": "."}]}],
-            "tools": [{"functionDeclarations": tools}],
-            "generationConfig": {"responseSchema": schema, "stopSequences": [
-                stop] if isinstance(stop := body.get("stop") or [], str) else stop},
-            "toolConfig": {"functionCallingConfig": calling if forced else {}},
-            "systemInstruction": {"parts": [{"text": json_encode(body)[:20000]}]}}
+    stop = body.get("stop") or []
+    return _sim_inner(
+        contents or [{"role": "user", "parts": [{"text": "."}]}], _sim_openai_tools(body),
+        [named] if named else [] if choice == "required" else None,
+        (schema, [stop] if isinstance(stop, str) else stop), json_encode(body)[:20000])
 
 
 def sim_chat_answer(body: Mapping) -> tuple[dict, list[dict]]:
@@ -15245,6 +15332,19 @@ def sim_quota(account: SimAccount, method: str) -> dict:
                        for m in MODELS.values() if m.on_cloud_code}}
 
 
+def _sim_frames(fault: str, events: Iterable, broken: dict, place: int) -> Iterator[str]:
+    """Events as text, None being Chat's end, up to where a fault ends them: `place`, or at once."""
+    for position, event in enumerate(events):
+        is_over = position == place and fault in ("mid_cut", "mid_error")
+        if fault in ("cut", "empty") or is_over and fault == "mid_cut":
+            return
+        event = broken if is_over else event
+        name = f"event: {event['type']}\n" if event and "type" in event else ""
+        yield f"{name}data: {json_encode(event) if event else '[DONE]'}\n\n"
+        if is_over:
+            return
+
+
 class SimHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -15361,7 +15461,7 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             if form.get("grant_type") == "authorization_code":
                 asked = server.codes.pop(form.get("code", ""), None)
                 digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-                challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+                challenge = base64url(digest)
                 if asked and asked.get("redirect_uri") != form.get("redirect_uri"):
                     return 400, {"error": "redirect_uri_mismatch"}
                 account = accounts.get(asked["account"]) if asked and (
@@ -15450,23 +15550,13 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         message = sim_native_answer(body)
         if fault == "empty":
             message.update(content=[], stop_reason="end_turn")
+            fault = ""
         if not body.get("stream"):
             return self._json(200, message)
-        events = (f"event: {event['type']}\ndata: {json_encode(event)}\n\n"
-                  for event in self._native_events(fault, message))
-        self._send_events(fault, events, {
+        broken = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+        self._send_events(fault, _sim_frames(fault, sim_native_events(message), broken, 5), {
             "Content-Type": "text/event-stream; charset=utf-8", "request-id": "req_sim",
             "anthropic-ratelimit-requests-remaining": "41"})
-
-    def _native_events(self, fault: str, message: Mapping) -> Iterator[dict]:
-        for position, event in enumerate(sim_native_events(message)):
-            if fault == "cut" or fault == "mid_cut" and position == 5:
-                return
-            if fault == "mid_error" and position == 5:
-                yield {"type": "error", "error": {"type": "overloaded_error",
-                                                  "message": "Overloaded"}}
-                return
-            yield event
 
     def _openai_error(self, fault: str, message: str = "", code: str = "", **headers: str) -> None:
         status, kind, word, told = SIM_OPENAI_FAULTS[fault]
@@ -15485,34 +15575,23 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
             self.server.refusals.append(refused)
             code = "unknown_parameter" if refused.startswith("Unknown") else ""
             return self._openai_error("bad", refused, code)
-        whole, events = sim_chat(body) if is_chat else (sim_response(body), None)
-        if events is None:
+        _, kind, code, told = SIM_OPENAI_FAULTS["capacity"]
+        broken: dict = {"error": {"message": told, "type": kind, "code": code}}
+        if is_chat:
+            whole, events = sim_chat(body)
+        else:
+            whole, broken = sim_response(body), {"type": "error", "sequence_number": 6, **broken}
             events = [{**event, "sequence_number": n}
                       for n, event in enumerate(sim_response_events(whole))]
         if not body.get("stream"):
             return self._json(200, whole)
-        texts = self._openai_texts(fault, events, is_chat)
+        texts = _sim_frames(fault, [*events, None] if is_chat else events, broken, 6)
         self._send_events(fault, texts, {"Content-Type": "text/event-stream", "x-request-id": "sim",
                                          "x-ratelimit-remaining-requests": "41"})
 
-    def _openai_texts(self, fault: str, events: list[dict], is_chat: bool) -> Iterator[str]:
-        for position, event in enumerate(events):
-            if fault in ("cut", "empty") or fault == "mid_cut" and position == 6:
-                return
-            if fault == "mid_error" and position == 6:
-                _, kind, code, told = SIM_OPENAI_FAULTS["capacity"]
-                event = {"error": {"message": told, "type": kind, "code": code}}
-                event = event if is_chat else {"type": "error", "sequence_number": 6, **event}
-                events = []
-            name = "" if is_chat else f"event: {event['type']}\n"
-            yield f"{name}data: {json_encode(event)}\n\n"
-            if not events:
-                return
-        if is_chat:
-            yield "data: [DONE]\n\n"
-
     def _generate(self, account: SimAccount, body: dict, key_model: str | None,
-                  is_whole: bool = False) -> None:
+                  is_whole: bool) -> None:
+        """Google's part: Cloud Code's stream, and the Gemini API's streamed and whole."""
         server, is_enveloped = self.server, key_model is None
         inner = body.get("request") if is_enveloped else sim_from_key(body)
         name = body.get("model") if is_enveloped else urllib.parse.unquote(key_model)
@@ -15533,28 +15612,21 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
         if refused:
             server.refusals.append(refused)
             return self._json(*sim_error(400, refused))
-        if is_whole and not self._breaks(fault):
+        if self._breaks(fault):
+            return None
+        events = self._events(fault, inner, model, name)
+        if is_whole:
             whole: dict = {}
-            for event in self._events(fault, inner, model, name):
+            for event in events:
                 parts = [p for c in (whole, event) for row in c.get("candidates", ())
                          for p in row["content"]["parts"]]
                 whole = {**whole, **event}
                 if "candidates" in whole:
                     whole["candidates"][0]["content"]["parts"] = parts
             return self._json(200, whole)
-        self._stream(fault, inner, model, name, is_enveloped)
-
-    def _stream(self, fault: str, inner: Mapping, model: Model | None, name: str,
-                is_enveloped: bool) -> None:
-        if self._breaks(fault):
-            return
-
-        def lines() -> Iterator[str]:
-            for event in self._events(fault, inner, model, name):
-                is_wrapped = is_enveloped and "error" not in event
-                yield f"data: {json_encode({'response': event} if is_wrapped else event)}\r\n\r\n"
-
-        self._send_events(fault, lines(), {"Content-Type": "text/event-stream"})
+        wrapped = ({"response": e} if is_enveloped and "error" not in e else e for e in events)
+        texts = (f"data: {json_encode(event)}\r\n\r\n" for event in wrapped)
+        self._send_events(fault, texts, {"Content-Type": "text/event-stream"})
 
     def _events(self, fault: str, inner: Mapping, model: Model | None,
                 name: str) -> Iterator[dict]:
@@ -15627,10 +15699,10 @@ class SimHandler(http.server.BaseHTTPRequestHandler):
 
 
 class SimUpstream(http.server.ThreadingHTTPServer):
-    """Google's part on a free port of 127.0.0.1: sign-in page /auth, /token, /userinfo, Cloud Code,
-    Gemini API.  `accounts` maps names to how many generating calls are left before a quota 429
-    (None: no end).  `pace_s` is the time between events.  Its OAuth client is `sim-client` with
-    `sim-secret`, its keys are `sim-key-<account>`.  The lock guards everything mutable."""
+    """All of them on a free port of 127.0.0.1, with Google's sign-in page /auth, /token, /userinfo.
+    `accounts` maps names to how many generating calls are left before Google's quota 429 (None: no
+    end).  `pace_s` is the time between events.  Its OAuth client is `sim-client` with `sim-secret`,
+    its keys are `sim-key-<account>`.  The lock guards everything mutable."""
     request_queue_size = 256
     daemon_threads = True
 
@@ -15893,6 +15965,9 @@ def client_variables(client: str, url: str, key: str) -> dict[str, str]:
     row = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": key, "OPENAI_BASE_URL": url + "/v1",
            "OPENAI_API_KEY": key, "AGPROXY_KEY": key, "GOOGLE_GEMINI_BASE_URL": url,
            "GEMINI_API_KEY": key}
+    if os.path.basename(client) == "gemini":
+        # beside GEMINI_API_KEY it takes an address only where its settings name that key
+        row.update(GOOGLE_GENAI_USE_VERTEXAI="true", GOOGLE_API_KEY=key, GOOGLE_VERTEX_BASE_URL=url)
     return row if os.path.basename(client) == "claude" else {**row, "ANTHROPIC_API_KEY": key}
 
 
@@ -15924,6 +15999,7 @@ def lacks_account(args: argparse.Namespace) -> bool:
         f"No account in {path}. Add one:\n"
         "    python3 agproxy.py accounts add --provider gemini      an API key\n"
         "    python3 agproxy.py accounts add                        a Google sign-in\n"
+        "or have a key in the environment, as GEMINI_API_KEY or OPENAI_API_KEY,\n"
         "or try everything without an account: python3 agproxy.py serve --demo")
     return True
 
@@ -16380,12 +16456,19 @@ def command_why(args: argparse.Namespace) -> int:
 
 def command_explain(args: argparse.Namespace) -> int:
     """What would happen to a request for this model now: a dry run, nothing is sent."""
+    if lacks_account(args):
+        return 4
     with offline(args) as found:
-        models, candidates, _ = found.plan(args.model)
+        plain = Request(args.model, (), wanted=model_variant(args.model)[0])
+        name, why = route_for(plain, {}, found.config, lambda: 0)
+        with contextlib.suppress(ProxyError):       # what nobody serves stays, as in serving
+            name = name if name and found.candidates(name) else ""
+        models, candidates, _ = found.plan(name or args.model)
         chosen, reason, sheet = found.pool.explain(candidates)
         now = found.clock.now()
     told = ", else ".join(f"{model.id} ({model.label})" for model in models)
-    say(f"{args.model} -> {told}", *sheet_lines(sheet_rows(sheet, now)))
+    say(f"{args.model} -> " + (f"{name} ({why}) -> " if name else "") + told,
+        *sheet_lines(sheet_rows(sheet, now)))
     if chosen is None:
         say(refusal(args.model, sheet, now, None).message)
         return 5 if sheet else 4
@@ -16413,36 +16496,41 @@ def routing_lines(config: Config) -> list[str]:
     return lines
 
 
-def edit_routing(args: argparse.Namespace, change: Callable[[dict], Any]) -> int:
-    """Changes the accounts file, which is validated whole, and says what it is now."""
-    edit_accounts(config_path(args.accounts, os.environ), change)
-    say(*routing_lines(load_config(config_path(args.accounts, os.environ), {}, os.environ)))
-    return 0
-
-
-def command_routes(args: argparse.Namespace) -> int:
-    """What is routed where; with a role and a name, sets that role."""
-    if args.role and args.role not in ROUTE_ROLES:
-        raise ConfigError(f"a role is one of {', '.join(ROUTE_ROLES)}, not {args.role}")
-    if args.role:
-        def change(stored: dict) -> None:
-            routes = stored.setdefault("routes", {})
-            if args.to is None:
-                routes.pop(args.role, None)
-            else:
-                routes[args.role] = {"over_tokens": args.over, "to": args.to} if args.over else (
-                    args.to)
-        return edit_routing(args, change)
+def show_routing(args: argparse.Namespace) -> int:
     lines = routing_lines(load_config(config_path(args.accounts, os.environ), {}, os.environ))
     say(*lines or ["Nothing is routed: each model is served by the accounts that have it.",
                    "Begin with: python3 agproxy.py alias NAME MODEL"])
     return 0
 
 
+def edit_routing(args: argparse.Namespace, change: Callable[[dict], Any]) -> int:
+    """Changes the accounts file, which is validated whole, and says what it is now."""
+    edit_accounts(config_path(args.accounts, os.environ), change)
+    return show_routing(args)
+
+
+def command_routes(args: argparse.Namespace) -> int:
+    """What is routed where; with a role and a name, sets that role."""
+    if not args.role:
+        return show_routing(args)
+    if args.role not in ROUTE_ROLES:
+        raise ConfigError(f"a role is one of {', '.join(ROUTE_ROLES)}, not {args.role}")
+
+    def change(stored: dict) -> None:
+        routes = stored.setdefault("routes", {})
+        if args.to is None and args.role not in routes:
+            raise ConfigError(f"nothing is routed by {args.role}")
+        if args.to is None:
+            del routes[args.role]
+        else:
+            routes[args.role] = {"over_tokens": args.over, "to": args.to} if args.over else args.to
+    return edit_routing(args, change)
+
+
 def command_alias(args: argparse.Namespace) -> int:
     """Lists aliases; sets one; without targets removes it."""
     if args.name is None:
-        return command_routes(argparse.Namespace(**{**vars(args), "role": None}))
+        return show_routing(args)
 
     def change(stored: dict) -> None:
         aliases = stored.setdefault("aliases", {})
@@ -16481,7 +16569,7 @@ def group_create(stored: dict, args: argparse.Namespace) -> None:
 
 def group_move(stored: dict, args: argparse.Namespace) -> None:
     models = group_of(stored, args.name)
-    if len(args.models) != 2 or not args.models[1].isdecimal():
+    if len(args.models) != 2 or not re.fullmatch(r"[1-9][0-9]{0,3}", args.models[1]):
         raise ConfigError("groups move NAME MEMBER POSITION")
     member = models.pop(member_at(models, args.models[0]))
     models.insert(int(args.models[1]) - 1, member)
@@ -16489,8 +16577,8 @@ def group_move(stored: dict, args: argparse.Namespace) -> None:
 
 def group_remove(stored: dict, args: argparse.Namespace) -> None:
     models = group_of(stored, args.name)
-    for text in args.models:
-        del models[member_at(models, text)]
+    places = {member_at(models, text) for text in args.models}     # as numbered before
+    models[:] = [m for place, m in enumerate(models) if place not in places]
     if not models:
         raise ConfigError(f"the group would be empty; groups delete {args.name} removes it")
 
@@ -16517,7 +16605,7 @@ def command_groups(args: argparse.Namespace) -> int:
         args.model = args.name
         return command_explain(args)
     if args.action in (None, "list"):
-        return command_routes(argparse.Namespace(**{**vars(args), "role": None}))
+        return show_routing(args)
     return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
 
 

@@ -441,6 +441,34 @@ def test_compressed_bodies_are_limited_by_their_output():
 
 # ── 7. Neutral form ───────────────────────────────────────────────────────
 
+def check_grammar(deltas):
+    """Raises AssertionError where a stream breaks the grammar of room 7."""
+    state, index, open_kind = "new", -1, None
+    allowed = {Kind.TEXT: {Kind.TEXT, Kind.CITATION}, Kind.CALL: {Kind.ARGUMENTS},
+               Kind.THINKING: {Kind.THINKING, Kind.SIGNATURE}, Kind.OPAQUE: set(),
+               Kind.SERVER_CALL: {Kind.ARGUMENTS}, Kind.FOUND: set()}
+    for delta in deltas:
+        if isinstance(delta, ag.Begin):
+            assert state == "new", "a second Begin"
+            state = "between"
+        elif isinstance(delta, ag.BlockStart):
+            assert state == "between" and delta.index == index + 1, f"misplaced {delta}"
+            state, index, open_kind = "open", delta.index, delta.kind
+        elif isinstance(delta, ag.Piece):
+            assert state == "open" and delta.index == index, f"misplaced {delta}"
+            assert delta.kind in allowed[open_kind], f"{delta.kind} in a block of {open_kind}"
+        elif isinstance(delta, ag.BlockEnd):
+            assert state == "open" and delta.index == index, f"misplaced {delta}"
+            state = "between"
+        elif isinstance(delta, ag.Finish):
+            assert state == "between", "Finish inside a block or before Begin"
+            state = "over"
+        elif isinstance(delta, ag.Fault):
+            assert state != "over", "a Fault after the end"
+            state = "over"
+    assert state == "over", f"the stream ends {state}"
+
+
 def random_pieces(rng):
     for _ in range(rng.randint(0, 12)):
         kind = rng.choice([Kind.TEXT, Kind.THINKING, Kind.SIGNATURE, Kind.CALL, Kind.METER, Kind.IMAGE, Kind.FINISH])
@@ -468,7 +496,7 @@ def test_any_pieces_make_a_grammatical_stream_or_one_named_failure():
         except ag.ProxyError as err:
             assert err.kind in ("cut", "empty"), seed
             continue
-        ag.check_grammar(deltas)
+        check_grammar(deltas)
         reply = ag.collect(deltas)
         state = ag.AnthropicAnswer("m")
         text = "".join(ag.anthropic_render_delta(state, d) for d in deltas)
@@ -1180,7 +1208,7 @@ def answer(events, shape=ag.AnswerShape(), request=None):
             pipe.end()
         if pipe.fault:
             raise pipe.fault
-        ag.check_grammar(deltas)
+        check_grammar(deltas)
         replies.append(ag.collect(deltas))
     assert all(r.finish == replies[0].finish for r in replies)
     return replies[0]
@@ -1306,12 +1334,12 @@ NOW = 1_800_000_000.0
     (google(), {"retry-after": "Fri, 15 Jan 2027 08:00:30 GMT"}, 30),
     (google(), {}, None), (b"<html>busy</html>", {}, None), (google(retry="9999999s"), {}, None)])
 def test_stated_delays_are_read_wherever_they_stand(raw, headers, delay):
-    got = ag.gemini_parse_error(raw, headers, NOW).delay_s
+    got = ag.error_facts(raw, headers, NOW).delay_s
     assert got == (pytest.approx(delay) if delay is not None else None)
 
 
 def meaning(status, raw, headers=None):
-    return ag.read_meaning(status, headers or {}, raw, ag.gemini_parse_error, NOW, lambda: 100, 200000)
+    return ag.read_meaning(status, headers or {}, raw, NOW, lambda: 100, 200000)
 
 
 NESTED = json.dumps({"error": {"message": json.dumps({"type": "error", "error": {
@@ -4791,7 +4819,7 @@ def test_what_comes_from_anthropic_through_the_neutral_form_means_the_same():
         for event in events:
             deltas += assembler.feed(ag.anthropic_parse_event(json.dumps(event)))
         deltas += assembler.end()
-        ag.check_grammar(deltas)
+        check_grammar(deltas)
         state = ag.AnthropicAnswer("m")
         whole = ag.anthropic_render_reply(state, ag.collect(deltas))
         streamed = folded(events_of("".join(ag.anthropic_render_delta(ag.AnthropicAnswer("m"), d) for d in deltas).encode()))
@@ -4882,7 +4910,15 @@ def test_a_wrong_group_is_told(groups, told):
     ("its type", {"rules": [{"when": {"over_tokens": "9"}}]}, "conditions is required"),
     ("a field", {"rules": [{"then": "y"}]}, "then is not known"), ("a set", {"rules": [{"set": []}]}, "set and default"),
     ("a proxy", {"settings": {"proxy": "ftp://x"}}, "socks5"), ("one's own", {"accounts": [{"provider": "gemini", "api_key": "x", "proxy": "x:1"}]}, "socks5"),
-    ("an unknown model", {"settings": {"unknown_model": "ask"}}, "reject, default, pass")])
+    ("an unknown model", {"settings": {"unknown_model": "ask"}}, "reject, default, pass"),
+    ("brackets", {"settings": {"proxy": "http://[::1"}}, "settings.proxy"), ("a proxy's port", {"settings": {"proxy": "http://h:99999"}}, "settings.proxy"),
+    ("a base URL's port", {"providers": {"m": {"dialect": "chat", "base_url": "http://h:99999/v1"}}}, "m.base_url"),
+    ("a query", {"providers": {"m": {"dialect": "chat", "base_url": "http://h/v1?x=1"}}}, "m.base_url"),
+    ("a header", {"accounts": [{"provider": "gemini", "api_key": "x", "headers": {"x": "a\nb"}}]}, "accounts.0.headers"),
+    ("a user agent", {"accounts": [{"provider": "gemini", "api_key": "x", "user_agent": "a\r\nb: c"}]}, "accounts.0.user_agent"),
+    ("true for a number", {"rules": [{"when": {"over_tokens": True}}]}, "rules.0.when"), ("no target", {"aliases": {"x": []}}, "aliases.x"),
+    ("a long chain", {"groups": {f"g{n}": {"models": [f"g{n + 1}"]} for n in range(3000)}}, "at most 200"),
+    ("a heap", {"groups": {f"g{n}": {"models": [f"g{n + 1}"] * 9} for n in range(20)}}, "at most 200")])
 def test_a_wrong_route_is_told(stored, told):
     with pytest.raises(ag.ConfigError, match=told):
         ag.load_config("x", {}, {}, stored)
@@ -5054,7 +5090,7 @@ def test_what_one_member_cannot_take_another_may(make_proxy):
 
 def test_routing_is_edited_by_commands(tmp_path, capsys):
     path = str(tmp_path / "accounts.json")
-    for words in ("groups create g a b --strategy random", "groups add g c", "groups move g c 1", "groups remove g 2", "alias fast g",
+    for words in ("groups create g a b --strategy random", "groups add g c", "groups move g c 1", "groups add g d", "groups remove g 2 4", "alias fast g",
                   "alias claude-*haiku* gemini-3-flash x", "routes think g", "routes long_context g --over 9000"):
         assert ag.main([*words.split(), "--accounts", path]) == 0, words
     stored = json_of(path)
@@ -5065,7 +5101,7 @@ def test_routing_is_edited_by_commands(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "alias  fast -> g" in told and "group  g (random)" in told and "route  long_context over 9000 tokens -> g" in told
     for words, why in (("groups remove g c b", "would be empty"), ("groups add h a", "no group h"), ("routes thinks g", "a role is one of"),
-                       ("groups create g a", "already"), ("alias nosuch", "no alias nosuch"), ("groups move g z 1", "not in the group")):
+                       ("groups create g a", "already"), ("groups move g c 0", "MEMBER POSITION"), ("alias nosuch", "no alias nosuch"), ("groups move g z 1", "not in the group")):
         assert ag.main([*words.split(), "--accounts", path]) == 1 and why in capsys.readouterr().err
     assert json_of(path) == stored
     for words in ("groups delete g", "alias fast", "routes think"):
@@ -5163,6 +5199,112 @@ def test_kept_answers_outlive_the_process_a_day_and_stay_within_their_bound(make
     assert sum(len(row[1]) for row in state.rows("replies")) <= 5000 and state.rows("replies", "id = ?", "x39")
 
 
+def test_a_conversation_that_goes_on_from_answers_is_bounded_and_kept_while_it_lasts(make_state, monkeypatch):
+    clock, state = FakeClock(time.time()), make_state()
+    replies = ag.Replies(clock, state)
+    for n in range(9):
+        replies.keep(f"r{n}", {"previous": f"r{n - 1}" if n else None, "input": [n], "output": [], "relayed": True}, 100)
+    body = {"previous_response_id": "r8", "input": ["now"]}
+    assert ag.responses_recall(body, replies.get)[0] == {"input": [*range(9), "now"]}
+    monkeypatch.setattr(ag, "MOST_RECALLED_BYTES", 500)
+    with pytest.raises(ag.ProxyError, match="too long"):
+        ag.responses_recall(body, replies.get)
+    for n in range(3):      # one id again and again, of an upstream that knows only one
+        replies.keep("same", {"input": [], "output": [], "relayed": True}, ag.MOST_REPLY_BYTES // 8 - 1)
+    assert replies.get("same") and replies._bytes < ag.MOST_REPLY_BYTES // 8
+    replies.keep("big", {"input": ["x"], "output": [], "relayed": True}, ag.MOST_REPLY_BYTES)
+    assert replies.get("big")["input"] == ["x"] and not replies._newest     # before it was written
+    state.flush()
+    clock.at += ag.REPLIES_LAST_S - 9
+    assert replies.get("r0")
+    state.flush()
+    clock.at += 99
+    assert replies.get("r0") and replies.get("r1") is None      # in use
+
+
+def test_reasoning_made_here_stays_here_when_an_answer_is_gone_on_from():
+    row = ag.PROVIDERS["openai"]
+    request = ag.responses_parse_request({"model": "m", "input": "x"}, {}, raw=b'{"model":"m","input":"x"}')
+    request = ag.replace(request, ext={**request.ext, "is_ours": True, "expanded": [
+        {"type": "reasoning", "id": "rs_agp1", "encrypted_content": "agp1.x"}, {"role": "user", "content": "y"}]})
+    sent = ag.responses_relay_request(request, ag.Target(ag.model_from_id("m"), row, "m", ""))
+    assert b"agp1" not in sent.body and b'"y"' in sent.body
+
+
+def test_an_answer_that_an_upstream_does_not_know_costs_no_account_its_model():
+    error = ag.read_meaning(404, {}, b'{"error": {"message": "Response with id \'resp_1\' not found.", "code": 404}}', 0.0, lambda: 0, 0)
+    assert error.kind == "form" and ag.next_repair(error.message, True, ()) == "expand"
+
+
+def test_lists_are_asked_for_at_once_and_waited_for_and_not_for_stopped_accounts(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None, "b": None, "c": None}, provider="ollama")
+    keeper = ag.Keeper(proxy.pool, proxy.services.tokens, lambda: None, proxy.log, lambda c: None)
+    proxy.pool.stop(proxy.pool.accounts[2], ag.ProxyError("disabled", "gone"))
+    asked = []
+
+    def check(account, connections):
+        asked.append(account.name)
+        time.sleep(0.2)
+        return (ag.model_from_id("qwen3"),)
+    monkeypatch.setattr(ag, "check_key", check)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(keeper.list_missing())) for _ in range(4)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4 and sorted(asked) == ["a", "b"] and time.monotonic() - began < 2
+
+
+def test_a_refusal_names_the_models_of_a_group(make_proxy):
+    proxy = routed(make_proxy({"a": None}), {"groups": {"g": {"models": ["gemini-3-flash", "claude-sonnet-4-6"]}},
+                                             "settings": {"fallback": True, "max_wait_s": 0}})
+    for _ in range(2):
+        proxy.sim.plan("a", "quota")
+    status, _, body = proxy.ask(model="g")
+    assert status == 429 and "a (sim, gemini-3-flash): " in body["error"]["message"] and "sim, claude-sonnet-4-6" in body["error"]["message"]
+
+
+def test_an_endpoint_rests_with_its_host():
+    proxy_rows = {"or": ag.PROVIDERS["openrouter"]}
+    account = ag.account_from_row({"name": "a", "provider": "or", "api_key": "k" * 9, "user_agent": "mine/1"}, proxy_rows)
+    pool = ag.AccountPool([account], FakeClock(), {})
+    spoken = account.provider.speaking("anthropic")
+    pool.rest_host(spoken.base_urls[0], ag.ProxyError("network", "is down"))
+    assert [v.state for v in pool.verdicts(pool.candidates(ag.model_from_id("a/b")), ())] == ["guessed"]
+    assert ag.user_agent(account, spoken) == "mine/1"
+
+
+def test_small_calls_carry_an_accounts_own_headers(monkeypatch):
+    row = ag.PROVIDERS["copilot"]._replace(headers=(("Editor-Version", "x/1"),))
+    account = ag.account_from_row({"name": "a", "provider": "c", "api_key": "k" * 9, "headers": {"X-Own": "y"}}, {"c": row})
+    seen = []
+    monkeypatch.setattr(ag, "simple_call", lambda c, m, u, headers, *rest: seen.append(headers) or (
+        200, {}, b'{"data": [{"id": "claude-sonnet-4-6"}, {"id": "gpt-4.1"}, {"id": 5}, {"id": "a\\nb"}, {"id": "%s"}]}' % (b"x" * 999)))
+    assert [m.id for m in ag.check_key(account, None)] == ["claude-sonnet-4-6", "gpt-4.1"]
+    assert seen[0]["Editor-Version"] == "x/1" and seen[0]["X-Own"] == "y"
+
+
+@table("form, answer", [("odd", "zai", {"data": {"limits": [{"type": [], "unit": 3}]}}), ("never", "kimi", {"usage": {"limit": 1, "reset_in": 1e300}})])
+def test_odd_quota_answers_do_no_harm(monkeypatch, form, answer):
+    row = ag.PROVIDERS["zai-plan"]._replace(quota_form=form)
+    account = ag.account_from_row({"name": "a", "provider": "z", "api_key": "k" * 9}, {"z": row})
+    monkeypatch.setattr(ag, "simple_call", lambda *_: (200, {}, json.dumps(answer).encode()))
+    with contextlib.suppress(ag.ProxyError):
+        assert [w.reset_at for w in ag.read_key_quota(account, None, 1e9)] == [0.0]
+
+
+def test_rules_reach_into_lists_and_by_the_model_that_serves():
+    chat = ag.PROVIDERS["openrouter"]
+    body = {"messages": [{"role": "user", "name": "n"}], "stream": True, "options": 1}
+    edit = ag.Edit({}, set={"messages.0.content": "x", "tools.y": 1}, drop=("metadata.stream", "messages.*.name"))
+    assert ag.edited_body(body, [edit], chat) == {"messages": [{"role": "user", "content": "x"}], "stream": True, "options": 1, "tools": {"y": 1}}
+    request = neutral([U])
+    assert ag.rule_holds({"model": "gpt-*"}, request, {}, lambda: 1, chat, "gpt-5") and not ag.rule_holds({"model": "gpt-*"}, request, {}, lambda: 1)
+    assert ag.prepended({"systemInstruction": {"parts": None}}, "S", "gemini")["systemInstruction"]["parts"] == [{"text": "S"}]
+
+
 # Network
 
 class Socks(threading.Thread):
@@ -5223,6 +5365,43 @@ def test_upstreams_are_reached_through_socks(staged, user):
     proxy.services.connections.settings = lambda: {"proxy": "direct"}
     assert proxy.ask()[0] == 200 and len(socks.asked) == before
     socks.server.close()
+
+
+@table("answer, told", [
+    ("a refusal", b"HTTP/1.1 407 No\r\n\r\n", "its proxy answered 407"), ("no HTTP", b"SSH-2.0\r\n\r\n", "answered no HTTP"),
+    ("a hang-up", b"", "its proxy hung up|reset"), ("an endless head", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40000, "endless head"),
+    ("drops", b"HTTP/1.1 2" * 3000, "in time")])
+def test_what_an_http_proxy_does_is_told_in_time(answer, told):
+    server, asked = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        sock, _ = server.accept()
+        with sock, contextlib.suppress(OSError):
+            asked.append(sock.recv(999))
+            for at in range(0, len(answer), 1 if told == "in time" else len(answer) or 1):
+                sock.sendall(answer[at:at + 1] if told == "in time" else answer)
+                time.sleep(0.01 * (told == "in time"))
+    threading.Thread(target=serve, daemon=True).start()
+    url = f"http://u:p%40ss@127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(ag.ProxyError, match=told) as caught:
+        ag.ConnectionCache(ag.Clock(), {}).take("https://[2001:db8::1]/x", 0.3, url)
+    assert asked[0].startswith(b"CONNECT [2001:db8::1]:443 HTTP/1.1\r\n") and base64.b64encode(b"u:p@ss") in asked[0]
+    assert "p@ss" not in str(caught.value) and "p%40ss" not in str(caught.value)
+    server.close()
+
+
+def test_a_small_call_names_its_host_as_the_url_does():
+    asked, server = [], socket.create_server(("::1", 0), family=socket.AF_INET6)
+
+    def serve():
+        sock, _ = server.accept()
+        asked.append(sock.recv(999))
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    threading.Thread(target=serve, daemon=True).start()
+    place = f"[::1]:{server.getsockname()[1]}"
+    assert ag.simple_call(ag.ConnectionCache(ag.Clock(), {}), "GET", f"http://{place}/x", {})[0] == 200
+    assert f"Host: {place}\r\n".encode() in asked[0]
+    server.close()
 
 
 def test_what_a_socks_proxy_says_is_told(staged):
@@ -5388,6 +5567,16 @@ def test_a_parameter_that_is_refused_is_left_out_and_known_next_time(staged, sen
         status, headers, raw = proxy.call("POST", "/v1beta/models/m:generateContent", body)
         assert status == 200 and len(proxy.upstream.heard) == calls
     assert proxy.upstream.heard[0].body["seed"] == 7 and not any("seed" in h.body for h in proxy.upstream.heard[1:])
+
+
+def test_a_budget_whose_field_was_refused_is_no_beta_either():
+    goal = ag.Target(ag.model_from_id("claude-opus-4-1"), ag.PROVIDERS["anthropic"], "claude-opus-4-1")
+    request = ag.Request("m", (ag.Turn("user", (ag.Text("hi"),)),), tools=(ag.Tool("f", "", {"type": "object"}),),
+                         thinking=ag.ThinkingWish(True, 2048), max_tokens=9000)
+    repair = ag.next_repair("thinking: Extra inputs are not permitted", False, ())
+    for repairs, has_both in (((), True), ((repair,), False)):
+        rendered = ag.anthropic_render_request(request, goal, {}, frozenset(repairs))
+        assert ("thinking" in rendered.body, "anthropic-beta" in rendered.headers) == (has_both, has_both)
 
 
 def chat_chunk(delta, **choice):
@@ -5600,7 +5789,7 @@ def clicks_through(url, account):
                 size = struct.unpack(">H", stream.read(2))[0] if size == 126 else size
                 answer = json.loads(stream.read(size))
                 if answer.get("id") == 1:
-                    return answer["result"]["result"].get("value")
+                    return answer.get("result", {}).get("result", {}).get("value", "")      # none amid a navigation
         until(lambda: evaluate(f"!!document.getElementById('{account}')"))
         evaluate(f"document.getElementById('{account}').click()")
         until(lambda: "callback" in evaluate("document.location.pathname") and evaluate("document.readyState") == "complete")
@@ -6576,9 +6765,9 @@ def test_recorded_answers_mean_the_same_however_they_are_cut(name, dialect, raw,
     deltas, wrong = heard_from(dialect, [raw], quirks)
     if isinstance(blocks, str):
         assert wrong == blocks[1:]
-        ag.check_grammar([*deltas, ag.Fault(ag.ProxyError("cut", ""))])
+        check_grammar([*deltas, ag.Fault(ag.ProxyError("cut", ""))])
     else:
-        ag.check_grammar(deltas)
+        check_grammar(deltas)
         reply = ag.collect(deltas)
         usage, word = reply.finish.usage, reply.finish.stop.value
         assert wrong is None and blocks_of(reply) == blocks
@@ -6692,7 +6881,7 @@ def test_any_answer_is_a_valid_stream_of_every_dialect_and_folds_to_its_whole(di
         rng = random.Random(seed)
         reply = random_reply(rng)
         deltas = list(in_shreds(ag.deltas_of(reply), rng))
-        ag.check_grammar(deltas)
+        check_grammar(deltas)
         assert ag.collect(deltas) == reply or any(isinstance(b, ag.Thinking) and not b.text for b in reply.blocks), seed
         request = ag.Request("m", (), is_streaming=True, dialect=dialect, ext={
             "usage": seed % 4 > 0, "encrypted": True, "is_array": seed % 3 == 0,
@@ -7294,6 +7483,44 @@ def test_the_readme_tells_what_the_program_has():
         assert f"`{name}`" in README, name
     for kind, rule in ag.ERRORS.items():
         assert f"| `{kind}` | {rule.status} | `{rule.type}` |" in README, kind
+
+
+def test_the_readme_lists_each_service_with_its_languages():
+    words = {"gemini": "Gemini", "anthropic": "Anthropic", "chat": "Chat", "responses": "Responses"}
+    for row in ag.PROVIDERS.values():
+        spoken = ", ".join(words[d] for d in (row.dialect, *dict(row.endpoints)))
+        if row.id not in ("antigravity", "gemini-cli", "sim"):
+            assert f"| `{row.id}` | {spoken} |" in README, row.id
+        assert all(f"| `{quirk}` |" in README for quirk in row.quirks), row.quirks
+
+
+def test_what_only_anthropic_runs_or_knows_is_left_out_told_and_not_forced():
+    body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "new"}, {"type": "text", "text": "x"}]}],
+            "tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}
+    assert ag.anthropic_parse_request(body, {}).left_out == ("code_execution_20250825", "new")
+    with pytest.raises(ag.ProxyError, match="code_execution_20250825 is run by Anthropic's own service"):
+        ag.anthropic_parse_request({**body, "tool_choice": {"type": "tool", "name": "code_execution"}}, {})
+    search = {**body, "tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}}
+    assert ag.anthropic_parse_request(search, {}).left_out == ("new",)
+
+
+def test_keys_of_the_environment_serve_until_a_file_lists_accounts():
+    def names(stored):
+        return [row["name"] for row in ag.load_config("a.json", {}, {"GEMINI_API_KEY": "k"}, stored).accounts]
+    assert names({}) == names({"aliases": {"fast": "gemini-3-flash"}}) == ["gemini"] and names({"accounts": []}) == []
+
+
+def test_what_a_line_of_the_log_notes_adds_up():
+    record = ag.Record("r")
+    for note in ("routed: think", "left out: mcp", "routed: think"):
+        record.tell(note)
+    assert record.note == "routed: think; left out: mcp"
+
+
+def test_a_path_that_nobody_serves_is_no_missing_model():
+    def code(message):
+        return ag.openai_render_error(ag.ProxyError("not_found", message), "r")["error"]["code"]
+    assert code("/v1/embeddings is not a route of this proxy") is None and code("model: x is not known") == "model_not_found"
 
 
 def test_the_readmes_commands_run():
