@@ -11654,10 +11654,10 @@ class Keeper:
             self.log.line("%s: %s", account.label, err)
 
     def list_missing(self) -> bool:
-        """Whether a list was read that was never asked for, or could not be had; all are asked at
-        once, and waited for a little."""
-        asked = [a for a in self.pool.accounts if a.provider.catalogue == "as asked"
-                 and not self.pool.facts((a.name, a.provider.id))
+        """Reads lists that were never asked for, or could not be had, all at once, and waits for
+        them a little; whether any list is known then, perhaps by another's asking."""
+        listing = [a for a in self.pool.accounts if a.provider.catalogue == "as asked"]
+        asked = [a for a in listing if not self.pool.facts((a.name, a.provider.id))
                  and self._may_list((a.name, a.provider.id)) and not self.pool.is_stopped(a)]
         threads = [threading.Thread(target=self.list_models, args=(a,), daemon=True, name="lister")
                    for a in asked]
@@ -11666,7 +11666,7 @@ class Keeper:
             thread.start()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        return any(self.pool.facts((a.name, a.provider.id)) for a in asked)
+        return any(self.pool.facts((a.name, a.provider.id)) for a in listing)
 
     def interval(self, account: Account, provider: Provider) -> float:
         """Seconds between two readings now, with jitter so that accounts do not come in step."""

@@ -21,7 +21,7 @@ def run_in_private_venv(arguments):
         "AGPROXY_TEST_SDKS") else [])
     folder = os.path.join(base, "agproxy", "tests-%d.%d%s" % (*sys.version_info[:2], "-sdk" * (len(packages) > 1)))
     python = os.path.join(folder, "Scripts" if os.name == "nt" else "bin", "python")
-    marker = os.path.join(folder, "ready")
+    marker = os.path.join(folder, "ready of " + " ".join(packages))
     if not os.path.exists(marker):
         print("fetching", *packages, "into", folder, flush=True)
         venv.create(folder, with_pip=True, clear=True)
@@ -5240,21 +5240,20 @@ def test_lists_are_asked_for_at_once_and_waited_for_and_not_for_stopped_accounts
     proxy = make_proxy({"a": None, "b": None, "c": None}, provider="ollama")
     keeper = ag.Keeper(proxy.pool, proxy.services.tokens, lambda: None, proxy.log, lambda c: None)
     proxy.pool.stop(proxy.pool.accounts[2], ag.ProxyError("disabled", "gone"))
-    asked = []
+    asked, meeting = [], threading.Barrier(2)
 
     def check(account, connections):
         asked.append(account.name)
-        time.sleep(0.2)
+        meeting.wait(60)        # breaks where one is asked after the other
         return (ag.model_from_id("qwen3"),)
     monkeypatch.setattr(ag, "check_key", check)
     found = []
     threads = [threading.Thread(target=lambda: found.append(keeper.list_missing())) for _ in range(4)]
-    began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 4 and sorted(asked) == ["a", "b"] and time.monotonic() - began < 2
+    assert found == [True] * 4 and sorted(asked) == ["a", "b"]
 
 
 def test_a_refusal_names_the_models_of_a_group(make_proxy):
@@ -5322,6 +5321,10 @@ class Socks(threading.Thread):
                 threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
 
     def serve(self, sock):
+        with sock, contextlib.suppress(OSError):        # what it stands before is gone already
+            self.talk(sock)
+
+    def talk(self, sock):
         methods = sock.recv(64)
         if self.user:
             assert b"\2" in methods[2:]
@@ -5335,7 +5338,7 @@ class Socks(threading.Thread):
         self.asked.append((host, port))
         sock.sendall(b"\5%c\0\1\0\0\0\0\0\0" % self.code)
         if self.code:
-            return sock.close()
+            return
         with socket.create_connection(("127.0.0.1", port)) as far:
             def pump(a, b):
                 with contextlib.suppress(OSError):
@@ -5348,7 +5351,6 @@ class Socks(threading.Thread):
             back.start()
             pump(sock, far)
             back.join()
-        sock.close()
 
 
 @pytest.mark.parametrize("user", [b"", b"me"], ids=["open", "with a password"])
@@ -5384,19 +5386,24 @@ def test_what_an_http_proxy_does_is_told_in_time(answer, told):
     threading.Thread(target=serve, daemon=True).start()
     url = f"http://u:p%40ss@127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ag.ProxyError, match=told) as caught:
-        ag.ConnectionCache(ag.Clock(), {}).take("https://[2001:db8::1]/x", 0.3, url)
+        ag.ConnectionCache(ag.Clock(), {}).take("https://[2001:db8::1]/x", 0.3 if told == "in time" else 60, url)
     assert asked[0].startswith(b"CONNECT [2001:db8::1]:443 HTTP/1.1\r\n") and base64.b64encode(b"u:p@ss") in asked[0]
     assert "p@ss" not in str(caught.value) and "p%40ss" not in str(caught.value)
     server.close()
 
 
 def test_a_small_call_names_its_host_as_the_url_does():
-    asked, server = [], socket.create_server(("::1", 0), family=socket.AF_INET6)
+    asked = []
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
 
     def serve():
         sock, _ = server.accept()
-        asked.append(sock.recv(999))
-        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        with sock:
+            asked.append(sock.recv(999))
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
     threading.Thread(target=serve, daemon=True).start()
     place = f"[::1]:{server.getsockname()[1]}"
     assert ag.simple_call(ag.ConnectionCache(ag.Clock(), {}), "GET", f"http://{place}/x", {})[0] == 200
