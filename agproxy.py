@@ -1450,6 +1450,8 @@ def _config_rules(stored: Iterable) -> tuple[Edit, ...]:
         unknown = [*(row.keys() - set(Edit._fields)), *(when.keys() - CONDITIONS.keys())]
         if unknown:         # a rule that means something else than it says does harm
             raise ConfigError(f"{where}: {unknown[0]} is not known here")
+        if row.get("to") and {"upstream", "provider"} & when.keys():
+            raise ConfigError(f"{where}: who serves is not known yet where a rule says `to`")
         if not all(isinstance(row.get(n, {}), dict) for n in ("set", "default")) or not all(
                 isinstance(row.get(n, ""), str) for n in ("to", "system")) or not isinstance(
                 row.get("drop", []), list):
@@ -3955,10 +3957,9 @@ def number_repeated_ids(turns: list[Turn], mended: Mended) -> list[Turn]:
             if isinstance(block, ToolCall):
                 own = block.id
                 if block.id in seen:
-                    number = counts.get(block.id, 1) + 1
-                    while f"{block.id}_{number}" in taken:
-                        number += 1
-                    own, counts[block.id] = f"{block.id}_{number}", number
+                    number = next(n for n in itertools.count(counts.get(own, 1) + 1)
+                                  if f"{own}_{n}" not in taken)
+                    own, counts[block.id] = f"{own}_{number}", number
                     mended["repeated call ids numbered"] += 1
                 if block.id not in called:
                     newest[block.id] = collections.deque()
@@ -8798,6 +8799,9 @@ class ConnectionCache:
     def __init__(self, clock: Clock, environ: Mapping[str, str],
                  settings: Callable[[], Mapping[str, Any]] = lambda: {}):
         self.clock, self.environ, self.settings = clock, environ, settings
+        # read once: the environment is slow to look through, and each call asks
+        self._proxies = {name.lower(): value for name, value in environ.items()
+                         if name.lower().endswith("_proxy")}
         self.opened = 0
         self._lock = threading.Lock()
         self._idle: dict[tuple, list[Connection]] = {}
@@ -8851,7 +8855,9 @@ class ConnectionCache:
         chosen = own or self.settings().get("proxy", "")
         if chosen:
             return "" if chosen == "direct" else chosen
-        env = {name.lower(): value for name, value in self.environ.items()}
+        env = self._proxies
+        if not env:
+            return ""
         host, names = url.hostname or "", env.get("no_proxy", "").split(",")
         is_here = host == "localhost" or host == "::1" or host.startswith("127.")
         if is_here or any(_is_exempt(host, url.port, n.strip().lower()) for n in names):
