@@ -159,12 +159,14 @@ class Proxy:
             return out
 
     def log_text(self):
-        while self.log._lines.qsize():
+        mark = f"mark {os.urandom(8).hex()}"
+        self.log.line("%s", mark)
+        text = ""
+        while mark not in text:
             time.sleep(0.01)
-        time.sleep(0.02)
-        self.lines.flush()
-        with open(self.lines.name, encoding="utf-8") as lines:
-            return lines.read()
+            with open(self.lines.name, encoding="utf-8") as lines:
+                text = lines.read()
+        return "".join(line for line in text.splitlines(True) if " mark " not in line)
 
 
 @pytest.fixture
