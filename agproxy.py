@@ -40,6 +40,46 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
 """
 from __future__ import annotations
 
+import os
+import sys
+
+
+def start_from_bytecode() -> None:
+    """Replaces this process by one that runs the same program from Python's bytecode cache; returns
+    where that cannot be.  The interpreter keeps the syntax tree of a script for as long as it runs:
+    45 MB here, of 77."""
+    import importlib.util
+    import marshal
+    cache, mine = importlib.util.cache_from_source(__file__), os.stat(__file__)
+    head = importlib.util.MAGIC_NUMBER + b"".join(
+        (number & 0xffffffff).to_bytes(4, "little") for number in (0, int(mine.st_mtime),
+                                                                   mine.st_size))
+    try:
+        with open(cache, "rb") as handle:
+            found = os.fstat(handle.fileno())
+            is_good = handle.read(16) == head and found.st_mode & 0o22 == 0 and (
+                found.st_uid in (0, os.getuid()))       # nobody else's code
+    except OSError:
+        is_good = False
+    if not is_good and not sys.dont_write_bytecode:
+        os.makedirs(os.path.dirname(cache), exist_ok=True)
+        temporary = f"{cache}.{os.getpid()}"
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as handle:
+            handle.write(head + marshal.dumps(sys._getframe(1).f_code))
+        os.replace(temporary, cache)
+        is_good = True
+    if is_good:
+        options = getattr(sys, "orig_argv", sys.argv)[1:-len(sys.argv)]     # the interpreter's own
+        os.execv(sys.executable, [sys.executable, *options, cache, *sys.argv[1:]])
+
+
+if __name__ == "__main__" and os.name == "posix" and sys.argv[1:2] in ([], ["serve"]) and (
+        __file__.endswith(".py")):
+    try:
+        start_from_bytecode()
+    except (OSError, ValueError, NotImplementedError):
+        pass        # no place for a cache: it runs as it is
+
 import argparse
 import base64
 import collections
@@ -56,7 +96,6 @@ import http.client
 import http.server
 import itertools
 import json
-import os
 import queue
 import random
 import re
@@ -67,7 +106,6 @@ import socket
 import ssl
 import string
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -154,6 +192,8 @@ PING_EVERY_S = 10               # silence towards a streaming client before a pi
 BEAT_EVERY_S = 45               # ... before an empty delta: Claude Code 2.1.197 ignores pings
 SEND_STALL_S = 30               # a client that reads nothing for so long is dropped
 THREAD_WAIT_S = 2.0             # a request that no thread takes for so long is answered 503
+LOOKS_PER_S = 20                # at streams in the relay, a share of them each time
+RETURN_MEMORY_S = 10.0          # a millisecond of work without any lock
 LOG_EVERY_S = 0.05              # lines of that time are written together
 KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
 CLIENT_WINDOW, CLIENT_WIDE_WINDOW = 200_000, 1_000_000     # what Claude Code takes for a window
@@ -1088,7 +1128,7 @@ class Config:
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.settings[name]
+            return self.__dict__["settings"][name]
         except KeyError:
             raise AttributeError(name) from None
 
@@ -13564,9 +13604,10 @@ class RelayedStream:
         self.relay, self.exchange, self.stream = relay, exchange, stream
         self.client, self.upstream = exchange.downstream.sock, stream.answer.connection.sock
         self.pending = b""              # not yet taken by a slow client
-        self.is_ending = False
+        self.is_ending = self.is_over = False
         self.outcome: ProxyError | None = None
         self.last_in_at = self.stalled_at = time.monotonic()
+        self.is_tls = isinstance(self.upstream, ssl.SSLSocket)
 
     def begin(self) -> None:
         self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
@@ -13575,27 +13616,34 @@ class RelayedStream:
 
     def on_upstream(self, mask: int) -> None:
         """Everything that is there: one read, one write, until nothing more can be had at once."""
-        answer = self.stream.answer
-        if self not in self.relay.streams:      # an event of the same batch ended it
-            return
-        while not self.is_ending and not self.pending:
+        answer, exchange = self.stream.answer, self.exchange
+        while not (self.pending or self.is_ending or self.is_over):     # ... in the same batch
             out = answer.read()
             if out is None:
                 return
-            self.last_in_at = time.monotonic()
-            if out:
-                self.exchange.last_content_at = self.last_in_at
-            if answer.fault or answer.is_done:
+            self.last_in_at = self.relay.now
+            if answer.is_done or answer.fault:
                 self.end(answer.fault, out)
                 return
-            self.push(self.exchange.frame(out))
-            if not (isinstance(self.upstream, ssl.SSLSocket) and self.upstream.pending()):
+            if out:
+                exchange.last_content_at = exchange.last_out_at = self.last_in_at
+                out = exchange.frame(out)
+                try:        # mostly all of it is taken at once
+                    sent = self.client.send(out)
+                except NOT_YET:
+                    sent = 0
+                except OSError:
+                    self.finish(is_gone=True)
+                    return
+                if sent < len(out):
+                    self.push(out[sent:])
+            if not (self.is_tls and self.upstream.pending()):
                 return
 
     def on_client(self, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE and self in self.relay.streams:
+        if mask & selectors.EVENT_WRITE and not self.is_over:
             self.flush()
-        if mask & selectors.EVENT_READ and self in self.relay.streams:
+        if mask & selectors.EVENT_READ and not self.is_over:
             seen = self.exchange.downstream.peek()
             if seen is Peek.GONE:
                 self.finish(is_gone=True)
@@ -13606,7 +13654,9 @@ class RelayedStream:
     def push(self, data: bytes) -> None:
         if not data:
             return
-        self.exchange.last_out_at = time.monotonic()
+        self.exchange.last_out_at = self.relay.now
+        if not self.pending:
+            self.stalled_at = self.relay.now
         self.pending += data
         self.flush()
 
@@ -13616,8 +13666,8 @@ class RelayedStream:
             while self.pending:
                 sent = self.client.send(self.pending)
                 self.pending = self.pending[sent:]
-                self.stalled_at = time.monotonic()
-        except (BlockingIOError, InterruptedError):
+                self.stalled_at = self.relay.now
+        except NOT_YET:
             self._watch_client()
             # a slow client slows its upstream
             self.relay.watch(self.upstream, 0, self.on_upstream)
@@ -13669,9 +13719,10 @@ class RelayedStream:
 
     def finish(self, is_gone: bool = False) -> None:
         """Lets go of both sockets; the client's connection goes on to its next request."""
-        if not self.relay.forget(self):
+        if self.is_over:
             return
-        exchange = self.exchange
+        self.is_over, exchange = True, self.exchange
+        self.relay.forget(self)
         if is_gone:
             exchange.record.note = exchange.record.note or "client left"
         self.stream.close(self.outcome, is_gone)
@@ -13697,13 +13748,15 @@ class Relay:
         self.each_second = each_second
         self.streams: set[RelayedStream] = set()
         self.idle: dict[Downstream, float] = {}         # -> deadline, monotonic
+        self.now = time.monotonic()     # as of the last wake-up: read once for all its events
+        self._round: list[RelayedStream] = []           # streams whose turn to be looked at is near
         self._selector = selectors.DefaultSelector()
         self._inbox: collections.deque = collections.deque()
         # selectors on Windows take sockets only
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
         self._is_stopping = False
         self.thread = threading.Thread(target=self._run, name="relay", daemon=True)
         self.thread.start()
@@ -13749,14 +13802,11 @@ class Relay:
         known = self._selector.get_map().get(sock)
         return known.events if known else 0
 
-    def forget(self, stream: RelayedStream) -> bool:
-        """Whether the stream was still there; its sockets are no longer watched."""
-        if stream not in self.streams:
-            return False
+    def forget(self, stream: RelayedStream) -> None:
+        """Its sockets are no longer watched."""
         self.streams.discard(stream)
         self.watch(stream.upstream, 0, None)
         self.watch(stream.client, 0, None)
-        return True
 
     def resume(self, downstream: Downstream) -> None:
         if downstream.buffer:       # a pipelined request is here already
@@ -13767,7 +13817,7 @@ class Relay:
     def _adopt(self, exchange: Exchange, stream: OpenStream) -> None:
         relayed = RelayedStream(self, exchange, stream)
         self.streams.add(relayed)
-        self._guard(relayed, relayed.begin)
+        self._guard(relayed.begin)
 
     def _park(self, downstream: Downstream, seconds: float) -> None:
         self.idle[downstream] = time.monotonic() + seconds
@@ -13778,42 +13828,52 @@ class Relay:
         if self.idle.pop(downstream, None) is not None:
             self.serve(downstream)
 
-    def _guard(self, stream: RelayedStream | None, action: Callable, *values: Any) -> None:
+    def _woken(self, mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.recv(4096)
+
+    def _guard(self, action: Callable, *values: Any) -> None:
         """An exception in one stream ends that one only."""
         try:
             action(*values)
         except Exception as err:
             self.services.log.line("relay: %s", short_trace(err))
-            if stream is not None and action != stream.fail:
-                self._guard(stream, stream.fail)
+            stream = getattr(action, "__self__", None)
+            if isinstance(stream, RelayedStream) and action != stream.fail:
+                self._guard(stream.fail)
 
     def _run(self) -> None:
-        next_tick = time.monotonic() + 1
+        next_tick = next_look = time.monotonic() + 1
         while not self._is_stopping:
+            due = min(next_tick, next_look) if self.streams else next_tick
             try:
-                ready = self._selector.select(max(0.0, next_tick - time.monotonic()))
+                ready = self._selector.select(max(0.0, due - time.monotonic()))
             except (OSError, ValueError) as err:    # more sockets than select() takes
                 self.services.log.line("relay: %s", short_trace(err))
                 ready = []
                 time.sleep(0.05)
+            self.now = now = time.monotonic()
             for key, mask in ready:
-                if key.data is None:
-                    with contextlib.suppress(BlockingIOError):
-                        self._wake_in.recv(4096)
-                    continue
-                owner = getattr(key.data, "__self__", None)
-                self._guard(owner if isinstance(owner, RelayedStream) else None, key.data, mask)
+                self._guard(key.data, mask)
             while self._inbox:
-                call, *values = self._inbox.popleft()
-                self._guard(None, call, *values)
-            now = time.monotonic()
+                self._guard(*self._inbox.popleft())
+            if now >= next_look:
+                next_look = now + 1 / LOOKS_PER_S
+                self._look(now)
             if now >= next_tick:
                 next_tick = now + 1
-                self._guard(None, self._tick, now)
+                self._guard(self._tick, now)
+
+    def _look(self, now: float) -> None:
+        """The tick of a share of the streams: all at once, a thousand would stall everybody's
+        events for 5 ms each second."""
+        self._round = self._round or list(self.streams)
+        for _ in range(-(-len(self.streams) // LOOKS_PER_S)):
+            stream = self._round.pop() if self._round else None
+            if stream is not None and not stream.is_over:
+                self._guard(stream.tick, now)
 
     def _tick(self, now: float) -> None:
-        for stream in list(self.streams):
-            self._guard(stream, stream.tick, now)
         self.each_second(now)
         for downstream in [d for d, deadline in self.idle.items() if deadline < now]:
             del self.idle[downstream]
@@ -13924,6 +13984,7 @@ class Handler:
             if not exchange.keeps_alive or self.server.is_stopping:
                 self.server.release(downstream, linger=True)
                 return
+            del exchange        # with its body and all that was made of it
             if not downstream.buffer and not readable([downstream.sock], KEPT_BY_THREAD_S):
                 self.server.relay.park(downstream, self.services.config.client_idle_timeout_s)
                 return
@@ -16093,6 +16154,14 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def return_memory() -> None:
+    """Gives freed memory back to the system, which glibc does not do by itself where large bodies
+    left it between small things."""
+    import ctypes
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def command_serve(args: argparse.Namespace) -> int:
     if lacks_account(args):
         return 4
@@ -16125,8 +16194,12 @@ def command_serve(args: argparse.Namespace) -> int:
         if server.services.simulator:
             say(f"simulator {server.services.simulator}  "
                 """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
+        return_memory()
+        returned_at = time.monotonic()
         while not stopping.wait(0.5):
-            pass
+            if time.monotonic() - returned_at > RETURN_MEMORY_S:
+                return_memory()
+                returned_at = time.monotonic()
         say("stopping: running answers are finished first, a second signal ends at once")
     return 0
 
@@ -16686,6 +16759,12 @@ def command_groups(args: argparse.Namespace) -> int:
     return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
 
 
+SOURCE = os.path.abspath(__file__)      # also where its bytecode runs
+if SOURCE.endswith(".pyc"):
+    import importlib.util
+    SOURCE = importlib.util.source_from_cache(SOURCE)
+
+
 def rooms(path: str) -> list[tuple[int, int, str]]:
     """(line, number, title) of each banner of a source file."""
     banner = re.compile(r"# ── (\d+)\. (.+?) ─+$")
@@ -16696,7 +16775,7 @@ def rooms(path: str) -> list[tuple[int, int, str]]:
 
 def command_map(args: argparse.Namespace) -> int:
     say(*(f"{number:>3}. {title:32} line {line}"
-          for line, number, title in rooms(os.path.abspath(__file__))))
+          for line, number, title in rooms(SOURCE)))
     return 0
 
 

@@ -159,6 +159,7 @@ class Proxy:
             return out
 
     def log_text(self):
+        time.sleep(0.03)        # a line is told after the answer's last byte
         mark = f"mark {os.urandom(8).hex()}"
         self.log.line("%s", mark)
         text = ""
@@ -3011,7 +3012,7 @@ def test_a_silent_stream_is_kept_alive_by_pings_and_beats(make_proxy, monkeypatc
 
 def test_a_slow_client_slows_its_upstream_and_loses_nothing(make_proxy):
     proxy = make_proxy({"a": None})
-    sock = open_stream(proxy, "count to 50000")
+    sock = open_stream(proxy, "count to 100000")
     until(lambda: any(s.pending for s in proxy.server.relay.streams))
     [stream] = proxy.server.relay.streams
     assert len(stream.pending) < 4 << 20
@@ -3021,7 +3022,7 @@ def test_a_slow_client_slows_its_upstream_and_loses_nothing(make_proxy):
     reader = ag.BodyReader("chunked", 1 << 30)
     body = reader.feed(data.partition(b"\r\n\r\n")[2])
     blocks, stop = check_anthropic_stream(events_of(body))
-    assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 50001)]
+    assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 100001)]
     sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")       # the connection goes on
     assert sock.recv(65536).startswith(b"HTTP/1.1 200")
     sock.close()
