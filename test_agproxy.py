@@ -335,6 +335,107 @@ def test_a_splice_changes_what_it_names_and_no_byte_else():
             assert out == text
 
 
+def body_bytes(**fields):
+    return json.dumps({"model": "m", "max_tokens": 1000, "pad": "p" * ag.LEAST_BODY_BYTES, **fields},
+                      ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def told_by(decode, raw):
+    try:
+        return repr(decode(raw))
+    except ValueError as err:
+        return f"refused: {err}"
+
+
+def random_json(r, depth=0):
+    kind = r.randrange(9)
+    if kind == 0:
+        return r.choice([1, 12, 123, -3, 1.5, 1e9, True, None, False])
+    if kind < 4 or depth > 3:
+        return r.choice(["a", "\u2014", "\U0001f600", 'x"y\\', 'messages":[', '"tools":[']) * r.randrange(50)
+    if kind < 7:
+        return {r.choice(["messages", "tools", "a", "b", "text"]): random_json(r, depth + 1) for _ in range(r.randrange(5))}
+    return [random_json(r, depth + 1) for _ in range(r.randrange(4))]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_body_says_the_same_whatever_was_seen_before(seed):
+    r, memory = random.Random(seed), ag.BodyMemory(200_000)
+    messages, tools = [random_json(r) for _ in range(20)], [random_json(r) for _ in range(5)]
+    for _ in range(8):
+        fields = {"messages": messages, "system": ["s" * 2000, random_json(r)], "tools": tools, "x": random_json(r)}
+        if r.random() < 0.2:
+            fields["nested"] = {"messages": messages, "tools": tools}
+        raw = body_bytes(**dict(r.sample(sorted(fields.items(), key=lambda i: i[0]), len(fields)) if r.random() < 0.3 else fields))
+        if r.random() < 0.1:
+            raw = json.dumps(json.loads(raw)).encode()
+        if r.random() < 0.1:        # a member twice
+            raw = raw.replace(b'"max_tokens":', b'"messages":[1,2],"max_tokens":')
+        if r.random() < 0.2:
+            at = r.randrange(len(raw))
+            raw = raw[:at] + r.choice([b"", b'"', b"}", b",", b"\xff", b"\\ud800", b" "]) + raw[at + r.randrange(2):]
+        assert told_by(memory.decode, raw) == told_by(ag.json_decode, raw), seed
+        messages = messages + [random_json(r), random_json(r)] if r.random() < 0.7 else (
+            messages[:r.randrange(1, len(messages) + 1)] + [random_json(r)])
+
+
+def test_a_cut_body_is_refused_in_the_same_words_at_every_byte():
+    memory = ag.BodyMemory()
+    raw = body_bytes(messages=[{"role": "user", "content": f"\u2014 {n}" * 20} for n in range(12)], tools=[{"name": "t" * 1200}])
+    assert memory.decode(raw) == memory.decode(raw) == json.loads(raw)
+    for cut in range(ag.LEAST_BODY_BYTES, len(raw)):
+        assert told_by(memory.decode, raw[:cut]) == told_by(ag.json_decode, raw[:cut])
+
+
+def test_what_an_earlier_body_had_is_not_parsed_again():
+    memory = ag.BodyMemory()
+    tools = [{"name": "t", "description": "d" * 2000}]
+    messages = [{"role": "user", "content": f"question {n} " + "x" * 400} for n in range(20)]
+    first = memory.decode(body_bytes(messages=messages, tools=tools))
+    marked = messages[:-1] + [{**messages[-1], "mark": 1}, {"role": "assistant", "content": "yes"}]
+    second = memory.decode(body_bytes(messages=marked, tools=tools))
+    assert second["messages"] == marked and second["tools"] == tools
+    assert all(a is b for a, b in zip(first["messages"][:17], second["messages"])) and second["tools"][0] is first["tools"][0]
+    assert len(second["messages"].made) == 18 and len(second["tools"].made) == 1
+    other = memory.decode(body_bytes(messages=[{"role": "user", "content": "another"}, *messages[1:]], tools=tools))
+    assert other["tools"][0] is first["tools"][0] and other["messages"][1] is not first["messages"][1]
+    assert other["messages"].made is not second["messages"].made
+
+
+def test_memory_of_bodies_is_bounded():
+    memory = ag.BodyMemory(100_000)
+    for n in range(60):
+        memory.decode(body_bytes(messages=[{"role": "user", "content": f"{n} " + "x" * 5000}] * 5, tools=["t" * 3000]))
+        rows = [row for rows in memory._seen.values() for row in rows]
+        assert memory._size == sum(len(row.raw) for row in rows) <= 100_000 and len(rows) < 20
+    memory.decode(body_bytes(messages=["x" * 90_000] * 5))        # too much of it all: the others stay
+    assert len([row for rows in memory._seen.values() for row in rows]) == len(rows)
+    memory = ag.BodyMemory()
+    for n in range(2 * ag.MOST_ALIKE):
+        memory.decode(body_bytes(messages=[{"role": "user", "content": "same " * 60, "n": n}] * 9))
+    assert [len(rows) for rows in memory._seen.values()] == [ag.MOST_ALIKE]
+
+
+def test_conversations_in_threads_do_not_mix():
+    memory, wrong = ag.BodyMemory(300_000), []
+
+    def talk(own):
+        messages = [{"role": "user", "content": "all begin alike " * 30}]
+        for n in range(40):
+            messages = messages + [{"role": "assistant", "content": f"{own} {n} " + "y" * 200}, {"role": "user", "content": f"{own}"}]
+            body = memory.decode(body_bytes(messages=messages))
+            request = ag.anthropic_parse_request(body, {})
+            told = [b.text for t in request.turns for b in t.blocks]
+            if body["messages"] != messages or told != [m["content"] for m in messages]:
+                wrong.append(own)
+    threads = [threading.Thread(target=talk, args=(own,)) for own in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 # ── 4. Config ─────────────────────────────────────────────────────────────
 
 GOOD = {"name": "a", "provider": "gemini", "api_key": "k" * 20}
@@ -1381,6 +1482,186 @@ def test_a_daily_quota_lasts_until_the_day_ends():
         {"violations": [{"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}, {"retryDelay": "47s"}]}}).encode()
     error = meaning(429, raw)
     assert error.kind == "quota" and error.delay_s == (8 * 3600 - NOW) % 86400
+
+
+def random_conversation(r, before=()):
+    """Messages as clients write them, with what has to be repaired now and then."""
+    messages = list(before)
+    for _ in range(r.randrange(2, 9)):
+        said = r.choice(["hi \u2014 there", "x" * r.randrange(400), "(no content)", "", "\U0001f600"]) if r.random() < 0.2 else "words " * r.randrange(1, 80)
+        at, blocks = len(messages), []
+        if at % 2:
+            if r.random() < 0.3:
+                blocks.append({"type": "thinking", "thinking": said, "signature": r.choice(["", "agp1.ctx.QUJD", "agp1.gt.QUJD", "foreign"])})
+            blocks += [{"type": "text", "text": said}] * (r.random() < 0.7)
+            for n in range(r.randrange(3)):
+                blocks.append({"type": "tool_use", "id": "again" if r.random() < 0.05 else f"toolu_{at}_{n}", "name": r.choice(["Bash", "a.b"]), "input": {"x": said}})
+        else:
+            for b in (messages[-1]["content"] if messages else ()):
+                if b["type"] == "tool_use" and r.random() < 0.95:
+                    blocks.append({"type": "tool_result", "tool_use_id": b["id"], "content": r.choice([said, [{"type": "text", "text": said}], [
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]])})
+            blocks += [{"type": "text", "text": said}] * (not blocks or r.random() < 0.2)
+            blocks += [{"type": r.choice(["tool_removal", "tool_addition", "of_tomorrow"]), "name": "Late"}] * (r.random() < 0.1)
+            if r.random() < 0.1:
+                r.shuffle(blocks)
+        messages.append({"role": "user" if at % 2 == 0 else r.choice(["assistant"] * 20 + ["user", "system"]), "content": blocks})
+    return messages
+
+
+KEPT_TARGETS = [("claude-sonnet-4-6", "sim"), ("gemini-3-flash", "sim"), ("gemini-3-flash", "gemini"), ("claude-opus-4-1", "anthropic"), ("m", "openai"), ("m", "zai")]
+
+
+def rendered_raw(request, model_id, provider, memory, repairs=frozenset(), hardens=False):
+    row = ag.PROVIDERS[provider]
+    goal = ag.Target(ag.MODELS.get(model_id) or ag.model_from_id(model_id), row, model_id, "p", hardens)
+    out = ag.DIALECTS[row.dialect].render_request(request, goal, memory, repairs)
+    assert ag.json_encode(out.body).encode() == out.raw            # what rules see is what goes
+    told = re.sub(rb"agent-[0-9a-f]{32}|#{8}[0-9a-f]{8}", b"", out.raw)
+    return told, out.headers, {what: n for what, n in out.mended.items() if n}, out.sent, out.shape.used_ids
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_conversation_is_rendered_alike_whatever_was_kept_of_it(seed):
+    r, bodies, messages, known = random.Random(seed), ag.BodyMemory(), [], {}
+    tools = [{"name": n, "description": "d" * 600, "input_schema": {"type": "object", "properties": {"x": {"type": ["string", "null"], "minLength": seed}}},
+              **({"defer_loading": True} if n == "Late" else {})} for n in ("Bash", "a.b", "Late")]
+    for _ in range(6):
+        messages = random_conversation(r, messages if r.random() < 0.8 else messages[:2 * r.randrange(len(messages) // 2 + 1)])
+        fields = {"thinking": {"type": "enabled", "budget_tokens": 1500}} if r.random() < 0.3 else {}
+        if r.random() < 0.2:
+            fields["output_config"] = {"format": {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"type": "string"}}}}}
+        raw = body_bytes(messages=messages, tools=tools, system=[{"type": "text", "text": "You are " + "s" * 1500}], **fields)
+        fresh, kept = (ag.anthropic_parse_request(decode(raw), {}) for decode in (ag.json_decode, bodies.decode))
+        assert fresh == kept
+        if r.random() < 0.3:        # signatures are learned, and found bad, meanwhile
+            known[r.choice(["toolu_1_0", "toolu_3_0"])] = ("g", "", "cmF3")
+            known[ag.content_key("bad", "QUJD")] = ("c", "", "1")
+        for goal in KEPT_TARGETS:
+            repairs = frozenset(r.sample(["signatures", "calls_as_text", "core_schemas", "bare_schema 1", "old_media"], 1) if r.random() < 0.2 else ())
+            more = repairs, r.random() < 0.2
+            assert rendered_raw(fresh, *goal, dict(known), *more) == rendered_raw(kept, *goal, dict(known), *more), (seed, goal)
+
+
+def long_body(question="go on", schema_word="a", turns=12):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "begin " * 50}]}]
+    for n in range(turns):
+        messages += [{"role": "assistant", "content": [{"type": "text", "text": "so " * 50}, {"type": "tool_use", "id": f"t{n}", "name": "Bash", "input": {"a": "ls"}}]},
+                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"t{n}", "content": [{"type": "text", "text": "out " * 300}]}]}]
+    messages[-1]["content"].append({"type": "text", "text": question})
+    return body_bytes(messages=messages, system=[{"type": "text", "text": "You help. " * 200}], tools=[
+        {"name": f"Bash{n or ''}", "description": "Runs " + "it " * 100, "input_schema": {"type": "object", "properties": {schema_word: {"type": "string", "minLength": 1}}}}
+        for n in range(30)])
+
+
+def test_what_did_not_change_is_cleaned_and_encoded_once(monkeypatch):
+    bodies, cleaned, letters = ag.BodyMemory(), [], []
+    clean, encode = ag.clean_schema, ag.json_encode
+    monkeypatch.setattr(ag, "clean_schema", lambda *a: cleaned.append(a) or clean(*a))
+    monkeypatch.setattr(ag, "json_encode", lambda value: letters.append(len(encode(value))) or encode(value))
+
+    def work(raw):
+        """(schemas cleaned, letters encoded) for one request."""
+        cleaned.clear(), letters.clear()
+        out = ag.gemini_render_request(ag.anthropic_parse_request(bodies.decode(raw), {}), target("claude-sonnet-4-6"), {}).raw
+        assert json.loads(out)["request"]["tools"][0]["functionDeclarations"][29]["name"] == "Bash29"
+        return len(cleaned), sum(letters), len(out)
+    count, _, whole = work(long_body())
+    assert count == 30
+    count, encoded, _ = work(long_body())
+    assert count == 0 and encoded < whole / 4
+    count, encoded, _ = work(long_body("and now?", turns=13))
+    assert count == 0 and encoded < whole / 4
+    assert work(long_body(schema_word="b"))[0] == 30
+
+
+def test_what_is_sound_needs_no_repair(monkeypatch):
+    sound = 0
+    for seed in range(400):
+        turns = neutral(random_conversation(random.Random(seed))).turns
+        system, repaired = ag.repair_turns(turns, mended := ag.Mended())
+        is_sound = ag.is_sound(turns)
+        with monkeypatch.context() as patch:
+            patch.setattr(ag, "is_sound", lambda turns: False)
+            slow = ag.repair_turns(turns, noted := ag.Mended())
+        assert slow == (system, repaired) and +noted == +mended, seed
+        assert not is_sound or not +noted and tuple(repaired) == turns, seed
+        assert ag.is_sound(repaired), seed
+        sound += is_sound
+    assert 50 < sound < 350
+
+
+def test_forms_of_a_turn_are_bounded():
+    bodies = ag.BodyMemory()
+    for goal in [("claude-sonnet-4-6", "sim"), ("gemini-3-flash", "sim"), ("gemini-3-flash", "gemini"), ("gemini-2.5-flash", "sim"), ("gemini-2.5-flash", "gemini")] * 2:
+        for _ in range(2):
+            request = ag.anthropic_parse_request(bodies.decode(long_body()), {})
+            fresh = ag.anthropic_parse_request(ag.json_decode(long_body()), {})
+            assert rendered_raw(request, *goal, {}) == rendered_raw(fresh, *goal, {})
+        assert all(turn.kept is None or 0 < len(turn.kept) <= ag.MOST_KEPT + 1 for turn in request.turns)
+
+
+@pytest.mark.parametrize("dialect, path, wrap", [
+    ("chat", "", lambda name, schema: {"type": "function", "function": {"name": name, "parameters": schema}}),
+    ("responses", "", lambda name, schema: {"type": "function", "name": name, "parameters": schema}),
+    ("gemini", "/v1beta/models/m:generateContent", lambda name, schema: {"functionDeclarations": [{"name": name, "parameters": schema}]})])
+def test_tools_of_every_language_are_cleaned_once(monkeypatch, dialect, path, wrap):
+    bodies, cleaned, clean = ag.BodyMemory(), [], ag.clean_schema
+    monkeypatch.setattr(ag, "clean_schema", lambda *a: cleaned.append(a) or clean(*a))
+
+    def work(word, question):
+        cleaned.clear()
+        text = {"chat": {"messages": [{"role": "user", "content": question}]}, "responses": {"input": question},
+                "gemini": {"contents": [{"role": "user", "parts": [{"text": question}]}]}}[dialect]
+        raw = body_bytes(**text, tools=[wrap(f"t{n}", {"type": "object", "properties": {word: {"type": "string", "description": "d" * 200}}}) for n in range(9)])
+        requests = [ag.DIALECTS[dialect].parse_request(decode(raw), {}, path=path) for decode in (bodies.decode, ag.json_decode)]
+        assert requests[0] == requests[1]
+        count = len(cleaned)
+        out = [json.loads(ag.gemini_render_request(request, target("gemini-3-flash"), {}).raw)["request"]["tools"] for request in requests]
+        assert out[0] == out[1] and count == 0
+        return len(cleaned) - 9             # the other has them all to do
+    assert [work("a", "one"), work("a", "two"), work("b", "two"), work("a", "three")] == [9, 0, 9, 0]
+
+
+def test_a_request_is_decoded_once_and_encoded_once(make_proxy, monkeypatch):
+    proxy, seen = make_proxy(), []
+    decode, encode = ag.BodyMemory.decode, ag.json_encode_told
+    monkeypatch.setattr(ag.BodyMemory, "decode", lambda self, raw: seen.append("decode") or decode(self, raw))
+    monkeypatch.setattr(ag, "json_encode_told", lambda body, told: seen.append("encode") or encode(body, told))
+    for text in ("one", "two"):
+        assert proxy.ask(text)[0] == 200 and seen == ["decode", "encode"]
+        seen.clear()
+
+
+def test_tools_of_one_name_but_other_schemas_do_not_mix():
+    bodies = ag.BodyMemory()
+    for word in ("a", "b", "a", "c"):
+        request = ag.anthropic_parse_request(bodies.decode(long_body(schema_word=word)), {})
+        for family, goal in (("c", target("claude-sonnet-4-6")), ("g", target("gemini-3-flash"))):
+            rows = json.loads(ag.gemini_render_request(request, goal, {}).raw)["request"]["tools"][0]["functionDeclarations"]
+            assert all(list(row["parameters"]["properties"]) == [word] for row in rows)
+
+
+def test_nothing_that_is_kept_is_changed_in_place():
+    bodies = ag.BodyMemory()
+    raw = long_body()
+    body = bodies.decode(raw)
+    before = json.dumps(body)
+    plain = ag.gemini_render_request(ag.anthropic_parse_request(body, {}), target("claude-sonnet-4-6", "antigravity"), {})
+    wire = re.sub(rb"agent-[0-9a-f]{32}", b"", plain.raw)
+    edit = ag.Edit({}, set={"contents.0.parts.0.text": "changed", "generationConfig.topK": 1}, drop=("tools.0.functionDeclarations",), system="first of all")
+    for model_id, name in (("claude-sonnet-4-6", "antigravity"), ("gemini-3-flash", "gemini"), ("gemini-3-pro-image", "antigravity"), ("m", "zai"), ("claude-opus-4-1", "anthropic")):
+        row = ag.PROVIDERS[name]
+        goal = ag.Target(ag.MODELS.get(model_id) or ag.model_from_id(model_id), row, model_id, "p", True)
+        for repairs in ((), ("core_schemas",), ("bare_schemas", "old_media"), ("calls_as_text",), ("drop tools.0.name",)):
+            for fields in ({}, {"json_schema": {"type": "object"}}, {"search": ag.SearchWish("web_search", ("a.com",)), "tools": ()}):
+                request = ag.replace(ag.anthropic_parse_request(bodies.decode(raw), {}), **fields)
+                out = ag.DIALECTS[row.dialect].render_request(request, goal, {}, frozenset(repairs))
+                edited = ag.edited_body(out.body, [edit], row)
+                assert json.loads(out._replace(body=edited).raw) == json.loads(ag.json_encode(edited))
+    again = ag.gemini_render_request(ag.anthropic_parse_request(bodies.decode(raw), {}), target("claude-sonnet-4-6", "antigravity"), {})
+    assert json.dumps(bodies.decode(raw)) == before == json.dumps(body)
+    assert re.sub(rb"agent-[0-9a-f]{32}", b"", again.raw) == wire
 
 
 # ── 13. Accounts ──────────────────────────────────────────────────────────
