@@ -186,6 +186,7 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "cors_origins": Setting((), "CORS_ORIGINS", "web origins that may call from a browser"),
 }
 
+WORKER_LASTS_S = 60             # a worker process that lived longer is begun again after 1 s
 LAST_TRY_BEGINS_S = 240         # no try begins later into a request (clients give up at 300)
 HOLD_S = 15                     # the status line waits this long for the first content
 PING_EVERY_S = 10               # silence towards a streaming client before a ping
@@ -1117,7 +1118,9 @@ def json_splice(text: str, changes: Mapping[str, str | None]) -> str:
 
 # Redaction
 
-_SECRETS: set[str] = set()      # every secret this process has seen; only ever grows
+# every secret this process has seen; only ever grows, and is read by list(), which is one step
+# beside an add() also without the interpreter lock
+_SECRETS: set[str] = set()
 _SECRET_SHAPES = re.compile(
     r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
     r"|(?i:bearer\s+)[\w.~+/=-]{8,}|(?i:[?&](?:api_?)?key=)[^&\s\"']+")
@@ -1961,6 +1964,7 @@ class Log:
 
     def __init__(self, out: Any):
         self.out, self.dropped = out, 0
+        self._lock = threading.Lock()       # guards dropped
         self._lines: collections.deque = collections.deque()
         self._wake, self._is_closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -1968,11 +1972,15 @@ class Log:
 
     def line(self, text: str, *values: Any) -> None:
         if len(self._lines) >= 10_000:
-            self.dropped += 1
+            self._drop(1)
             return
         self._lines.append((time.time(), text, values))
         if not self._wake.is_set():
             self._wake.set()
+
+    def _drop(self, count: int) -> None:
+        with self._lock:
+            self.dropped += count
 
     def request(self, record: Record, now: float) -> None:
         self.line("", record, now)
@@ -1987,9 +1995,8 @@ class Log:
         is_last = False
         while not is_last:
             self._wake.wait()
-            is_last = self._is_closing.is_set()
-            self._wake.clear()          # before the look: a line that comes now wakes it again
-            out = []
+            self._wake.clear()          # before the look: what comes now wakes it again
+            is_last, out = self._is_closing.is_set(), []
             while self._lines:
                 at, text, values = self._lines.popleft()
                 stamp = time.strftime("%H:%M:%S", time.localtime(at))
@@ -1998,7 +2005,7 @@ class Log:
                 self.out.write("".join(out))
                 self.out.flush()
             except (OSError, ValueError):
-                self.dropped += len(out)        # the terminal is gone; serving goes on
+                self._drop(len(out))        # the terminal is gone; serving goes on
             # one wake-up for the lines of a moment: 25 us a request against 97 under load
             self._is_closing.wait(LOG_EVERY_S)
 
@@ -2044,9 +2051,13 @@ class State:
         self.on_lost: Callable[[], None] = lambda: None     # its file is another one now: put again
         self.dropped = 0
         self.is_crowded = False         # much was written: time to tidy
+        self.is_shared = False          # other processes are known that learn and look here
+        self._reading = threading.Lock()        # guards the reader and what it has seen
+        self._reader, self._read_version, self._read_to = None, -1, 0
         self._jobs: collections.deque = collections.deque()     # (SQL, Event or None, values)
         self._wake = threading.Event()
         self._lock = threading.Lock()       # guards the connection
+        self._dropping = threading.Lock()       # guards dropped
         self._told = ""
         self._db = self._prepare()
         # from here on a foreign commit is noticed, and another file in its place
@@ -2077,6 +2088,38 @@ class State:
             self.tell(f"state.db cannot be read: {err}")
             return []
 
+    def news(self, table: str, most: int) -> list[tuple]:
+        """The rows that any process wrote since the last call, the newest `most` in their order.
+        For one asker, in a request's path: while nobody has committed it is [] at once (4 us, by a
+        connection that stays)."""
+        import sqlite3
+        if not self.path:
+            return []
+        with self._reading:
+            try:
+                if self._reader is None:
+                    self._reader = sqlite3.connect(self.path, timeout=5, isolation_level=None,
+                                                   check_same_thread=False)
+                ask = self._reader.execute
+                version = ask("PRAGMA data_version").fetchone()[0]
+                if version == self._read_version:
+                    return []
+                # numbers begin anew when a table was emptied
+                top = ask(f"SELECT max(rowid) FROM {table}").fetchone()[0] or 0
+                rows = ask(f"SELECT rowid, * FROM {table} WHERE rowid > ? ORDER BY rowid DESC "
+                           "LIMIT ?", (self._read_to if self._read_to <= top else 0, most)
+                           ).fetchall()
+            except sqlite3.Error:
+                return []       # `rows` would say why; the next miss asks again
+            self._read_version, self._read_to = version, rows[0][0] if rows else top
+            return [row[1:] for row in reversed(rows)]
+
+    def _forget_reader(self) -> None:
+        with self._reading:
+            if self._reader is not None:
+                self._reader.close()
+            self._reader, self._read_version, self._read_to = None, -1, 0
+
     def flush(self) -> None:
         """Returns when everything enqueued so far was written, or could not be."""
         done = threading.Event()
@@ -2086,14 +2129,19 @@ class State:
     def close(self) -> None:
         self._enqueue(None, (), True)
         self._thread.join(10)
+        self._forget_reader()
 
     def _enqueue(self, sql: Any, values: tuple, urgent: bool) -> None:
         if urgent or len(self._jobs) < 20_000:
             self._jobs.append((sql, values))
         else:
-            self.dropped += 1
+            self._drop()
         if urgent:
             self._wake.set()
+
+    def _drop(self) -> None:
+        with self._dropping:
+            self.dropped += 1
 
     def _prepare(self) -> Any:
         """A connection to the file, sound and migrated; else to a database in memory."""
@@ -2101,7 +2149,8 @@ class State:
         if self.path:
             try:
                 os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-                with file_lock(self.path):      # two processes may find the same damage
+                # two processes may find the same damage; many that start at once check in turn
+                with file_lock(self.path, 30):
                     return self._open_file()
             except (OSError, sqlite3.Error) as err:
                 self.tell(f"{self.path} is not used ({err}); limits are kept in memory only")
@@ -2169,7 +2218,8 @@ class State:
                     self._write(pending)
                     pending, retry_at, self._told = [], 0.0, ""
                 if is_end:
-                    self._db.close()
+                    with self._lock:
+                        self._db.close()
                     return
                 if now >= look_at:
                     look_at = now + 1
@@ -2190,12 +2240,16 @@ class State:
         """Notices what other processes wrote, and a file that somebody took away."""
         if self.path and self._file_id() != self._opened:
             self.tell(f"{self.path} was taken away or replaced; it is written anew from memory")
-            self._db.close()
-            self._db = self._prepare()
-            self._seen, self._opened = self._version(), self._file_id()
+            with self._lock:        # in memory from now on, it may be read by others
+                self._db.close()
+                self._forget_reader()
+                self._db = self._prepare()
+                self._seen, self._opened = self._version(), self._file_id()
             self.on_lost()
-        before, self._seen = self._seen, self._version()
+        with self._lock:
+            before, self._seen = self._seen, self._version()
         if self._seen != before:
+            self.is_shared = True
             self.on_foreign_change()
 
     def _file_id(self) -> int:
@@ -2211,7 +2265,7 @@ class State:
             self._db.executemany(sql, rows)
         except (sqlite3.InterfaceError, sqlite3.ProgrammingError, OverflowError, ValueError):
             if len(rows) == 1:
-                self.dropped += 1
+                self._drop()
             for row in rows if len(rows) > 1 else ():
                 self._execute(sql, [row])
 
@@ -2288,9 +2342,10 @@ class Calibration:
     def note(self, model: str, estimate: Callable[[], int], true: int) -> None:
         """One answer's true input; `estimate` counts the same request, later and elsewhere."""
         now = self.clock.now()
-        if true < 200 or now - self._looked_at.get(model, 0.0) < CALIBRATE_EVERY_S:
-            return              # overheads weigh too much in small ones
-        self._looked_at[model] = now
+        with self._lock:
+            if true < 200 or now - self._looked_at.get(model, 0.0) < CALIBRATE_EVERY_S:
+                return          # overheads weigh too much in small ones
+            self._looked_at[model] = now
         if self.state is None:
             self._learn(model, estimate(), true, now)
         else:
@@ -2332,7 +2387,7 @@ class Meters:
 class Memory:
     """Thinking signatures by client tool id and by content: (family, tag, raw) each.  Bounded by
     count and letters; what was used longest ago goes first, and after a day unused.  `state` keeps
-    them over a restart.  The lock guards items and size."""
+    them over a restart, and has what other processes learn.  The lock guards items and size."""
 
     def __init__(self, clock: Clock, state: State | None = None):
         self.clock, self.state = clock, state
@@ -2347,6 +2402,8 @@ class Memory:
     def get(self, key: str) -> Any:
         now = self.clock.now()
         with self._lock:
+            if key not in self._items and self.state is not None and self.state.is_shared:
+                self._take_over()
             value, at = self._items.get(key) or (None, 0.0)
             if value is None or now - at > SIGNATURES_LAST_S:
                 return None
@@ -2355,12 +2412,18 @@ class Memory:
             self[key] = value
         return value
 
+    def _take_over(self) -> None:
+        """What other processes remembered since; no message of theirs says so, a miss does."""
+        for key, family, tag, raw, at in self.state.news("signatures", MOST_SIGNATURES):
+            if self._items.get(key, (None, 0.0))[1] < at:
+                self._keep(key, (family, tag, raw), at)
+
     def __setitem__(self, key: str, value: tuple) -> None:
         now = self.clock.now()
         with self._lock:
             self._keep(key, value, now)
-        if self.state is not None:
-            self.state.put("signatures", key, *value, now)
+        if self.state is not None:      # another worker may get the conversation's next request
+            self.state.put("signatures", key, *value, now, urgent=self.state.is_shared)
 
     def _keep(self, key: str, value: tuple, at: float) -> None:
         old = self._items.pop(key, None)
@@ -2373,13 +2436,12 @@ class Memory:
 class Replies:
     """Answers that clients go on from by their id: {"previous": id, "input": items, "output":
     items, "relayed": bool}.  A day and MOST_REPLY_BYTES of them are in state.db; the newest are
-    here too, until they are written.  The lock guards what follows it."""
+    here too.  The lock guards what follows it."""
 
     def __init__(self, clock: Clock, state: State):
         self.clock, self.state = clock, state
         self._lock = threading.Lock()
         self._newest: collections.OrderedDict = collections.OrderedDict()   # id -> (row, bytes)
-        self._unwritten: set[str] = set()
         self._bytes = self._since_tidy = 0
 
     def keep(self, reply_id: str, row: dict, size: int) -> None:
@@ -2389,30 +2451,28 @@ class Replies:
             self._bytes += size - self._newest.pop(reply_id, (None, 0))[1]
             self._newest[reply_id] = row, size
             self._since_tidy += size
-            self._unwritten.add(reply_id)
             while len(self._newest) > 256 or self._bytes > MOST_REPLY_BYTES // 8:
                 self._bytes -= self._newest.popitem(last=False)[1][1]
             if self._since_tidy > MOST_REPLY_BYTES // 4:
                 self._since_tidy, self.state.is_crowded = 0, True
-        self.state.put("replies", reply_id, lambda: self._packed(reply_id, row), self.clock.now())
-
-    def _packed(self, reply_id: str, row: dict) -> bytes:
-        with self._lock:
-            self._unwritten.discard(reply_id)
-        return zlib.compress(json_encode(row).encode())
+        self.state.put("replies", reply_id, lambda: zlib.compress(json_encode(row).encode()),
+                       self.clock.now(), urgent=self.state.is_shared)
 
     def get(self, reply_id: str) -> dict | None:
         """The row, whose day begins again when half of it is over."""
         with self._lock:
             row, _ = self._newest.get(reply_id) or (None, 0)
-            is_unwritten = reply_id in self._unwritten
         if row is not None:
             return row
-        if is_unwritten:        # too big, or too many came at once
-            self.state.flush()
+        self.state.flush()      # one that is no longer among the newest may be on its way
         now = self.clock.now()
-        found = self.state.rows("replies", "id = ? AND at > ?", reply_id, now - REPLIES_LAST_S)
-        if not found:
+        # another process may be about to write one whose end its client has already
+        for pause_s in (0.0, *[0.05] * 20 * self.state.is_shared):
+            time.sleep(pause_s)
+            found = self.state.rows("replies", "id = ? AND at > ?", reply_id, now - REPLIES_LAST_S)
+            if found:
+                break
+        else:
             return None
         if now - found[0][2] > REPLIES_LAST_S / 2:
             self.state.put("replies", reply_id, found[0][1], now)
@@ -9455,7 +9515,7 @@ class ConnectionCache:
             except OSError as err:
                 raise OSError(err.errno, f"settings.ca_file cannot be used ({err.strerror})"
                               ) from err
-            self._tls[file] = context
+            self._tls.setdefault(file, context)     # one for all who came at once
         return self._tls[file]
 
     def _open(self, key: tuple, timeout_s: float) -> socket.socket:
@@ -10170,14 +10230,25 @@ class Readings:
                                               clock.now() - 86400) if state else ():
             self._take(account, pool, Window(*row))
 
-    def take_facts(self, rows: Iterable[tuple]) -> None:
-        """Takes over what is newer on disk."""
+    def take_facts(self, rows: Iterable[tuple]) -> bool:
+        """Takes over what is newer on disk; whether anything was."""
+        is_news = False
         for account, pool, *told, models, at in rows:
             known = self.facts.get((account, pool))
             if known is None or known.at < at:
                 with contextlib.suppress(ValueError, TypeError):    # another version's catalogue
                     listed = tuple(Model(*row) for row in json_decode(models.encode()))
                     self.facts[account, pool] = Facts(*told, listed, at)
+                    is_news = True
+        return is_news
+
+    def take_windows(self, rows: Iterable[tuple]) -> None:
+        """The same for readings."""
+        for account, pool, *row in rows:
+            window = Window(*row)
+            known = self.quotas.get((account, pool), {}).get(window.scope, {}).get(window.window)
+            if known is None or known.at < window.at:
+                self._take(account, pool, window)
 
     def note_facts(self, pair: tuple, facts: Facts) -> None:
         self.facts[pair] = facts
@@ -10343,6 +10414,7 @@ class AccountPool:
         self._prepared: dict[tuple, Any] = {}
         # account -> (last use, health, burst tokens), as it was last stored
         self._used = {row[0]: row[1:] for row in state.rows("used")} if state else {}
+        self._looked_at = 0.0           # for what others wrote; of the state's thread
         if state is not None:
             self.take_over()
             state.on_foreign_change, state.on_lost = self.take_over, self.put_again
@@ -10370,8 +10442,9 @@ class AccountPool:
         if edited.provider != old.provider:     # perhaps with the OAuth client that was missing
             old.failure = None
             self.rests.end(old.stop_keys[1])
-        if edited.secret != old.secret and edited.secret not in old.spent:
-            with old.lock:          # rotated by another process, or a new sign-in
+        with old.lock:      # a rotation under way must not be undone by the file as it was before
+            if edited.secret != old.secret and edited.secret not in old.spent:
+                # rotated by another process, or a new sign-in
                 old.secret, old.access_token, old.failure = edited.secret, "", None
         for name in ACCOUNT_CELLS:
             setattr(old, name, getattr(edited, name))
@@ -10782,10 +10855,18 @@ class AccountPool:
     def take_over(self) -> None:
         """What other processes learned.  Called by the state's thread; reads without the lock."""
         rests, facts = self.state.rows("rests"), self.state.rows("facts")
+        # a reading is written a moment after it was made
+        since, self._looked_at = self._looked_at - 60, self.clock.now()
+        windows = self.state.rows("quotas", "at > ? ORDER BY at", since) if since > 0 else ()
+        used = {name: at for name, at, *_ in self.state.rows("used")}
         with self._lock:
             self._recover(self.rests.take(rests))
-            self.readings.take_facts(facts)
-            self._prepared = {}
+            self.readings.take_windows(windows)
+            for account in self.accounts:
+                account.used_at = max(account.used_at, used.get(account.name, 0.0))
+            # with many processes somebody writes each second: what was prepared mostly stays
+            if self.readings.take_facts(facts):
+                self._prepared = {}
 
     def _recover(self, names: Iterable[str]) -> None:
         """Accounts that a person cleared are as good as new ones."""
@@ -10854,14 +10935,18 @@ class AccountPool:
 
     def states(self) -> list[tuple[Account, str]]:
         """Each account with its state in words."""
-        return [(a, row["state"]) for a, row in zip(self.accounts, self.report())]
+        return [(account, row["state"]) for account, row in self.reports()]
 
     def report(self) -> list[dict]:
         """Each account as JSON: its state, pools, quota windows with burn rates, and limits."""
+        return [row for _, row in self.reports()]
+
+    def reports(self) -> list[tuple[Account, dict]]:
+        """The same beside the accounts, which an edit may replace at any moment."""
         now = self.clock.now()
         with self._lock:
-            return [account_report(account, self.rests, self.readings, self.settings, now)
-                    for account in self.accounts]
+            return [(a, account_report(a, self.rests, self.readings, self.settings, now))
+                    for a in self.accounts]
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
@@ -11291,10 +11376,11 @@ class Tokens:
             return False        # being edited: what we have is as good
         for name, row in stored_accounts(stored):
             new = row.get("refresh_token")
-            if name == account.name and isinstance(new, str) and new not in (
-                    "", account.secret, *account.spent):
-                account.secret = new
-                return True
+            with account.lock:
+                if name == account.name and isinstance(new, str) and new not in (
+                        "", account.secret, *account.spent):
+                    account.secret = new
+                    return True
         return False
 
     def _refresh(self, account: Account) -> tuple[str, float]:
@@ -11303,8 +11389,9 @@ class Tokens:
         answer = oauth_refresh(secret, account, self.connections)
         new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
         if isinstance(new, str) and re.fullmatch(r"[!-~]+", new) and new != secret:
-            old, account.secret = account.secret, new
-            account.spent.add(old)                      # whatever happens to the new one [O4]
+            with account.lock:
+                old, account.secret = account.secret, new
+                account.spent.add(old)                  # whatever happens to the new one [O4]
             self.on_rotate(account, old, new)           # on disk before it is used
         try:
             lifetime = min(86400.0, max(60.0, float(lifetime)))
@@ -12156,7 +12243,8 @@ class Keeper:
     the accounts file.  Two threads, so that a slow upstream does not hold up an edit."""
 
     def __init__(self, pool: AccountPool, tokens: Tokens, reload: Callable[[], None],
-                 log: Log, touch: Callable[[Candidate], None]):
+                 log: Log, touch: Callable[[Candidate], None], is_first: bool = True):
+        self.is_first = is_first        # of several workers one asks for all of them
         self.pool, self.tokens, self.reload, self.log, self.touch = pool, tokens, reload, log, touch
         self.clock, self.connections = tokens.clock, tokens.connections
         self._stop = threading.Event()
@@ -12191,11 +12279,13 @@ class Keeper:
                 continue            # no call at all before its owner acted
             for provider in account.providers if account.provider.envelope else ():
                 key = (account.name, provider.id)
-                if now >= self._read_at.get(key, 0) + self.interval(account, provider):
+                # others read only after a refusal of their own
+                read_at = self._read_at.get(key, 0 if self.is_first else float("inf"))
+                if now >= read_at + self.interval(account, provider):
                     self.read(account, provider)
-            if account.provider.catalogue == "as asked":
+            if account.provider.catalogue == "as asked" and self.is_first:
                 self.list_models(account)
-            if account.provider.quota:
+            if account.provider.quota and self.is_first:
                 self.read_key(account)
             self._renew(account, now)
 
@@ -12281,7 +12371,7 @@ class Keeper:
     def read(self, account: Account, provider: Provider) -> ProxyError | None:
         """Reads facts where they are due, then quota; the failure, where there is one."""
         key = (account.name, provider.id)
-        self._read_at[key] = self.clock.now()
+        self._read_at[key] = self.clock.now() if self.is_first else float("inf")
         token = ""
         for is_last in (False, True):
             try:
@@ -12299,7 +12389,7 @@ class Keeper:
         if models and models != facts.models:
             self.pool.note_facts(key, facts._replace(models=models))
         self.pool.note_windows(key, windows)
-        if self.pool.settings.get("auto_refresh"):
+        if self.pool.settings.get("auto_refresh") and self.is_first:
             self._start_windows(account, provider, windows)
         return None
 
@@ -13122,8 +13212,11 @@ class Services:
     replies: Replies | None = None
     keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
+    workers: int = 1            # processes that serve the port
     learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
-    counts: dict = field(default_factory=dict)      # content key -> tokens an upstream counted
+    learning: Any = field(default_factory=threading.Lock)       # guards what is added to learned
+    # content key -> tokens an upstream counted; whoever asks in between asks the upstream again
+    counts: dict = field(default_factory=dict)
     counting: Any = field(default_factory=lambda: threading.BoundedSemaphore(8))
     stopping: threading.Event = field(default_factory=threading.Event)     # grace time is over
 
@@ -13436,7 +13529,8 @@ class Conducting:
         """A repaired request was accepted: what every request will need is kept, and so is which
         signatures were refused."""
         lasting = frozenset(filter(is_lasting, attempt.mended))
-        self.services.learned[key] = self.services.learned.get(key, frozenset()) | lasting
+        with self.services.learning:
+            self.services.learned[key] = self.services.learned.get(key, frozenset()) | lasting
         if "signatures" in attempt.mended:
             for raw in attempt.sent:
                 self.services.signatures[content_key("bad", raw)] = ("", "", "bad")
@@ -13750,7 +13844,9 @@ def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
 
 
 class Exchange:
-    """One request and its answer, while its thread or the relay works on it."""
+    """One request and its answer, while its thread or the relay works on it.  Only `wake` comes
+    from other threads: the lock, one for all of them, guards `is_woken` and `_waker`."""
+    _waking = threading.Lock()
     model = MODELS["gemini-3-flash"]        # that is asked, as far as it is known
 
     def __init__(self, downstream: Downstream, services: Services, line: RequestLine,
@@ -13931,24 +14027,28 @@ class Exchange:
 
     def pause(self, seconds: float) -> None:
         """Waits, for `wake` at most so long."""
-        self._waker = socket.socketpair()
+        pair = socket.socketpair()
+        with self._waking:
+            self._waker, is_woken = pair[1], self.is_woken
         try:
-            if not self.is_woken:       # else it was woken before there was somebody to wake
-                self._waker[0].setblocking(False)
-                self.wait(self._waker[0], seconds)
+            if not is_woken:        # else it was woken before there was somebody to wake
+                pair[0].setblocking(False)
+                self.wait(pair[0], seconds)
         except ProxyError as err:
             if err.kind != "stall":
                 raise
         finally:
-            pair, self._waker, self.is_woken = self._waker, None, False
+            with self._waking:      # nobody sends to what is closed, and may be another's by then
+                self._waker, self.is_woken = None, False
             for sock in pair:
                 sock.close()
 
     def wake(self) -> None:
         """From another thread: ends a pause, this one or the next."""
-        self.is_woken, pair = True, self._waker
-        with contextlib.suppress(OSError, TypeError):       # nobody pauses, or no longer
-            pair[1].send(b"\0")
+        with self._waking:
+            self.is_woken = True
+            if self._waker is not None:
+                self._waker.send(b"\0")     # a byte or two: never blocks
 
     def _while_held(self, now: float) -> None:
         if self.is_open:
@@ -14001,7 +14101,7 @@ def account_limits(pool: AccountPool) -> dict:
     """Each account with the binding window of each model it serves.  `email` is the label: no
     address leaves the accounts file.  An unknown fraction is null, which is not zero."""
     now, accounts, seen = pool.clock.now(), [], set()
-    for row, account in zip(pool.report(), pool.accounts):
+    for account, row in pool.reports():
         limits = {}
         for model in MODELS.values():
             mine = [c for c in pool.candidates(model) if c.account is account]
@@ -14212,7 +14312,8 @@ class RelayedStream:
 
 class Relay:
     """One thread, one selector: moves all established streams and watches idle connections.  Only
-    its thread touches selector, streams and idle; others put calls into the inbox and wake it."""
+    its thread touches selector, streams and idle; others put calls into the inbox and wake it.  A
+    call leaves the inbox when it is done, so that a stream is always in one of the two."""
 
     def __init__(self, services: Services, serve: Callable[[Downstream], None],
                  release: Callable[[Downstream], None], each_second: Callable[[float], None]):
@@ -14240,6 +14341,10 @@ class Relay:
 
     def park(self, downstream: Downstream, seconds: float) -> None:
         self._call(self._park, downstream, seconds)
+
+    def is_busy(self) -> bool:
+        """Whether it has streams, or may soon; the inbox is looked at first."""
+        return bool(self._inbox or self.streams)
 
     def end_all(self, error: ProxyError) -> None:
         self._call(lambda: [stream.end(error) for stream in list(self.streams)])
@@ -14328,7 +14433,8 @@ class Relay:
             for key, mask in ready:
                 self._guard(key.data, mask)
             while self._inbox:
-                self._guard(*self._inbox.popleft())
+                self._guard(*self._inbox[0])
+                self._inbox.popleft()       # not before it is done: a drain looks for it here
             if now >= next_look:
                 next_look = now + 1 / LOOKS_PER_S
                 self._look(now)
@@ -14864,9 +14970,10 @@ def answer_root(handler: Handler, exchange: Exchange, match: Any) -> None:
 
 def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
     server, services = handler.server, handler.services
-    report = {"status": "ok", "version": VERSION, "uptime_s": int(
-        time.monotonic() - server.started_at), "streams": len(server.relay.streams),
-        "threads": server.workers.threads, **services.meters.snapshot()}
+    report = {"status": "ok", "version": VERSION, "pid": os.getpid(), "workers": services.workers,
+              "uptime_s": int(time.monotonic() - server.started_at),
+              "streams": len(server.relay.streams), "threads": server.workers.threads,
+              **services.meters.snapshot()}
     if "deep=1" in exchange.query.split("&"):
         if server.guard is not None:
             server.guard.check(exchange.headers, time.monotonic())
@@ -14962,15 +15069,23 @@ ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
 ))
 
 
+def bind_alone(sock: socket.socket, address: tuple) -> None:
+    """Binds without http.server's reverse look-up of the host name, which may take seconds."""
+    # on Windows SO_REUSEADDR would let two programs share the port
+    name = socket.SO_EXCLUSIVEADDRUSE if os.name == "nt" else socket.SO_REUSEADDR
+    sock.setsockopt(socket.SOL_SOCKET, name, 1)
+    sock.bind(address)
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The listener: accepted connections wait in the relay for their first byte, then get a thread.
     The lock guards `connections` and `active`."""
     request_queue_size = 256
-    # on Windows it would let two programs share the port
-    allow_reuse_address = os.name != "nt"
     daemon_threads = True
 
-    def __init__(self, services: Services, host: str, port: int):
+    def __init__(self, services: Services, host: str, port: int,
+                 listener: socket.socket | None = None):
+        self.listener = listener        # one that is bound already
         self.services, self.routes = services, ROUTES
         self.guard = KeyGuard(services.config.api_key) if services.config.api_key else None
         self.connections: set[Downstream] = set()
@@ -14987,12 +15102,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.relay = Relay(services, self.workers.submit, self.release, self._refuse_overdue)
 
     def server_bind(self) -> None:
-        """Binds without http.server's reverse look-up of the host name, which may take seconds."""
-        if os.name == "nt":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        elif self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
+        if self.listener is None:
+            bind_alone(self.socket, self.server_address)
+        else:
+            self.socket.close()
+            self.socket = self.listener
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
 
@@ -15079,12 +15193,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + grace_s
-        while time.monotonic() < deadline and (self.relay.streams or self.active):
+        # active first: a request hands its stream over before it ends
+        while time.monotonic() < deadline and (self.active or self.relay.is_busy()):
             time.sleep(0.05)
         self.services.stopping.set()        # who still waits for content hears it within a second
         self.relay.end_all(ProxyError("stopping", "the proxy is stopping"))
         ended = time.monotonic() + 2
-        while time.monotonic() < ended and (self.relay.streams or self.active):
+        while time.monotonic() < ended and (self.active or self.relay.is_busy()):
             time.sleep(0.02)
         self.relay.stop()
         with self._lock:
@@ -15092,6 +15207,22 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         for downstream in left:
             self.release(downstream)
         self.services.connections.close()
+
+
+def shared_listener(host: str, port: int, number: int | None = None) -> socket.socket:
+    """A listening socket for several processes, or the inherited one with a `number`.  It does not
+    block: of all whom a connection wakes only one gets it."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, fileno=number)
+    try:
+        if number is None:
+            bind_alone(sock, (host, port))
+            sock.listen(ProxyServer.request_queue_size)
+        sock.set_inheritable(False)     # of a worker's own children
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 # ── 18. Simulated upstream ────────────────────────────────────────────────
@@ -16355,7 +16486,16 @@ class SimUpstream(http.server.ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
 
 
-def sim_provider(sim: SimUpstream, provider: Provider) -> Provider:
+class SimElsewhere(NamedTuple):
+    """A simulator that another process runs."""
+    url: str
+    accounts: Mapping[str, SimAccount]
+
+    def stop(self) -> None:
+        """Its process does."""
+
+
+def sim_provider(sim: SimUpstream | SimElsewhere, provider: Provider) -> Provider:
     """The row with every address of the simulator in place of its own."""
     ends = tuple((d, (sim.url + "/v1" * (d in ("chat", "responses")),)) for d, _ in (
         (provider.dialect, ()), *provider.endpoints))
@@ -16365,7 +16505,7 @@ def sim_provider(sim: SimUpstream, provider: Provider) -> Provider:
         userinfo_url=sim.url + "/userinfo", client_id="sim-client", client_secret="sim-secret")
 
 
-def sim_config(sim: SimUpstream, config: Config) -> Config:
+def sim_config(sim: SimUpstream | SimElsewhere, config: Config) -> Config:
     """`config` with the simulated accounts in place of the owner's."""
     accounts = tuple({"name": a.name, "provider": "sim", "refresh_token": a.refresh_token}
                      for a in sim.accounts.values())
@@ -16506,14 +16646,21 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
                  recovers: bool = False) -> Iterator[Services]:
     """Everything behind a server, or behind a command that needs the pool: the files, the accounts
     and calls upstream, with --demo to the simulator.  Closed on the way out."""
+    told = getattr(args, "as_worker", None)
     path, clock = "" if args.demo else config_path(args.accounts, os.environ), Clock()
+    # what workers share; a process that simulates alone shares nothing
+    kept = os.path.join(told.folder, "accounts.json") if told and told.folder else path
     config = load_config(path, flags, os.environ, {} if args.demo else None, recovers)
     if recovers and path:
         keep_last_good(path)
-    sim = SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S) if args.demo else None
-    config = sim_config(sim, config) if sim else config
-    state = State(os.path.join(os.path.dirname(os.path.realpath(path)), "state.db") if path else "",
+    sim = None
+    if args.demo:
+        sim = (SimElsewhere(told.simulator, {name: SimAccount(name) for name in DEMO_ACCOUNTS})
+               if told else SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S))
+        config = sim_config(sim, config)
+    state = State(os.path.join(os.path.dirname(os.path.realpath(kept)), "state.db") if kept else "",
                   warn, config.max_state_bytes)
+    state.is_shared = told is not None
     pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
                        clock, config.settings, state)
 
@@ -16523,12 +16670,13 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
                      edited.settings)
     file = AccountsFile(path, flags, log, apply)
     connections = ConnectionCache(clock, os.environ, lambda: services.config.settings)
-    tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
+    tokens = Tokens(connections, clock, small_call_error, kept, file.keep_token)
     services = Services(config, pool, connections, clock, log, Meters(), Memory(clock, state),
                         tokens, Calibration(clock, state), state, Replies(clock, state),
-                        simulator=sim.url if sim else "")
+                        simulator=sim.url if sim else "", workers=getattr(args, "workers", 1))
     services.keeper = Keeper(pool, tokens, file.watch, log,
-                             lambda candidate: touch_account(services, candidate))
+                             lambda candidate: touch_account(services, candidate),
+                             is_first=not told or told.number == 1)
     try:
         yield services
     finally:
@@ -16542,6 +16690,15 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
 
 
 @contextlib.contextmanager
+def bind_errors(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
+                          "choose another with --port") from err
+
+
+@contextlib.contextmanager
 def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServer]:
     """A listening server with everything behind it; drained on the way out."""
     flags = {name: getattr(args, name, None) for name in SETTINGS}
@@ -16550,11 +16707,10 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
     with services_for(args, Log(log_out), flags, recovers=True) as services:
         config = services.config
         check_bind(config)
-        try:
-            server = ProxyServer(services, config.host, config.port)
-        except OSError as err:
-            raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
-                              "choose another with --port") from err
+        told = getattr(args, "as_worker", None)
+        with bind_errors(config):
+            listener = told and shared_listener(config.host, config.port, told.listener)
+            server = ProxyServer(services, config.host, config.port, listener)
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept",
                          daemon=True).start()
         services.keeper.start()
@@ -16562,6 +16718,141 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
             yield server
         finally:
             server.drain(services.config.drain_s)
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system, which glibc does not do by itself where large bodies
+    left it between small things."""
+    import ctypes
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def live_until(is_over: Callable[[], bool]) -> None:
+    """Returns when `is_over`, which waits half a second, says so; memory is returned meanwhile."""
+    due_at = 0.0
+    while not is_over():
+        if time.monotonic() > due_at:
+            return_memory()
+            due_at = time.monotonic() + RETURN_MEMORY_S
+
+
+# Workers: processes that serve one port
+
+class AsWorker(NamedTuple):
+    """What a worker is told by its parent, as JSON on its command line (`--as-worker`, for nobody
+    else).  Both descriptors are inherited."""
+    number: int             # from 1; the first asks for quotas and lists of models for all
+    listener: int           # the listening socket's descriptor
+    alive: int              # of a pipe that nobody writes to: it ends when the parent is gone
+    simulator: str          # its URL, with --demo
+    folder: str             # where simulated accounts' state is shared, "" for real ones
+
+
+@dataclass
+class Worker:
+    """One place in the crew, and who has it now.  Times are monotonic."""
+    number: int
+    process: subprocess.Popen | None = None
+    began_at: float = 0.0
+    pause_s: float = 0.0        # before the next one
+    due_at: float = 0.0         # when that begins
+
+
+class Crew:
+    """The worker processes of one listening socket, each begun again when it ends, after a pause
+    that grows while none lives long.  Each is a fresh start of this file: a fork would copy locks
+    that other threads hold.  Only its thread touches the processes, until `stop` has joined it."""
+
+    def __init__(self, services: Services, listener: Any, given: list[str], folder: str,
+                 workers: list):
+        self.services, self.listener, self.given, self.folder = services, listener, given, folder
+        self.server_port = listener.getsockname()[1]
+        self.workers = workers          # to be filled; seen by who ends them at once
+        self._alive, self._kept_open = os.pipe()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="crew", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """From now on nobody can connect; returns when every worker has drained."""
+        self._ending.set()
+        self._thread.join()
+        self.listener.close()
+        processes = [w.process for w in self.workers if w.process is not None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        os.close(self._alive)
+        os.close(self._kept_open)
+
+    def _run(self) -> None:
+        # Ctrl-C goes to the whole group of the terminal; workers inherit that they do not hear it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        self.workers += map(Worker, range(1, self.services.workers + 1))
+        while not self._ending.is_set():
+            for worker in self.workers:
+                self._tend(worker, time.monotonic())
+            self._ending.wait(0.1)
+
+    def _tend(self, worker: Worker, now: float) -> None:
+        if worker.process is None and now >= worker.due_at:
+            self._start(worker, now)
+        elif worker.process is not None and worker.process.poll() is not None:
+            is_early = now - worker.began_at < WORKER_LASTS_S
+            worker.pause_s = min(30.0, worker.pause_s * 2 or 1.0) if is_early else 1.0
+            worker.due_at = now + worker.pause_s
+            code, pid, worker.process = worker.process.returncode, worker.process.pid, None
+            self.services.log.line(
+                "worker %s (pid %s) ended by %s; another begins in %s", worker.number, pid,
+                f"signal {-code}" if code < 0 else f"exit code {code}", human_s(worker.pause_s))
+
+    def _start(self, worker: Worker, now: float) -> None:
+        told = AsWorker(worker.number, self.listener.fileno(), self._alive, self.services.simulator,
+                        self.folder)
+        try:
+            worker.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), *self.given,
+                 "--as-worker", json_encode(told)], pass_fds=(told.listener, told.alive))
+        except OSError as err:      # no memory, too many processes
+            worker.due_at = now + 30
+            self.services.log.line("worker %s cannot begin: %s", worker.number, err)
+            return
+        if worker.began_at:
+            self.services.log.line("worker %s begins again (pid %s)", worker.number,
+                                   worker.process.pid)
+        worker.began_at = now
+
+
+@contextlib.contextmanager
+def running_crew(args: argparse.Namespace, log_out: Any, workers: list) -> Iterator[Crew]:
+    """Workers that serve one port; drained on the way out.  This process only looks after them."""
+    import tempfile
+    flags = {name: getattr(args, name, None) for name in SETTINGS}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="agproxy-")) if args.demo else ""
+        services = stack.enter_context(services_for(args, Log(log_out), flags, recovers=True))
+        services.state.on_foreign_change = lambda: None     # nobody asks this process's pool
+        config = services.config
+        check_bind(config)
+        with bind_errors(config):
+            listener = shared_listener(config.host, config.port)
+        crew = Crew(services, listener, args.given, folder, workers)
+        stack.callback(crew.stop)
+        yield crew
+
+
+def serve_as_worker(args: argparse.Namespace, log_out: Any) -> int:
+    """A worker's life: until its parent says so, or is gone."""
+    stopping = threading.Event()
+    # several may send it, to this process and to its parent, which sends it on: it means one thing
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.set())
+    os.set_inheritable(args.as_worker.alive, False)
+    with open(args.as_worker.alive, "rb", buffering=0) as alive, running_proxy(args, log_out):
+        live_until(lambda: stopping.is_set() or bool(readable([alive], 0.5)))
+    return 0
 
 
 def offline(args: argparse.Namespace) -> contextlib.AbstractContextManager[Services]:
@@ -16590,7 +16881,7 @@ def client_options(client: str, url: str) -> list[str]:
     return ["-c", "model_providers.agproxy=" + provider, "-c", 'model_provider="agproxy"']
 
 
-def server_url(server: ProxyServer) -> str:
+def server_url(server: ProxyServer | Crew) -> str:
     host = server.services.config.host
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{host}:{server.server_port}"
@@ -16626,52 +16917,63 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def return_memory() -> None:
-    """Gives freed memory back to the system, which glibc does not do by itself where large bodies
-    left it between small things."""
-    import ctypes
-    with contextlib.suppress(AttributeError, OSError, TypeError):       # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
+    services = server.services
+    config, url = services.config, server_url(server)
+    mode = "  (demo: simulated accounts)" if is_demo else ""
+    others = " and the machine's other addresses" if config.host in ("0.0.0.0", "::") else ""
+    say(f"agproxy {VERSION} listens on {url}{others}{mode}")
+    if services.workers > 1:
+        say(f"workers   {services.workers} processes")
+    say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
+    say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
+                                 for a, state in services.pool.states()))
+    policies = {a.provider.policy for a in services.pool.accounts} - {""}
+    say(*(f"terms     {policy}" for policy in sorted(policies)))
+    key = "$PROXY_API_KEY" if config.api_key else "agproxy"
+    say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
+        f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
+        f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
+    if services.simulator:
+        say(f"simulator {services.simulator}  "
+            """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
+
+
+def log_stream(args: argparse.Namespace) -> Any:
+    """Where the log goes; where several processes write to it, they do so line by line."""
+    out = open(args.log_file, "a", encoding="utf-8") if args.log_file else sys.stdout
+    if args.workers > 1:
+        out.reconfigure(line_buffering=True)
+    return out
 
 
 def command_serve(args: argparse.Namespace) -> int:
+    if args.workers > 1 and os.name == "nt":
+        raise ConfigError("--workers: on Windows one process serves; leave it out")
+    if args.as_worker:
+        return serve_as_worker(args, log_stream(args))
     if lacks_account(args):
         return 4
     raise_descriptor_limit()
-    out = open(args.log_file, "a", encoding="utf-8") if args.log_file else sys.stdout
     stopping = threading.Event()
+    workers: list[Worker] = []
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
-            os._exit(130)       # the second signal ends at once
+        if stopping.is_set():       # the second signal ends at once
+            for process in [w.process for w in workers]:
+                if process is not None:
+                    process.kill()
+            os._exit(130)
         stopping.set()
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
-    with running_proxy(args, out) as server:
-        config, url = server.services.config, server_url(server)
-        mode = "  (demo: simulated accounts)" if args.demo else ""
-        others = " and the machine's other addresses" if config.host in ("0.0.0.0", "::") else ""
-        say(f"agproxy {VERSION} listens on {url}{others}{mode}")
-        say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
-        say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
-                                     for a, state in server.services.pool.states()))
-        policies = {a.provider.policy for a in server.services.pool.accounts} - {""}
-        say(*(f"terms     {policy}" for policy in sorted(policies)))
-        key = "$PROXY_API_KEY" if config.api_key else "agproxy"
-        say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
-            f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
-            f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
-        if server.services.simulator:
-            say(f"simulator {server.services.simulator}  "
-                """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
-        return_memory()
-        returned_at = time.monotonic()
-        while not stopping.wait(0.5):
-            if time.monotonic() - returned_at > RETURN_MEMORY_S:
-                return_memory()
-                returned_at = time.monotonic()
+    out = log_stream(args)
+    with (running_crew(args, out, workers) if args.workers > 1
+          else running_proxy(args, out)) as server:
+        say_banner(server, args.demo)
+        live_until(lambda: stopping.wait(0.5))
         say("stopping: running answers are finished first, a second signal ends at once")
     return 0
 
@@ -17288,6 +17590,12 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log-file", metavar="FILE", help="log here instead of the terminal")
 
 
+def worker_count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,2}", text):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to 999 is required, not {text!r}")
+    return int(text)
+
+
 def _add_account_actions(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(dest="action", metavar="ACTION")
     command.set_defaults(json=False, models=False)
@@ -17341,6 +17649,11 @@ def build_parser() -> argparse.ArgumentParser:
                              help="more lines in the log, traces on errors")
         if is_server:
             _add_server_options(command)
+        if name == "serve":
+            command.add_argument("--workers", type=worker_count, default=1, metavar="N",
+                                 help="processes that serve the port (1); not on Windows")
+            command.add_argument("--as-worker", type=lambda text: AsWorker(*json.loads(text)),
+                                 help=argparse.SUPPRESS)
         if name == "run":
             command.add_argument("client", help="program to start, for example claude")
             command.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
@@ -17372,6 +17685,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["serve", *arguments]
     args = build_parser().parse_args(arguments)
+    args.given = arguments
     try:
         return COMMANDS[args.command][0](args)
     except BrokenPipeError:         # `| head` has seen enough

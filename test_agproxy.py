@@ -3293,7 +3293,9 @@ def test_a_silent_stream_is_kept_alive_by_pings_and_beats(make_proxy, monkeypatc
 
 def test_a_slow_client_slows_its_upstream_and_loses_nothing(make_proxy):
     proxy = make_proxy({"a": None})
-    sock = open_stream(proxy, "count to 100000")
+    # accepted sockets inherit it: else the system takes the whole answer off our hands
+    proxy.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    sock = open_stream(proxy, "count to 50000")
     until(lambda: any(s.pending for s in proxy.server.relay.streams))
     [stream] = proxy.server.relay.streams
     assert len(stream.pending) < 4 << 20
@@ -3303,7 +3305,7 @@ def test_a_slow_client_slows_its_upstream_and_loses_nothing(make_proxy):
     reader = ag.BodyReader("chunked", 1 << 30)
     body = reader.feed(data.partition(b"\r\n\r\n")[2])
     blocks, stop = check_anthropic_stream(events_of(body))
-    assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 100001)]
+    assert stop == "end_turn" and blocks[0][1].split() == [str(n) for n in range(1, 50001)]
     sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")       # the connection goes on
     assert sock.recv(65536).startswith(b"HTTP/1.1 200")
     sock.close()
@@ -6186,6 +6188,375 @@ def test_two_servers_and_commands_share_one_file_and_what_they_learn(vendor):
         assert one("POST", "/v1/messages", {**ASK, "model": "claude-opus-4-8"})[0] == 200
 
 
+# Several workers
+
+several_workers = pytest.mark.skipif(os.name == "nt", reason="Windows has one process")
+
+
+class Line:
+    """A connection that stays, so that one worker answers all of its requests."""
+
+    def __init__(self, port):
+        self.client = http.client.HTTPConnection("127.0.0.1", port)
+        self.health = self.call("GET", "/health")[2]
+        self.pid = self.health["pid"]
+
+    def call(self, method, path, body=None):
+        self.client.request(method, path, json.dumps(body) if body else None)
+        response = self.client.getresponse()
+        raw = response.read()
+        return response.status, dict(response.getheaders()), json.loads(raw)
+
+    def close(self):
+        self.client.close()
+
+
+def lines_to(port, count):
+    """A Line to each of `count` workers: fresh connections until all of them have answered."""
+    lines = {}
+    while len(lines) < count:
+        line = Line(port)
+        if line.pid in lines:
+            line.close()
+        lines.setdefault(line.pid, line)
+    return list(lines.values())
+
+
+@contextlib.contextmanager
+def crew(*arguments, env=None, count=2):
+    """A parent with workers: (port, its process, the lines it prints)."""
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--port", "0",
+                                "--workers", str(count), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True,
+                               env={**os.environ, **(env or {}), "PYTHONIOENCODING": "utf-8"})
+    told = []
+    port = int(next(m[1] for line in process.stdout for m in [re.search(r"listens on http://[^:]+:(\d+)", line)] if m))
+    reader = threading.Thread(target=lambda: told.extend(process.stdout), daemon=True)
+    reader.start()
+    try:
+        yield port, process, told
+    finally:
+        process.terminate()
+        process.wait()
+        reader.join()       # the last of the workers has closed it
+        process.stdout.close()
+
+
+def is_gone(pid):
+    """Whether no such process runs; one that nobody has asked for its end counts as gone."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as handle:
+            return handle.read().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:         # there is no /proc on macOS
+        return False
+
+
+def is_refused(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+@several_workers
+def test_workers_share_a_port_and_one_that_dies_is_begun_again():
+    with crew("--demo") as (port, process, told):
+        lines = lines_to(port, 2)
+        assert {line.health["workers"] for line in lines} == {2} and process.pid not in {line.pid for line in lines}
+        killed = lines[0].pid
+        os.kill(killed, signal.SIGKILL)
+        for _ in range(20):         # the other one goes on, on connections old and new
+            assert lines[1].call("POST", "/v1/messages", ASK)[0] == 200
+        fresh = Line(port)
+        assert fresh.pid != killed and fresh.call("POST", "/v1/messages", ASK)[0] == 200
+        again = lines_to(port, 2)
+        assert killed not in {line.pid for line in again}
+        for line in (*lines, fresh, *again):
+            line.close()
+        until(lambda: any("begins again" in line for line in told))
+    assert process.returncode == 0
+    assert any(f"worker 1 (pid {killed}) ended by signal 9; another begins in 1s" in line
+               or f"worker 2 (pid {killed}) ended by signal 9; another begins in 1s" in line for line in told), told
+    assert sum("workers   2 processes" in line for line in told) == 1 and not any("Traceback" in line for line in told)
+    assert is_refused(port)
+
+
+def slow_stream(port):
+    """A connection whose streamed answer is under way, as an open response."""
+    client = http.client.HTTPConnection("127.0.0.1", port)
+    text = "say " + "word " * 400
+    client.request("POST", "/v1/messages", json.dumps({**ASK, "max_tokens": 4096, "stream": True, "messages": [
+        {"role": "user", "content": text}]}))
+    response = client.getresponse()
+    assert response.status == 200 and response.read(1)
+    return client, response
+
+
+@several_workers
+@pytest.mark.parametrize("to", ["parent", "group", "twice"])
+def test_a_signal_drains_the_workers(to):
+    with crew("--demo") as (port, process, told):
+        streams = [slow_stream(port) for _ in range(4)]
+        if to == "parent":
+            process.send_signal(signal.SIGINT)
+        elif to == "group":         # Ctrl-C in a terminal
+            os.killpg(process.pid, signal.SIGINT)
+        else:                       # a service manager tells each process, the parent tells its workers again
+            os.killpg(process.pid, signal.SIGTERM)
+        for client, response in streams:
+            assert b"message_stop" in response.read()
+            client.close()
+        assert process.wait() == 0
+    assert any(line.startswith("stopping") for line in told) and not any("Traceback" in line for line in told)
+
+
+@several_workers
+def test_a_second_signal_ends_workers_at_once():
+    with crew("--demo") as (port, process, told):
+        pids = [line.pid for line in lines_to(port, 2) if not line.close()]
+        client, response = slow_stream(port)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: any(line.startswith("stopping") for line in told))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 130
+        until(lambda: all(map(is_gone, pids)))
+        client.close()
+
+
+@several_workers
+def test_workers_end_when_their_parent_is_gone():
+    with crew("--demo", "--host", "127.0.0.1") as (port, process, told):
+        lines = lines_to(port, 2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        until(lambda: all(is_gone(line.pid) for line in lines))
+        assert is_refused(port)
+        for line in lines:
+            line.close()
+
+
+@several_workers
+def test_workers_share_limits_answers_tokens_and_edits(vendor):
+    assert accounts(vendor, "add", "--refresh-token", "-", input="1//sim-refresh-ann\nyes\n").returncode == 0
+    with crew(env=vendor.env) as (port, process, told):
+        one, two = lines_to(port, 2)
+        first = {"model": "gemini-3-flash", "input": "hello", "store": True}
+        refreshes = vendor.refreshes
+        jobs = [threading.Thread(target=line.call, args=("POST", "/v1/responses", first)) for line in (one, two)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        assert vendor.refreshes - refreshes <= 1        # the one of `accounts add` is still good, or one for both
+        body = one.call("POST", "/v1/responses", first)[2]
+        for turn in range(6):           # each turn lands on the other worker, as soon as the last one is answered
+            line = (two, one)[turn % 2]
+            status, _, body = line.call("POST", "/v1/responses", {**first, "input": f"turn {turn}",
+                                                                  "previous_response_id": body["id"]})
+            assert status == 200, body
+        assert "turn 4" in json.dumps(vendor.requests[-1]) and "hello" in json.dumps(vendor.requests[-1])
+        assert two.call("POST", "/v1/responses", {**first, "previous_response_id": "resp_unknown"})[0] == 400
+        vendor.plan("ann", "quota")
+        assert one.call("POST", "/v1/messages", {**ASK, "model": "claude-opus-4-8"})[0] == 429
+
+        def rests(line):
+            return line.call("GET", "/account-limits")[2]["accounts"][0]["rateLimitCooldownRemaining"]
+        until(lambda: rests(two) > 0 and rests(one) > 0)
+        calls = vendor.accounts["ann"].calls
+        assert two.call("POST", "/v1/messages", {**ASK, "model": "claude-opus-4-8"})[0] == 429
+        assert vendor.accounts["ann"].calls == calls
+        assert accounts(vendor, "clear").returncode == 0
+        until(lambda: rests(two) == 0 == rests(one))
+        assert accounts(vendor, "add", "--provider", "gemini", "--key", "-", "--name", "k",
+                        input="sim-key-bob\n").returncode == 0
+        until(lambda: all(line.call("GET", "/account-limits")[2]["totalAccounts"] == 2 for line in (one, two)))
+        one.close()
+        two.close()
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "", "1.5", "1000"])
+def test_a_number_of_workers_that_is_none_is_a_usage_error(count):
+    done = run_program("serve", "--demo", "--workers", count)
+    assert done.returncode == 2 and "--workers" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_windows_says_that_it_has_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(ag.os, "name", "nt")
+    assert ag.main(["serve", "--demo", "--workers", "2"]) == 1
+    monkeypatch.undo()
+    assert "on Windows one process serves" in capsys.readouterr().err
+
+
+@several_workers
+def test_workers_that_cannot_listen_or_lack_a_key_say_so_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_program("serve", "--demo", "--workers", "2", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1 and done.stderr.count("cannot be listened on") == 1 and not done.stdout
+    done = run_program("serve", "--demo", "--workers", "2", "--host", "0.0.0.0", env={"PROXY_API_KEY": "short"})
+    assert done.returncode == 1 and done.stderr.count("PROXY_API_KEY") == 1
+
+
+@several_workers
+def test_workers_write_one_log_file_line_by_line(tmp_path):
+    path = tmp_path / "log.txt"
+    with crew("--demo", "--log-file", str(path)) as (port, process, told):
+        lines = lines_to(port, 2)
+        jobs = [threading.Thread(target=lambda line=line: [line.call("POST", "/v1/messages", ASK) for _ in range(10)])
+                for line in lines]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        for line in lines:
+            line.close()
+    written = path.read_text(encoding="utf-8").splitlines()
+    assert sum(" gemini-3-flash -> " in line for line in written) == 20, written
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in written)
+
+
+def test_a_worker_that_keeps_dying_is_begun_again_ever_more_slowly():
+    class Log:
+        lines = []
+
+        def line(self, text, *values):
+            self.lines.append(text % values)
+
+    class Dead:
+        pid, returncode = 7, 3
+
+        def poll(self):
+            return 3
+    tender, pauses = ag.Crew.__new__(ag.Crew), []
+    tender.services = collections.namedtuple("Services", "log")(Log())
+    tender._start = lambda worker, now: worker.__dict__.update(process=Dead(), began_at=now)
+    worker, now = ag.Worker(1), 1000.0
+    for _ in range(8):
+        tender._tend(worker, now)           # begins
+        tender._tend(worker, now)           # is found dead
+        pauses.append(worker.pause_s)
+        tender._tend(worker, now + worker.pause_s - 0.01)
+        assert worker.process is None       # not before its time
+        now += worker.pause_s
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    tender._tend(worker, now)
+    tender._tend(worker, now + ag.WORKER_LASTS_S)
+    assert worker.pause_s == 1
+    assert "worker 1 (pid 7) ended by exit code 3; another begins in 1s" in Log.lines[0]
+
+
+@pytest.fixture
+def two_states(tmp_path):
+    """Two processes' views of one state.db, which know of each other."""
+    states = [ag.State(str(tmp_path / "state.db"), lines_of_nobody) for _ in range(2)]
+    for state in states:
+        state.is_shared = True
+    yield states
+    for state in states:
+        state.close()
+
+
+def test_a_signature_that_one_process_remembers_is_found_by_another(two_states):
+    clock = FakeClock()
+    one, two = (ag.Memory(clock, state) for state in two_states)
+    assert two.get("call-1") is None
+    one["call-1"] = ("gemini3", "tag", "raw-1")
+    two_states[0].flush()
+    assert two.get("call-1") == ("gemini3", "tag", "raw-1")
+    clock.at += 10
+    one["call-1"] = ("gemini3", "tag", "raw-2")
+    two["call-2"] = ("claude", "", "raw-3")
+    for state in two_states:
+        state.flush()
+    assert one.get("call-2") == ("claude", "", "raw-3") and two.get("call-1") == ("gemini3", "tag", "raw-1")
+    assert two.get("none") is None and two.get("call-1")[2] == "raw-2"      # a miss takes over all that is new
+    assert two._letters == sum(len(value[2]) for value, _ in two._items.values())
+
+
+def test_a_miss_costs_no_query_while_nobody_writes(two_states):
+    memory, queries = ag.Memory(FakeClock(), two_states[0]), []
+    memory.get("none")
+    two_states[0]._reader.set_trace_callback(queries.append)
+    for number in range(50):
+        assert memory.get(f"none-{number}") is None
+    assert len(queries) == 50 and set(queries) == {"PRAGMA data_version"}
+
+
+def test_signatures_are_found_after_their_table_was_emptied_or_their_file_replaced(two_states):
+    clock = FakeClock()
+    one, two = (ag.Memory(clock, state) for state in two_states)
+    for number in range(5):
+        one[f"call-{number}"] = ("gemini3", "tag", "raw")
+    two_states[0].flush()
+    assert two.get("call-4")
+    two_states[0]._enqueue("DELETE FROM signatures", (), True)
+    one["call-9"] = ("gemini3", "tag", "new")
+    two_states[0].flush()
+    assert two.get("call-9")[2] == "new"
+    for ending in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            os.unlink(two_states[0].path + ending)
+    until(lambda: os.path.exists(two_states[0].path) and all(s._opened == s._file_id() for s in two_states))
+    one["call-10"] = ("gemini3", "tag", "newest")
+    two_states[0].flush()
+    assert two.get("call-10")[2] == "newest"
+
+
+def test_an_answer_that_another_process_is_about_to_write_is_waited_for(two_states, monkeypatch):
+    clock, pauses = FakeClock(), []
+    one, two = (ag.Replies(clock, state) for state in two_states)
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            one.keep("resp_1", {"previous": None, "input": [], "output": ["x"]}, 10)
+            two_states[0].flush()
+    monkeypatch.setattr(ag.time, "sleep", pause)
+    assert two.get("resp_1")["output"] == ["x"] and len(pauses) == 4
+    assert two.get("resp_2") is None and sum(pauses[4:]) == pytest.approx(1)
+    two_states[1].is_shared = False
+    del pauses[:]
+    assert two.get("resp_2") is None and sum(pauses) == 0       # alone nobody else can bring it
+
+
+def test_readings_and_last_uses_of_one_process_are_known_to_another(two_states):
+    clock = ag.Clock()
+    pools = [ag.AccountPool([ag.account_from_row({"name": "a", "provider": "gemini", "api_key": "k"}, ag.PROVIDERS)],
+                            clock, {"strategy": "sticky"}, state) for state in two_states]
+    now = clock.now()
+    pools[0].note_windows(("a", "gemini"), [ag.Window("account", "5h", 0.25, now + 900, now)])
+    lease = pools[0].borrow(pools[0].candidates(ag.MODELS["gemini-3-flash"])[0])
+    lease.settle()
+    two_states[0].flush()
+    until(lambda: pools[1].readings.windows(("a", "gemini")) and pools[1].accounts[0].used_at)
+    assert pools[1].readings.windows(("a", "gemini"))[0].fraction == 0.25
+    assert pools[1].accounts[0].used_at == pools[0].accounts[0].used_at
+    prepared = pools[1].candidates(ag.MODELS["gemini-3-flash"])
+    pools[1].take_over()            # an older reading or nothing new leaves everything as it is
+    assert pools[1].candidates(ag.MODELS["gemini-3-flash"]) is prepared
+    assert len(pools[1].readings.points["a", "gemini", "account", "5h"]) == 1
+
+
+def test_of_several_workers_one_asks_upstreams_ahead_of_need(make_proxy):
+    proxy = make_proxy({"a": None}, provider="antigravity")
+    first, other = (ag.Keeper(proxy.pool, proxy.services.tokens, lambda: None, proxy.log, lambda _: None, is_first)
+                    for is_first in (True, False))
+    account = proxy.pool.accounts[0]
+    asked = []
+    for keeper in (first, other):
+        keeper.read = lambda account, provider, keeper=keeper: asked.append(keeper)
+        keeper.read_key = keeper.list_models = lambda account, keeper=keeper: asked.append(keeper)
+        keeper.tick()
+    assert asked and set(asked) == {first}
+    del asked[:]
+    other.after_quota(account, account.providers[0])
+    other._read_at = {key: at - 6 for key, at in other._read_at.items()}       # six seconds later
+    other.tick()
+    assert asked == [other]         # what it saw itself it looks into
+
+
 def test_an_agents_work_goes_on_while_accounts_come_go_and_run_dry(vendor):
     for name in ("bob", "ann"):
         assert accounts(vendor, "add", "--refresh-token", "-", input=f"1//sim-refresh-{name}\nyes\n").returncode == 0
@@ -7671,6 +8042,249 @@ def test_an_earlier_response_is_the_business_of_an_upstream_that_knows_it(staged
     body = {"model": "gpt-sim", "input": "hi", "previous_response_id": "resp_theirs"}
     assert proxy.call("POST", "/v1/responses", body)[0] == 200
     assert proxy.upstream.heard[-1].body == body
+
+
+# Threads
+
+def at_once(count, work):
+    """Runs `work(number)` in `count` threads that begin together and switch as often as they can."""
+    gate, failures, usual = threading.Barrier(count), [], sys.getswitchinterval()
+
+    def run(number):
+        try:
+            gate.wait()
+            work(number)
+        except BaseException as err:        # told by the test's own thread
+            failures.append(err)
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(count)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(usual)
+    if failures:
+        raise failures[0]
+
+
+class Slow(dict):
+    """One that lets other threads run between a look and what follows from it."""
+
+    def get(self, *key):
+        found = super().get(*key)
+        time.sleep(1e-5)
+        return found
+
+
+class Woken:
+    """The end of an Exchange that a pool wakes."""
+    _waking, is_woken, _waker = threading.Lock(), False, None
+    pause, wake = ag.Exchange.pause, ag.Exchange.wake
+
+    def __init__(self):
+        self.slept = 0
+
+    def wait(self, sock, seconds):
+        if not ag.readable([sock], seconds):
+            self.slept += 1
+            raise ag.ProxyError("stall", "nobody woke it")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_never_get_more_leases_than_an_account_allows(seed):
+    rows = [{"name": f"a{n}", "provider": "gemini", "api_key": f"k-{n}", "max_in_flight": n + 1} for n in range(3)]
+    pool = ag.AccountPool([ag.account_from_row(row, ag.PROVIDERS) for row in rows], ag.Clock(),
+                          {"strategy": ("sticky", "round-robin", "hybrid")[seed], **{
+                              name: ag.SETTINGS[name].default for name in ag.SETTINGS if name.startswith("hybrid")}})
+    candidates = pool.candidates(ag.MODELS["gemini-3-flash"])
+    lent, most, lock, served = collections.Counter(), collections.Counter(), threading.Lock(), []
+
+    def work(number):
+        draw, client = random.Random(f"{seed} {number}"), Woken()
+        for turn in range(40):
+            ask = ag.Ask(f"s{draw.randrange(5)}", f"agent{number % 3}", client.wake)
+            while True:
+                choice = pool.lease(candidates, (), ask)
+                if choice.lease is not None:
+                    break
+                client.pause(0.05)
+            name = choice.lease.candidate.account.name
+            with lock:
+                lent[name] += 1
+                most[name] = max(most[name], lent[name])
+            if draw.random() < 0.3:
+                pool.note_windows((name, "gemini"), [ag.Window("account", "5h", draw.random() or 1.0, 0, time.time())])
+                pool.report(), pool.states(), pool.history()
+            if draw.random() < 0.2:
+                pool.replace([ag.account_from_row(row, ag.PROVIDERS) for row in rows], pool.settings)
+            with lock:
+                lent[name] -= 1
+            choice.lease.settle(is_success=True)
+            pool.leave(ask)
+            served.append(name)
+    at_once(12, work)
+    assert all(most[row["name"]] <= row["max_in_flight"] for row in rows), most
+    assert len(served) == 480 and pool.in_flight == 0 and not pool.queue.waiting and not pool._probing
+    assert [(a.in_flight, a.reserved) for a in pool.accounts] == [(0, 0)] * 3
+
+
+def test_a_wake_is_never_lost():
+    class Halting(Woken):
+        """One whose threads halt where the two sides meet."""
+
+        def __setattr__(self, name, value):
+            time.sleep(1e-5 * (name in ("_waker", "is_woken")))
+            super().__setattr__(name, value)
+    client, turns = Halting(), 400
+    paused = threading.Semaphore(0)
+
+    def work(number):
+        for _ in range(turns):
+            if number:
+                client.pause(5)
+                paused.release()
+            else:           # before it pauses, on its way, or while it does
+                client.wake()
+                paused.acquire()
+    at_once(2, work)
+    assert client.slept == 0 and client._waker is None
+
+
+def test_threads_count_exactly(monkeypatch):
+    meters, release = ag.Meters(), threading.Event()
+
+    class Stuck:
+        lines = 0
+
+        def write(self, line):
+            release.wait()
+            self.lines += 1
+
+        def flush(self):
+            pass
+    out = Stuck()
+    log = ag.Log(out)
+    log._lines.maxsize = 5          # the rest is dropped while nobody reads
+    state = ag.State.__new__(ag.State)
+    state.dropped, state._dropping = 0, threading.Lock()
+
+    def work(number):
+        for n in range(500):
+            meters.add(requests=1, output_tokens=n)
+            log.line("%s", n)
+            state._drop()
+    at_once(8, work)
+    release.set()
+    log.close()
+    assert meters.snapshot() == {"requests": 4000, "output_tokens": 8 * sum(range(500))}
+    assert out.lines + log.dropped == 4000 and state.dropped == 4000
+
+
+def test_what_threads_remember_stays_bounded_and_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(ag, "MOST_SIGNATURES", 40)
+    monkeypatch.setattr(ag, "MOST_SIGNATURE_LETTERS", 2000)
+    monkeypatch.setattr(ag, "MOST_REPLY_BYTES", 80_000)
+    state = ag.State(str(tmp_path / "state.db"), lines_of_nobody)
+    other = ag.State(str(tmp_path / "state.db"), lines_of_nobody)
+    state.is_shared = other.is_shared = True
+    memories, replies = [ag.Memory(ag.Clock(), s) for s in (state, other)], ag.Replies(ag.Clock(), state)
+
+    def work(number):
+        draw = random.Random(number)
+        for turn in range(60):
+            memory, key = memories[number % 2], f"k{draw.randrange(60)}"
+            memory[key] = ("f", "t", key * draw.randrange(1, 30))
+            found = memories[draw.randrange(2)].get(f"k{draw.randrange(60)}")
+            assert found is None or found[:2] == ("f", "t")
+            mine = f"r{number}-{turn}"
+            replies.keep(mine, {"output": [mine]}, draw.randrange(1, 3000))
+            assert replies.get(mine)["output"] == [mine]
+            ag.remember_secret(f"secret-{number}-{turn}")
+            assert mine in ag.redact(mine)
+    at_once(8, work)
+    for memory in memories:
+        assert len(memory._items) <= 40
+        assert memory._letters == sum(len(value[2]) for value, _ in memory._items.values()) <= 2000
+    assert len(replies._newest) <= 256
+    assert replies._bytes == sum(size for _, size in replies._newest.values()) <= 10_000
+    state.close()
+    other.close()
+    for number in range(8):
+        assert "secret-" not in ag.redact(f"secret-{number}-59")
+        ag._SECRETS.difference_update(f"secret-{number}-{turn}" for turn in range(60))
+
+
+def test_what_threads_learn_at_once_is_all_kept(make_proxy, monkeypatch):
+    services = make_proxy({"a": None}).services
+    services.learned, services.calibration._looked_at = Slow(), Slow()
+    monkeypatch.setattr(ag, "is_lasting", lambda repair: True)
+
+    def work(number):
+        conducting = ag.Conducting.__new__(ag.Conducting)
+        conducting.services = services
+        for turn in range(50):
+            conducting._learn(("sim", "m", "gemini"), ag.Attempt([], mended=[f"{number}-{turn}"]))
+            services.calibration.note("m", lambda: 100, 1000)
+    at_once(8, work)
+    assert len(services.learned["sim", "m", "gemini"]) == 400
+    assert sum(map(len, services.calibration._ratios.values())) == 1       # of all that came at once one was looked at
+
+
+def test_an_edit_never_undoes_a_rotation_under_way(monkeypatch, tmp_path):
+    row = {"name": "a", "provider": "antigravity", "refresh_token": "token-0"}
+    pool = ag.AccountPool([ag.account_from_row(row, ag.PROVIDERS)], ag.Clock(), {"strategy": "sticky"})
+    account, clock = pool.accounts[0], ag.Clock()
+
+    class Spent(set):
+        def add(self, token):
+            time.sleep(1e-5)        # others may run before it is known
+            super().add(token)
+    account.spent = Spent()
+    tokens = ag.Tokens(ag.ConnectionCache(clock, {}), clock, ag.small_call_error)
+    monkeypatch.setattr(ag, "oauth_refresh", lambda secret, *_: {
+        "access_token": "x", "refresh_token": f"token-{int(secret.partition('-')[2]) + 1}"})
+
+    def work(number):
+        for _ in range(200):
+            if number:
+                pool.replace([ag.account_from_row(row, ag.PROVIDERS)], pool.settings)   # the file as it was before
+            else:
+                tokens._refresh(account)
+    at_once(3, work)
+    assert account.secret == "token-200" and len(account.spent) == 200
+
+
+def test_threads_share_one_tls_context_for_a_file(monkeypatch):
+    cache, made, given = ag.ConnectionCache(ag.Clock(), {}), [], []
+
+    def make():
+        context = object()
+        made.append(context)
+        time.sleep(0.001 * len(made))
+        return context
+    monkeypatch.setattr(ag.ssl, "create_default_context", make)
+    at_once(8, lambda number: given.append(cache._tls_context()))
+    assert len(given) == 8 and len(set(map(id, given))) == 1
+
+
+def test_a_stream_on_its_way_into_the_relay_keeps_a_drain_waiting(make_proxy):
+    relay = make_proxy({"a": None}).server.relay
+
+    class Marker:
+        def tick(self, now):
+            pass
+    markers = [Marker() for _ in range(300)]
+
+    def work(number):
+        for marker in markers[number::4]:
+            relay._call(relay.streams.add, marker)
+            assert relay.is_busy()
+    at_once(4, work)
+    until(lambda: len(relay.streams) == 300)
+    relay._call(relay.streams.clear)
+    until(lambda: not relay.is_busy())
 
 
 # House rules ----------------------------------------------------------------
