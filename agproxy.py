@@ -112,6 +112,7 @@ import traceback
 import urllib.parse
 import zlib
 from dataclasses import dataclass, field, replace
+from json.decoder import scanstring
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
@@ -208,6 +209,7 @@ MAX_MODEL_NAME = 200
 MAX_JSON_DEPTH = 200
 MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic time
 MAX_EVENT_BYTES = 16 << 20      # one upstream event
+MAX_UNREAD_USAGES = 1000        # of a stream, kept as they came until somebody asks
 MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
 MAX_ERROR_BYTES = 1 << 20       # the body of an upstream's error
 MAX_ERROR_LETTERS = 4000        # of its message: patterns look for its meaning
@@ -1051,10 +1053,25 @@ class BodyMemory:
 BODIES = BodyMemory()
 
 
+def told_by(escaped: str) -> str:
+    """What the inside of a JSON string says; raises ValueError where it is none."""
+    return scanstring(escaped + '"', 0)[0]
+
+
+# The inside of a JSON string that may be copied as it is: not empty, no escape that is none, and
+# no halves of surrogate pairs, which could meet their other half in another text.
+PLAIN_TEXT = (r'(?!")[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4})'
+              r'[^"\\\x00-\x1f]*)*')
+
+
+# made once: json.loads with these would make it again, 4 us a look
+_TELLER = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
+
+
 def is_json(text: str) -> bool:
     """Whether a text is one JSON value."""
     with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text, parse_float=finite, parse_constant=refuse_constant)
+        _TELLER.decode(text)
         return True
     return False
 
@@ -2685,7 +2702,7 @@ def _events_of(text: str) -> list[str]:
 
 def whole_events(text: str) -> list[str]:
     """The events of a text as they stand, for those who relay them."""
-    return [event for event in text.split("\n\n") if event.strip("\n")]
+    return [event for event in text.split("\n\n") if event and event != "\n"]
 
 
 class SseSplitter:
@@ -2699,6 +2716,30 @@ class SseSplitter:
         self._size, self._half = 0, b""     # a CR at the end may be half of a CRLF
 
     def feed(self, data: bytes) -> list[str]:
+        events = self._single_lines(data)
+        return self._any_lines(data) if events is None else events
+
+    def _single_lines(self, data: bytes) -> list[str] | None:
+        """The events where each is one line and all breaks are alike, as nearly always: 0.7 us an
+        event against 1.2.  None where there is any doubt; nothing is changed then."""
+        if self._half or len(self._parts) > 1 or self._events is not _events_of:
+            return None
+        has_cr = b"\r" in data
+        data = self._parts[0] + data if self._parts else data
+        whole, found, rest = data.rpartition(b"\r\n\r\n" if has_cr else b"\n\n")
+        if not found or b"\n" in rest or b"\r" in rest:
+            return None
+        text = whole.decode("utf-8")
+        events = text.split("\r\n\r\ndata: " if has_cr else "\n\ndata: ")
+        breaks = 2 * len(events) - 2
+        if text[:6] != "data: " or text.count("\n") != breaks or (
+                text.count("\r") != breaks * has_cr):
+            return None
+        events[0] = events[0][6:]
+        self._parts, self._size = [rest] if rest else [], len(rest)
+        return events
+
+    def _any_lines(self, data: bytes) -> list[str]:
         if b"\r" in data or self._half:
             data = self._half + data
             self._half = b"\r" if data.endswith(b"\r") else b""
@@ -2731,8 +2772,9 @@ class SseSplitter:
 #
 #     Begin (BlockStart Piece* BlockEnd)* Finish      or Fault anywhere
 #
-# One block is open at a time, numbered from 0.  The Assembler makes the
-# grammar hold, whatever the upstream sends; renderers rely on it.
+# Pieces of one read may come together as a Run.  One block is open at a time,
+# numbered from 0.  The Assembler makes the grammar hold, whatever the upstream
+# sends; renderers rely on it.
 
 
 class Kind(enum.Enum):
@@ -2753,6 +2795,8 @@ class Kind(enum.Enum):
     METER = "meter"             # loose: counters so far, {"input" with cached, "cached", "visible",
                                 # "thinking", "output" in all}; missing ones stay as they were
     FINISH = "finish"           # loose: (Stop | None for "no usable answer", word of the upstream)
+
+    __hash__ = object.__hash__  # Enum's own is Python: 0.1 us a look into every table
 
 
 class Stop(enum.Enum):
@@ -3128,6 +3172,18 @@ class Piece:
     text: str
 
 
+class Run(NamedTuple):      # made for every read: 0.3 us against 0.7 as a dataclass
+    """Texts or thoughts that came in one read and are Pieces one by one: `raw` as they stand in
+    JSON, ASCII and without quotes, for renderers that copy them; `text` is what all of them say."""
+    index: int
+    kind: Kind          # TEXT or THINKING
+    raw: list
+    text: str
+
+    def pieces(self) -> Iterator[Piece]:
+        return (Piece(self.index, self.kind, told_by(raw)) for raw in self.raw)
+
+
 @dataclass(frozen=True)
 class BlockEnd:
     index: int
@@ -3287,8 +3343,8 @@ def quick_tokens(text: str) -> float:
     and a half of others."""
     if text.isascii():
         return len(text) / 4
-    others = sum(1 for c in text if c > "\x7f")
-    return (len(text) - others) / 4 + others / 1.5
+    plain = len(text.encode("ascii", "ignore"))     # ten times as fast as a look at each letter
+    return plain / 4 + (len(text) - plain) / 1.5
 
 
 def _block_tokens(block: Any, family: str) -> float:
@@ -3401,6 +3457,24 @@ class Assembler:
         for kind, value in pieces:
             self._actions[kind](value, out)
         return out
+
+    @property
+    def copied(self) -> Kind | None:
+        """The kind of pieces that would only be added to the open block, nothing held back."""
+        if self.open is Kind.TEXT:
+            return None if self._late or self._held is not None else Kind.TEXT
+        shows = self.shape.shows_thinking and self.shape.thinking_text
+        is_bare = self.open is Kind.THINKING and shows and not self._signature
+        return Kind.THINKING if is_bare else None
+
+    def run(self, raw: list[str], text: str) -> Run:
+        """The Run of pieces of the kind that is `copied`."""
+        if self.open is Kind.TEXT:
+            self._letters += len(text)
+        else:
+            self.has_thinking = True
+            self._thought.append(text)
+        return Run(self.index, self.open, raw, text)
 
     def end(self) -> list:
         """The upstream's end.  Raises ProxyError `cut` where no finish was seen, `empty` where
@@ -3656,6 +3730,21 @@ class TextGate:
                     out.append(delta)
         return out
 
+    @property
+    def is_open(self) -> bool:
+        """Whether texts go through as they come, as long as there are not too many."""
+        return not (self.sequences or self.prefill or self.pick or self._tail)
+
+    def passes(self, text: str) -> bool:
+        """Whether the texts of a Run go through an open gate, which notes them then; else each of
+        them has to be looked at."""
+        tokens = self._tokens + quick_tokens(text)
+        if tokens > self._look_at:
+            return False
+        self._tokens = tokens
+        self._said.append(text)
+        return True
+
     def _is_runaway(self) -> bool:
         """Whether there is far more text than was asked for.  The quick guess is high for indented
         text; the better one, which costs more, is taken where that is above the budget."""
@@ -3736,7 +3825,7 @@ def collect(deltas: Iterable) -> Reply:
     for delta in deltas:
         if isinstance(delta, BlockStart):
             start, parts = delta, collections.defaultdict(list)
-        elif isinstance(delta, Piece):
+        elif isinstance(delta, (Piece, Run)):
             parts[delta.kind].append(delta.text)
         elif isinstance(delta, BlockEnd):
             blocks.append(_whole_block(start, parts))
@@ -4641,6 +4730,63 @@ def event_data(event: str) -> str:
 def _text_member(name: str) -> Any:
     """A pattern of a member of JSON whose value is a text."""
     return re.compile(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"')
+
+
+# Plain events: a piece of text or of a thought, and nothing else that means anything
+
+COUNT = "(?:0|[1-9][0-9]{0,8})"     # as usage of plain events tells it
+_COUNTED = re.compile("(?<=[: ])[1-9][0-9]*")
+
+
+@functools.lru_cache(maxsize=16)
+def _spaced(pattern: str) -> Any:
+    """A pattern of JSON written without spaces, for JSON with and without.  Compiled when the first
+    stream comes."""
+    return re.compile(pattern.replace('":', '": ?').replace(',"', ', ?"'))
+
+
+@functools.lru_cache(maxsize=64)
+def _body_pattern(before: str, usage: str, after: str) -> Any:
+    """A pattern of a body like one that was seen, other text and other counts apart: (text, usage).
+    Letter by letter is fast, a choice is not: 0.5 us an event against 1.6."""
+    counts = "[1-9][0-9]{0,8}".join(map(re.escape, usage.split("\0")))
+    return re.compile(f"({PLAIN_TEXT}){re.escape(before)}({counts}){re.escape(after)}")
+
+
+class PlainEvents:
+    """Tells the plain events of one stream.  `form` is their pattern, strict JSON; its groups are
+    `text`, `usage` where there is one, `thinks` in a thought, and `rest`: what is the same in all
+    of them.  Who looks like the last one needs no second look, the others are parsed."""
+    form = ""
+
+    def __init__(self) -> None:
+        self._form = _spaced(self.form)
+        self._kind, self._head, self._at, self.rest = Kind.TEXT, "\0", 0, ""
+        self._body = _body_pattern("", "", "")
+
+    def __call__(self, event: str) -> tuple[Kind, str, str] | None:
+        """(TEXT or THINKING, its text as JSON has it, usage as JSON has it) of a plain event."""
+        match = self._body.match(event, self._at) if event.startswith(self._head) else None
+        if match is None or event[match.end():] != self.rest:
+            match = self._look(event)
+        return match and (self._kind, match[1], match[2])
+
+    def _look(self, event: str) -> Any:
+        """The match of an event that differs from the last one in more than text and counts."""
+        whole = self._form.fullmatch(event)
+        if whole is None:
+            return None
+        self._kind = Kind.TEXT if whole["thinks"] is None else Kind.THINKING
+        (self._at, begin), rest = whole.span("text"), whole.start("rest")
+        told, end = whole.span("usage") if whole["usage"] else (rest, rest)
+        self._head, self.rest = event[:self._at], event[rest:]
+        self._body = _body_pattern(event[begin:told], _COUNTED.sub("\0", event[told:end]),
+                                   event[end:rest])
+        return self._body.match(event, self._at)
+
+    def counts(self, usages: list[str]) -> dict[str, int]:
+        """The METER that usages of plain events come to, one after the other."""
+        return {}
 
 
 class EventRelay:
@@ -5609,14 +5755,18 @@ def _citation(text: str) -> dict:
         "cited_text": told["text"], "encrypted_index": ""}
 
 
+_START_FORMS = {kind: _event("content_block_start", {
+    "index": 0, "content_block": block}).replace(":0,", ":%d,") for kind, block in {
+        Kind.TEXT: {"type": "text", "text": ""},
+        Kind.THINKING: {"type": "thinking", "thinking": "", "signature": ""}}.items()}
+
+
 def _start_event(state: AnthropicAnswer, delta: BlockStart) -> str:
     state.open_index, state.open_kind = delta.index, delta.kind
-    if delta.kind is Kind.TEXT:
-        block: dict = {"type": "text", "text": ""}
-    elif delta.kind is Kind.THINKING:
-        block = {"type": "thinking", "thinking": "", "signature": ""}
-    elif delta.kind in (Kind.OPAQUE, Kind.FOUND):
-        block = delta.block if delta.kind is Kind.OPAQUE else _found_block(delta.block)
+    if delta.kind in _START_FORMS:
+        return _START_FORMS[delta.kind] % delta.index
+    if delta.kind in (Kind.OPAQUE, Kind.FOUND):
+        block: dict = delta.block if delta.kind is Kind.OPAQUE else _found_block(delta.block)
     else:
         kind = "tool_use" if delta.kind is Kind.CALL else "server_tool_use"
         block = {"type": kind, "id": delta.id, "name": delta.name, "input": {}}     # [A2]
@@ -5637,6 +5787,18 @@ def _piece_event(state: AnthropicAnswer, delta: Piece) -> str:
         return _event("content_block_delta", {"index": delta.index, "delta": {
             "type": "citations_delta", "citation": _citation(delta.text)}})
     return _DELTA_FORMS[delta.kind] % (delta.index, quote(delta.text))
+
+
+@functools.lru_cache(maxsize=64)
+def _run_form(kind: Kind, index: int) -> tuple[str, str]:
+    """What stands before and after each text of a Run."""
+    before, _, after = (_DELTA_FORMS[kind] % (index, '"\0"')).partition("\0")
+    return before, after
+
+
+def _run_event(state: AnthropicAnswer, delta: Run) -> str:
+    before, after = _run_form(delta.kind, delta.index)
+    return before + (after + before).join(delta.raw) + after
 
 
 def _end_event(state: AnthropicAnswer, delta: BlockEnd) -> str:
@@ -5666,7 +5828,8 @@ def _fault_event(state: AnthropicAnswer, delta: Fault) -> str:
 
 
 ANTHROPIC_EVENTS: dict[type, Callable[[AnthropicAnswer, Any], str]] = {
-    Piece: _piece_event, Begin: _begin_event, BlockStart: _start_event, BlockEnd: _end_event,
+    Piece: _piece_event, Run: _run_event, Begin: _begin_event, BlockStart: _start_event,
+    BlockEnd: _end_event,
     Finish: _finish_event, Fault: _fault_event,
 }
 
@@ -5775,6 +5938,12 @@ def anthropic_parse_event(text: str) -> list[tuple[Kind, Any]]:
         told = object_of(delta.get("stop_details")).get("explanation")
         pieces.append((Kind.FINISH, (stop, str(delta.get("stop_sequence") or told or ""))))
     return pieces
+
+
+class AnthropicPlain(PlainEvents):
+    form = (r'\{"type":"content_block_delta","index":COUNT,"delta":\{"type":"'
+            rf'(?:text_delta","text|(?P<thinks>thinking_delta","thinking))":"(?P<text>{PLAIN_TEXT})'
+            r'(?P<usage>)(?P<rest>" *\} *\})').replace("COUNT", COUNT)
 
 
 class AnthropicRelay(EventRelay):
@@ -6634,6 +6803,15 @@ def _chat_piece(state: ChatAnswer, delta: Piece) -> str:
     return ""                   # signatures: the client has no place for them
 
 
+def _chat_run(state: ChatAnswer, delta: Run) -> str:
+    is_text = delta.kind is Kind.TEXT
+    state.letters += len(delta.text) if is_text else 0
+    if state.echo is not None:
+        return "".join([state.chunk(f'"{raw}"') for raw in delta.raw]) if is_text else ""
+    before = f'{state.before}{{"{"content" if is_text else "reasoning_content"}":"'
+    return before + ('"}' + state.after + before).join(delta.raw) + '"}' + state.after
+
+
 def _chat_end(state: ChatAnswer, delta: BlockEnd) -> str:
     rest = state.custom.end() if state.custom is not None else ""
     state.open_kind, state.custom = None, None
@@ -6685,8 +6863,8 @@ def openai_render_error(error: ProxyError, request_id: str) -> dict:
 
 
 CHAT_EVENTS: dict[type, Callable[[ChatAnswer, Any], str]] = {
-    Piece: _chat_piece, Begin: _chat_begin, BlockStart: _chat_start, BlockEnd: _chat_end,
-    Finish: _chat_finish,       # [C3]
+    Piece: _chat_piece, Run: _chat_run, Begin: _chat_begin, BlockStart: _chat_start,
+    BlockEnd: _chat_end, Finish: _chat_finish,      # [C3]
     Fault: lambda state, delta: f"data: {json_encode(openai_render_error(delta.error, ''))}\n\n",
 }
 
@@ -7096,6 +7274,11 @@ class ChatParser:
             out += self._finish(str(choice["finish_reason"]))
         return out
 
+    def takes_plain(self, kind: Kind) -> bool:
+        """Whether a piece that goes on with what was said last needs nothing from here."""
+        return self._is_thinking is (kind is Kind.THINKING) and not (
+            self._tags or self.queue.calls or self._waiting)
+
     def _delta(self, delta: dict, out: list) -> None:
         self._keep(objects_of(delta.get("reasoning_details")))
         thought = chat_thought(delta)
@@ -7191,6 +7374,27 @@ class ChatParser:
         return [*out, (Kind.FINISH, (stop, word if stop is Stop.REFUSAL else ""))]
 
 
+class ChatPlain(PlainEvents):
+    """Those of `parser`'s stream, as long as it holds nothing back."""
+    form = (r'\{(?:"(?:id|object|created|model|system_fingerprint|service_tier|provider)":'
+            r'(?:"[^"\\\x00-\x1f]*"|[1-9][0-9]{0,12}|null),)*"choices":\[\{"index":0,"delta":\{'
+            r'(?:"role":"assistant",)?(?:(?P<thinks>(?:"content":(?:null|""),)?"reasoning_content")'
+            r'|(?:"reasoning_content":null,)?"content"):"'
+            rf'(?P<text>{PLAIN_TEXT})(?P<usage>)(?P<rest>"'
+            r'(?:,"(?:(?(thinks)content|reasoning_content)|tool_calls|refusal)":null)*\}'
+            r'(?:,"(?:logprobs|finish_reason|native_finish_reason)":null)*\}\]'
+            r'(?:,"(?:usage|obfuscation|service_tier|system_fingerprint)":'
+            r'(?:null|"[^"\\\x00-\x1f]*"))*\})')
+
+    def __init__(self, parser: ChatParser):
+        super().__init__()
+        self.parser = parser
+
+    def __call__(self, event: str) -> tuple[Kind, str, str | None] | None:
+        row = super().__call__(event)
+        return row if row and self.parser.takes_plain(row[0]) else None
+
+
 # Chat: relayed
 
 def openai_relay_body(request: Request, target: Target, repairs: frozenset,
@@ -7249,10 +7453,19 @@ class ChatRelay(EventRelay):
     """Chunks of a Chat upstream on their way to a Chat client.  A chunk of usage that only we asked
     for stays here."""
     _TELLS = re.compile(r'"(?:usage|error)"\s*:\s*[{"]|"finish_reason"\s*:\s*"')
+    _TEXT = re.compile(r'(.*?"content": ?")[^"\\]*(?:\\.[^"\\]*)*(".*)')
     last_word = "data: [DONE]\n\n"
+    _head = _rest = "\0"         # of the last text that went by
+    _named_head = _named_rest = ""
 
     def feed(self, event: str) -> str:
+        if event.startswith(self._head) and event.endswith(self._rest, len(self._head)):
+            text = event[len(self._head):-len(self._rest)]
+            if '"' not in text or '"' not in text.replace('\\"', ""):
+                # nothing but its text differs from one that was looked at: 1.3 us against 2.8
+                return self._named_head + text + self._named_rest
         if self.has_content and not self._TELLS.search(event) and event.startswith("data: {"):
+            self._learn(event)
             return self.renamed(event) + "\n\n"
         data = event_data(event)
         if data.strip() == "[DONE]":
@@ -7270,6 +7483,15 @@ class ChatRelay(EventRelay):
         if value.get("choices") == [] and value.get("usage") and not self.state.wants_usage:
             return ""
         return self.renamed(event) + "\n\n"
+
+    def _learn(self, event: str) -> None:
+        """What stands before and after a text, as it comes and as it goes on."""
+        parts = self._TEXT.fullmatch(event)
+        if parts:
+            self._head, self._rest = parts.groups()
+            self._named_head = self.renamed(self._head)
+            is_told = _text_member(self.member).search(self._head) is not None
+            self._named_rest = (self._rest if is_told else self.renamed(self._rest)) + "\n\n"
 
     def read_whole(self, value: dict) -> None:
         openai_fault(value)
@@ -7536,6 +7758,7 @@ def _responses_fault(state: ResponsesAnswer, delta: Fault) -> str:
 RESPONSES_EVENTS: dict[type, Callable[[ResponsesAnswer, Any], str]] = {
     Piece: _responses_piece, Begin: _responses_begin, BlockStart: _responses_start,
     BlockEnd: _responses_end, Finish: _responses_finish, Fault: _responses_fault,
+    Run: lambda state, run: "".join([_responses_piece(state, p) for p in run.pieces()]),
 }
 
 
@@ -8546,6 +8769,35 @@ def gemini_parse_event(text: str) -> list[tuple[Kind, Any]]:
     return pieces
 
 
+_DETAIL = r'\{"modality":"\w+","tokenCount":COUNT\}'
+
+
+class GeminiPlain(PlainEvents):
+    """Those of the Gemini API and of Cloud Code: members stand in the orders in which the services
+    send them."""
+    form = (r'(\{"response":)?\{"candidates":\[\{"content":\{(?:"role":"model",)?"parts":\[\{'
+            rf'"text":"(?P<text>{PLAIN_TEXT})"(?P<thinks>,"thought":true)?\}}\](?:,"role":"model")?'
+            r'\}(?:,"index":0)?\}\](?:,"usageMetadata":(?P<usage>\{"promptTokenCount":COUNT'
+            r'(?:,"(?:cachedContent|candidates|thoughts|total)TokenCount":COUNT'
+            r'|,"(?:prompt|cache|candidates)TokensDetails":DETAILS|,"trafficType":"\w+")*\}))?'
+            r'(?P<rest>(?:,"(?:modelVersion|responseId|createTime)":"[^"\\\x00-\x1f]*")*\}(?(1)'
+            r'(?:,"traceId":"[^"\\\x00-\x1f]*")?(?:,"metadata":\{\})?\}|))'
+            ).replace("DETAILS", rf"\[(?:{_DETAIL}(?:,{_DETAIL})*)?\]").replace("COUNT", COUNT)
+    _SOURCES = {"input": "prompt", "cached": "cachedContent", "visible": "candidates",
+                "thinking": "thoughts", "output": "total"}
+
+    def counts(self, usages: list[str]) -> dict[str, int]:
+        """The last tells all that the others did, unless it lacks what one of them has."""
+        last, told = gemini_parse_usage(json.loads(usages[-1])), "".join(usages[:-1])
+        if all(name in last or source + "TokenCount" not in told
+               for name, source in self._SOURCES.items()):
+            return last
+        merged: dict[str, int] = {}
+        for usage in usages:
+            merged.update(gemini_parse_usage(json.loads(usage)))
+        return merged
+
+
 # Requests of Gemini clients
 
 _GEMINI_ROLES = {None: "user", "user": "user", "function": "user", "model": "assistant"}
@@ -8976,6 +9228,8 @@ def gemini_render_delta(state: GeminiAnswer, delta: Any) -> str:
     stands bare on its line: clients look for it there."""
     if isinstance(delta, Begin):
         return ""
+    if isinstance(delta, Run):
+        return "".join([gemini_render_delta(state, piece) for piece in delta.pieces()])
     if isinstance(delta, Fault):
         text = json_encode(gemini_render_error(delta.error, ""))
         return state.frame(text) + "]" if state.is_array else text + "\n\n"
@@ -9114,7 +9368,47 @@ class GeminiRelay(EventRelay):
     """Chunks of the Gemini API on their way to a Gemini client."""
     member = "modelVersion"
 
+    def __init__(self, state: GeminiAnswer):
+        self._plain, self._usages = GeminiPlain(), []   # usages of plain events, not read yet
+        super().__init__(state)
+        self._rest = self._named_rest = ""      # of plain events, as it comes and as it goes on
+
+    def _read_usages(self) -> None:
+        if self._usages:
+            usages, self._usages = self._usages, []
+            self._counts.update(self._plain.counts(usages))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        self._read_usages()
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: dict[str, int]) -> None:
+        self._counts = counts
+
+    def _plain_data(self, data: str) -> str | None:
+        """The data of a plain event as it goes on, unparsed: 4 us an event against 8."""
+        row = self._plain(data)
+        if row is None or data.startswith('{"response"'):
+            return None
+        rest = self._plain.rest
+        if rest != self._rest:
+            self._rest = self._named_rest = rest
+            told = '{"":0' + rest               # an object again
+            if json.loads(told).get(self.member) not in (None, self.state.model):
+                self._named_rest = json_splice(told, {self.member: quote(self.state.model)})[5:]
+        if row[2]:
+            self._usages.append(row[2])
+        if len(self._usages) > MAX_UNREAD_USAGES:
+            self._read_usages()
+        return data[:-len(rest)] + self._named_rest
+
     def feed(self, event: str) -> str:
+        if self.has_content and event.startswith("data: {"):
+            data = self._plain_data(event[6:])
+            if data is not None:
+                return self.state.frame(data)
         data = event_data(event) or (event if event.startswith("{") else "")
         if not data.startswith("{"):
             return ""
@@ -12439,6 +12733,7 @@ class Dialect(NamedTuple):
     can_search: Any = None          # (Model, Provider, SearchWish) -> whether it looks at the web
     relay_request: Any = None       # (Request, Target, repairs) -> Rendered: same on both sides
     relay: Any = None               # (state) -> machine that takes whole events
+    plain: Any = None               # (parser) -> PlainEvents
     count: Count | None = None      # how an upstream of this language counts tokens
     recall: Any = None              # (body, kept) -> (body with what came before, what is known)
     keep: Any = None                # (state, Request, is relayed) -> (id, row to keep) or None
@@ -12474,7 +12769,7 @@ DIALECTS = {
         anthropic_keep_alive, scaled_tokens, anthropic_render_request, anthropic_path,
         lambda target: anthropic_parse_event,
         lambda model, provider, wish: "no_search" not in provider.quirks,
-        anthropic_relay_request, AnthropicRelay,
+        anthropic_relay_request, AnthropicRelay, lambda parser: AnthropicPlain(),
         Count(lambda target: "" if "no_count" in target.provider.quirks
               else "/v1/messages/count_tokens", anthropic_count_body, "input_tokens"),
         render_count=lambda tokens: {"input_tokens": tokens}, call_prefix="toolu_",
@@ -12484,7 +12779,7 @@ DIALECTS = {
     "chat": Dialect(
         chat_parse_request, chat_answer, chat_render_delta, chat_render_reply, openai_render_error,
         comment_keep_alive, None, chat_render_request, lambda target, request: "/chat/completions",
-        ChatParser, None, chat_relay_request, ChatRelay, fetches=True, sounds=True),
+        ChatParser, None, chat_relay_request, ChatRelay, ChatPlain, fetches=True, sounds=True),
     "completions": Dialect(
         completion_parse_request, chat_answer, chat_render_delta, chat_render_reply,
         openai_render_error, comment_keep_alive),
@@ -12503,6 +12798,7 @@ DIALECTS = {
         lambda state, is_beat: "\n" if state.is_array else "\n\n",    # comments break its clients
         None, gemini_render_request, gemini_path,
         lambda target: gemini_parse_event, can_search, gemini_relay_request, GeminiRelay,
+        lambda parser: GeminiPlain(),
         # Cloud Code's count leaves out system and tools: our own guess is better there
         Count(lambda target: "" if target.provider.envelope
               else gemini_model_path(target) + ":countTokens", gemini_count_body, "totalTokens"),
@@ -12805,8 +13101,11 @@ class Pipe:
     Feeds never raise: what went wrong stands in `fault`, after the output that came before it."""
 
     def __init__(self, parse_event: Callable[[str], list], shape: AnswerShape, request: Request,
-                 render: Callable[[Any], str], understand: Callable[[Any], ProxyError]):
-        self.splitter, self.assembler = SseSplitter(), Assembler(shape)
+                 render: Callable[[Any], str], understand: Callable[[Any], ProxyError],
+                 plain: PlainEvents | None = None):
+        self.splitter, self.assembler, self.plain = SseSplitter(), Assembler(shape), plain
+        self._copied: Kind | None = None    # kind of plain events whose texts are only copied now
+        self._usages: list[str] = []    # of plain events: read when somebody asks
         self.parse_event, self.render, self.understand = parse_event, render, understand
         self.gate = None
         if request.stop_sequences or shape.prefill or shape.pick_json or request.max_tokens:
@@ -12824,12 +13123,19 @@ class Pipe:
     leaves_whole = False        # where it ends an answer, the upstream has more to say
 
     def usage(self) -> Usage:
+        self._read_usages()
         return self.assembler.known_usage()
 
     @property
     def is_metered(self) -> bool:
         """Whether the upstream itself told the input's tokens."""
+        self._read_usages()
         return "input" in self.assembler.counts
+
+    def _read_usages(self) -> None:
+        if self._usages:
+            usages, self._usages = self._usages, []
+            self.assembler.counts.update(self.plain.counts(usages))
 
     def feed(self, data: bytes) -> bytes:
         return self._guarded(self._events, data)
@@ -12851,13 +13157,47 @@ class Pipe:
         return "".join(out).encode("utf-8")
 
     def _events(self, out: list[str], data: bytes) -> None:
-        for event in self.splitter.feed(data):
+        events, rows, plain = self.splitter.feed(data), [], self.plain  # rows: not told yet
+        for at, event in enumerate(events):
+            row = plain(event) if self._copied else None
+            if row is not None and row[0] is self._copied:
+                rows.append(row)
+                continue
+            if rows:
+                self._run(rows, events[at - len(rows):at], out)
+                rows = []
             self._event(event, out)
+        if rows:
+            self._run(rows, events[-len(rows):], out)
+
+    def _note_copied(self) -> None:
+        """What is copied from here on: only an event that is parsed changes it."""
+        kind = self.assembler.copied if self.plain and not self.is_done else None
+        is_gated = kind is Kind.TEXT and self.gate and not self.gate.is_open
+        self._copied = None if is_gated else kind
+
+    def _run(self, rows: list[tuple], events: list[str], out: list[str]) -> None:
+        """Plain events as one Run, their texts copied: 2.8 us an event in all against 11.3."""
+        raw = [row[1] for row in rows]
+        text = told_by("".join(raw))
+        if rows[0][0] is Kind.TEXT and self.gate and not self.gate.passes(text):
+            for event in events:
+                self._event(event, out)
+            return
+        if not text.isascii():
+            raw = [r if r.isascii() else quote(told_by(r))[1:-1] for r in raw]
+        self._usages += [row[2] for row in rows if row[2]]
+        if len(self._usages) > MAX_UNREAD_USAGES:
+            self._read_usages()
+        told = self.render(self.assembler.run(raw, text))
+        out.append(told)
+        self.has_said = self.has_said or bool(told)
 
     def _end(self, out: list[str]) -> None:
         for event in self.splitter.end():
             self._event(event, out)
         if not self.is_done:
+            self._read_usages()
             self._send(self.assembler.end(), out)
 
     def _event(self, event: str, out: list[str]) -> None:
@@ -12870,7 +13210,9 @@ class Pipe:
             pieces = self.parse_event(event)
         except ValueError:
             return              # an event that nobody can read ends no answer
+        self._read_usages()
         self._send(self.assembler.feed(pieces), out)
+        self._note_copied()
 
     def _send(self, deltas: list, out: list[str]) -> None:
         if self.gate:
@@ -12908,6 +13250,10 @@ class RelayPipe(Pipe):
         return b""
 
     leaves_whole = True
+
+    def _events(self, out: list[str], data: bytes) -> None:
+        for event in self.splitter.feed(data):
+            self._event(event, out)
 
     def _end(self, out: list[str]) -> None:
         if not self.is_stream:
@@ -13634,7 +13980,9 @@ class Conducting:
         else:
             shape = rendered.shape._replace(
                 estimate_input=estimate, call_prefix=DIALECTS[request.dialect].call_prefix)
-            pipe = Pipe(dialect.parser(target), shape, request, render, understand_event)
+            parser = dialect.parser(target)
+            pipe = Pipe(parser, shape, request, render, understand_event,
+                        dialect.plain and dialect.plain(parser))
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         call = Call(vertex_host(attempt.hosts[0], project), dialect.path(target, request),

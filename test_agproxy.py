@@ -7439,6 +7439,166 @@ def test_recorded_answers_mean_the_same_however_they_are_cut(name, dialect, raw,
         assert heard_from(dialect, pieces, quirks) == (deltas, wrong)
 
 
+# Plain events: what is only copied means the same as what is parsed ---------------
+
+SAID = ["Hello ", "a\\u003cb\\u003e \\u0026 it\\u0027s", "caf\u00e9 \u2014 na\u00efve", "\\n\\t\\\"x\\\" \\\\ \\/", "\U0001f600", "\\u00e9\\u4e2d",
+        "\\ud83d\\ude00", "\\ud83d", "\\ude00", "\\q", "\\u12", "34", "\x01", "", " ", "\\", "x\x7f\u2028", "END", "\\u0000", "\\uD800\\uDC00x", "w" * 90]
+GEMINI_ODD = ['{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":{"a":1},"id":"c1"}}]}}]}',
+              '{"candidates":[{"content":{"parts":[{"text":"","thought":true,"thoughtSignature":"c2ln"}]}}]}',
+              '{"candidates":[{"content":{"parts":[{"text":"a"},{"text":"b"}]}}]}', '{"candidates":[{"content":{"parts":[{"text":"twice","text":"once"}]}}]}',
+              '{"candidates":[{"content":{"role":"model","parts":[{"text":"N"}]}}],"usageMetadata":{"promptTokenCount":NaN}}',
+              '{"candidates":[{"content":{"role":"model","parts":[{"text":"N"}]}}],"usageMetadata":{"promptTokenCount":012}}',
+              '{"candidates":[{"content":{"role":"model","parts":[{"text":"N"}]}}],"usageMetadata":{"promptTokenCount":1\u0663}}',
+              '{"usageMetadata":{"promptTokenCount":77}}', '{"candidates":[{"content":{"role":"model","parts":[{"text":"x"}]}}],"candidates":[]}',
+              '{"candidates":[{"content":{"role":"model","parts":[{"text":"cut"', "{}", "[]"]
+CHAT_ODD = ['{"choices":[{"index":0,"delta":{"content":"x","content":null}}]}', '{"choices":[{"index":0,"delta":{"content":"x"}}],"usage":{"prompt_tokens":5}}',
+            '{"choices":[{"index":0,"delta":{"content":"x","reasoning_content":"y"}}]}', "{}", '{"choices":[]}',
+            '{"choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"c1","function":{"name":"f","arguments":"{}"}}]}}]}']
+ANTHROPIC_ODD = ['{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"x","text":5}}', '{"type":"ping"}', "{}",
+                 '{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"c2ln"}}',
+                 '{"type":"content_block_stop","index":0}', '{"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}']
+
+
+def plain_gemini(rng, wrap, text):
+    gap, thought = wrap[1], rng.random() < .3
+    count = lambda: rng.choice(["0", "7", str(rng.randrange(1, 500))])      # noqa: E731
+    names = rng.sample(["cachedContentTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "totalTokenCount"], rng.randrange(5))
+    usage = ",".join(f'"{n}":{gap}{count()}' for n in ["promptTokenCount", *sorted(names)])
+    usage = rng.choice(["", f',"usageMetadata":{gap}{{{usage}}}'])
+    inner = (f'{{"candidates":{gap}[{{"content":{gap}{{"role":{gap}"model","parts":{gap}[{{"text":{gap}"{text}"'
+             + f',"thought":{gap}true' * thought + f'}}]}}}}]{usage},"modelVersion":"m","responseId":"r{rng.randrange(2)}"}}')
+    return f'{{"response":{gap}{inner},"traceId":"t","metadata":{{}}}}' if wrap[0] else inner
+
+
+def plain_stream(dialect, rng):
+    """The bytes of a random upstream: mostly plain events, some odd ones, mostly with an end."""
+    events, wrap, odds = [], (rng.random() < .5, rng.choice(["", " "])), rng.choice([0, 0, .15])
+    good = [s for s in SAID if s.isprintable() and s not in ("", "\\q", "\\u12", "\\")] if rng.random() < .7 else SAID
+    for _ in range(rng.randrange(1, 16)):
+        text = rng.choice(good)
+        if dialect == "gemini":
+            events.append(rng.choice(GEMINI_ODD) if rng.random() < odds else plain_gemini(rng, wrap, text))
+        elif dialect == "chat":
+            key = rng.choice(["content"] * 3 + ["reasoning_content"])
+            events.append(rng.choice(CHAT_ODD) if rng.random() < odds else '{"id":"a","created":1,"choices":[{"index":0,"delta":{'
+                          f'"{key}":"{text}"}},"finish_reason":null}}]' + rng.choice(["", ',"usage":null']) + "}")
+        else:
+            key = rng.choice(["text"] * 3 + ["thinking"])
+            events.append(rng.choice(ANTHROPIC_ODD) if rng.random() < odds else '{"type":"content_block_delta","index":0,"delta":'
+                          f'{{"type":"{key}_delta","{key}":"{text}"}}' + rng.choice(["", "   "]) + "}")
+    if rng.random() < .9:
+        events += {"gemini": ['{"candidates":[{"content":{"parts":[{"text":""}]},"finishReason":"STOP"}]}'],
+                   "chat": ['{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}', "[DONE]"],
+                   "anthropic": ['{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":3}}']}[dialect]
+    gap = rng.choice(["\n\n", "\r\n\r\n"])
+    return "".join(f"data: {event}{gap}" for event in events).encode()
+
+
+def told_from(dialect, client, pieces, request, is_fast, shape=ag.AnswerShape()):
+    """All that a pipe tells: events as values, the fold, fault, usage, and what is remembered."""
+    spoken, remembered = ag.DIALECTS[dialect], []
+    parser = spoken.parser(ag.Target(None, ag.PROVIDERS["groq"]._replace(dialect=dialect), "m"))
+    state, deltas = ag.DIALECTS[client].answer_state(request, 1), []
+
+    def render(delta):
+        deltas.extend(delta.pieces() if isinstance(delta, ag.Run) else [delta])
+        return ag.DIALECTS[client].render_delta(state, delta)
+    pipe = ag.Pipe(parser, shape._replace(remember_text=lambda *told: remembered.append(told)), request, render,
+                   lambda body: ag.ProxyError("server", "fault"), spoken.plain(parser) if is_fast else None)
+    out = b"".join(map(pipe.feed, pieces))
+    usage = pipe.usage(), pipe.is_metered
+    if pipe.fault is None and not pipe.is_done:
+        out += pipe.end()
+    told = [json.loads(line[5:]) if line[5:].strip() != "[DONE]" else None for line in out.decode("ascii").splitlines()
+            if line.startswith("data:")]
+    fault = pipe.fault and (pipe.fault.kind, pipe.fault.message)
+    return told, deltas, fault, usage, pipe.usage(), remembered, pipe.has_said, pipe.is_done
+
+
+@pytest.mark.parametrize("dialect", ["gemini", "chat", "anthropic"])
+def test_plain_events_that_are_copied_mean_what_they_mean_parsed(dialect, monkeypatch):
+    monkeypatch.setattr(ag, "new_id", lambda prefix: prefix + "1")
+    for seed in range(400):
+        rng = random.Random(seed)
+        raw = plain_stream(dialect, rng)
+        client = rng.choice(["anthropic", "chat", "completions", "responses", "gemini"])
+        request = ag.Request("m", (), dialect=client, is_streaming=True, max_tokens=rng.choice([None, 1, 9, 10 ** 6]),
+                             stop_sequences=rng.choice([(), (), ("END",)]))
+        shape = ag.AnswerShape(rng.random() < .9, rng.random() < .9, prefill=rng.choice(["", "", "Hel"]))
+        cuts = sorted(rng.choices(range(len(raw)), k=rng.randrange(9)))
+        for pieces in ([raw], [raw[i:j] for i, j in zip([0, *cuts], [*cuts, len(raw)])], [raw[i:i + 1] for i in range(len(raw))]):
+            slow, fast = (told_from(dialect, client, pieces, request, is_fast, shape) for is_fast in (False, True))
+            assert fast == slow, (seed, client, pieces)
+
+
+@pytest.mark.parametrize("dialect", ["gemini", "chat", "anthropic"])
+def test_plain_events_mean_the_same_wherever_they_are_cut(dialect, monkeypatch):
+    monkeypatch.setattr(ag, "new_id", lambda prefix: prefix + "1")
+    request = ag.Request("m", (), max_tokens=1000, is_streaming=True)
+    for seed in range(6):
+        raw = plain_stream(dialect, random.Random(1000 + seed))[:1500]
+        first = told_from(dialect, "anthropic", [raw], request, False)
+        for pieces in every_split(raw):
+            fast = told_from(dialect, "anthropic", pieces, request, True)
+            assert (fast[0], fast[2:]) == (first[0], first[2:]), (seed, pieces)
+
+
+def test_plain_events_are_not_decoded_and_a_read_is_one_run(monkeypatch):
+    decoded, runs = [], []
+    real = ag.gemini_parse_event
+    inner = '"candidates":[{{"content":{{"role":"model","parts":[{{"text":"word {0} \\u003c"}}]}}}}],"usageMetadata":' \
+            '{{"promptTokenCount":9,"candidatesTokenCount":{0},"totalTokenCount":{1}}},"modelVersion":"m"'
+    events = ['{"response":{' + inner.format(n, n + 9) + '},"traceId":"t","metadata":{}}' for n in range(1, 1001)]
+    raw = "".join(f"data: {event}\r\n\r\n" for event in events).encode()
+    loads = json.loads
+    monkeypatch.setattr(ag.json, "loads", lambda text, **more: decoded.append(text) or loads(text, **more))
+    state = ag.AnthropicAnswer("m")
+    pipe = ag.Pipe(lambda text: decoded.append(text) or real(text), ag.AnswerShape(), ag.Request("m", (), max_tokens=10 ** 6),
+                   lambda d: runs.append(type(d)) or ag.anthropic_render_delta(state, d), None, ag.GeminiPlain())
+    out = b"".join(pipe.feed(raw[at:at + 16384]) for at in range(0, len(raw), 16384))
+    assert decoded == events[:1] and runs.count(ag.Run) == -(-len(raw) // 16384) and runs.count(ag.Piece) == 1
+    assert b'"text":"word 500 \\u003c"' in out and out.count(b"text_delta") == 1000
+    assert pipe.usage() == ag.Usage(9, 0, 1000) and len(decoded) == 2       # the last usage only
+
+
+def test_what_only_an_earlier_usage_told_is_not_lost():
+    plain = ag.GeminiPlain()
+    rows = ['{"promptTokenCount":9,"cachedContentTokenCount":4,"totalTokenCount":12}', '{"promptTokenCount":9,"thoughtsTokenCount":0}',
+            '{"promptTokenCount":10,"candidatesTokenCount":3}']
+    merged = {}
+    for row in rows:
+        merged.update(ag.gemini_parse_usage(json.loads(row)))
+    assert plain.counts(rows) == merged == {"input": 10, "cached": 4, "output": 3, "visible": 3}
+
+
+@pytest.mark.parametrize("dialect", ["gemini", "chat"])
+def test_a_relay_that_copies_says_what_one_that_parses_says(dialect, monkeypatch):
+    monkeypatch.setattr(ag, "new_id", lambda prefix: prefix + "1")
+
+    class Parsing(ag.DIALECTS[dialect].relay):      # learns nothing, so it looks at every event
+        _learn = lambda self, event: None           # noqa: E731
+        _plain_data = lambda self, data: None       # noqa: E731
+
+    def told(machine, pieces):
+        pipe = ag.RelayPipe(machine, True, lambda body: ag.ProxyError("server", "fault"))
+        out = b"".join(map(pipe.feed, pieces))
+        usage = pipe.usage()
+        out += pipe.end() if not pipe.fault else b""
+        return out, pipe.fault and pipe.fault.kind, usage, pipe.usage(), pipe.has_content, machine.has_finish
+    for seed in range(400):
+        rng = random.Random(seed)
+        raw = plain_stream(dialect, rng)
+        raw = raw.replace(b'"id":"a"', b'"id":"a","model":"theirs"').replace(b"}", rng.choice([b"}", b"}", b" }"]))
+        if rng.random() < .3:
+            raw = raw.replace(b'"finish_reason":null', b'"finish_reason":"stop"', 1)
+        request = ag.Request(rng.choice(["m", "mine \u00e9"]), (), dialect=dialect, is_streaming=True)
+        answers = []
+        for kind in (ag.DIALECTS[dialect].relay, Parsing):
+            state = ag.DIALECTS[dialect].answer_state(request, 1)
+            answers.append(told(kind(state), [raw[i:i + 50] for i in range(0, len(raw), 50)]))
+        assert answers[0] == answers[1], seed
+
+
 # Properties: what is written is read as the same ---------------------------------
 
 WORDINGS = ["hello", "Hé €", "a \U0001f600\U0001f468\u200d\U0001f4bb b", 'say "x\\n"\n\ttab', "*** Begin Patch\n+\u2028é\n",
