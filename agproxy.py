@@ -15578,7 +15578,8 @@ def shared_listener(host: str, port: int, number: int | None = None) -> socket.s
 # Cloud Code, the Gemini API) and, thinly, Anthropic and OpenAI.  It refuses
 # what the real ones refuse, drains quota, misbehaves when told, and given
 # tools works as a small scripted agent.  Demo and tests share it: it is the
-# executable specification.  It knows nothing of the proxy.
+# executable specification.  It knows nothing of the proxy.  `bench` has an
+# upstream and a load of its own here, which understand nothing and cost little.
 
 _SIM_WORDS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED",
               404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
@@ -16861,6 +16862,477 @@ def sim_config(sim: SimUpstream | SimElsewhere, config: Config) -> Config:
         name: sim_provider(sim, row) for name, row in config.providers.items()}, accounts=accounts)
 
 
+# What `bench` measures by: the bodies.  They are the same in every run and on every machine.
+
+BENCH_WORDS = ("the of function return value config server request stream token file path index "
+               "error test module import class update handler parser buffer thread socket header "
+               "timeout result array object string number check write read open close retry cache "
+               "branch merge review patch — naïve café <T> &amp; \"quoted\" it's").split()
+BENCH_MODEL = "claude-sonnet-4-6"
+BENCH_LARGE_BYTES = 130_000         # a Claude Code request in the middle of a working day
+BENCH_PATIENCE_S = 15               # for answers that are late at the end of a load
+BENCH_MARK = b"~"                   # once in the text of each event and nowhere else: counts them
+BENCH_STAMP = re.compile(rb"~(\d{16})")     # ... and when it left: system-wide clock, microseconds
+_BENCH_NUMBER = "#00000000"         # a request's own number: none is the repetition of another
+_BENCH_HEAD = (
+    "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    "Accept: application/json\r\nAccept-Encoding: identity\r\nanthropic-version: 2023-06-01\r\n"
+    "anthropic-beta: claude-code-20250219,interleaved-thinking-2025-05-14\r\nx-api-key: bench\r\n"
+    "Authorization: Bearer bench\r\nUser-Agent: claude-cli/2.0.1 (external, cli)\r\nx-app: cli\r\n"
+    "X-Stainless-Lang: js\r\nX-Stainless-Runtime: node\r\nX-Stainless-Retry-Count: 0\r\n"
+    "X-Stainless-Timeout: 600\r\nContent-Length: {length}\r\n\r\n")
+
+
+def bench_text(seed: int, length: int) -> str:
+    """`length` characters of words; the same seed gives the same."""
+    words, size = [], 0
+    while size < length:
+        seed = (seed * 1103515245 + 12345) % 2 ** 31
+        words.append(BENCH_WORDS[(seed >> 8) % len(BENCH_WORDS)])
+        size += len(words[-1]) + 1
+    return " ".join(words)[:length]
+
+
+def _bench_tool(number: int) -> dict:
+    def text(field: int, length: int) -> dict:
+        return {"type": "string", "description": bench_text(number * 9 + field, length)}
+    todo = {"type": "object", "required": ["content"], "properties": {
+        "content": {"type": "string", "minLength": 1},
+        "status": {"type": "string", "enum": ["open", "done"]}}}
+    properties = {**{f"p{n}": text(n, 90) for n in range(4)},
+                  "mode": {**text(4, 60), "enum": ["a", "b", "c"], "default": "a"},
+                  "limit": {"type": "number", "minimum": 0},
+                  "items": {"type": "array", "items": todo, "description": bench_text(number, 50)}}
+    return {"name": "mcp__server__op%d" % number if number else "Bash",
+            "description": bench_text(number, 400), "input_schema": {
+                "$schema": "http://json-schema.org/draft-07/schema#", "type": "object",
+                "properties": properties, "required": ["p0"], "additionalProperties": False}}
+
+
+def bench_body(size_bytes: int, turns: int, is_streaming: bool = False,
+               max_tokens: int = 32_000) -> dict:
+    """An Anthropic request of that size as Claude Code makes it: 20 KB of system prompt and 30
+    tools (fewer below 130 KB), `turns` pairs of call and result, which take what is left."""
+    share = min(1.0, size_bytes / BENCH_LARGE_BYTES)
+    told: list[dict] = [{"type": "text", "text": bench_text(1, 200)}]
+    messages = [{"role": "user", "content": told}]
+    for turn in range(turns):
+        call, told = f"toolu_{turn:024d}", [{"type": "tool_result", "content": []}]
+        told[0]["tool_use_id"] = call
+        messages += [{"role": "assistant", "content": [
+            {"type": "text", "text": bench_text(turn, 120)},
+            {"type": "tool_use", "id": call, "name": "Bash",
+             "input": {"command": bench_text(turn, 60)}}]}, {"role": "user", "content": told}]
+    told.append({"type": "text", "text": f"request {_BENCH_NUMBER}"})
+    body = {"model": BENCH_MODEL, "max_tokens": max_tokens, "stream": is_streaming,
+            "messages": messages,
+            "system": [{"type": "text", "text": bench_text(2, int(20_000 * share)),
+                        "cache_control": {"type": "ephemeral"}}]}
+    if turns:
+        body["tools"] = [_bench_tool(n) for n in range(max(1, int(30 * share)))]
+    left = size_bytes - len(json_encode(body))
+    for turn in range(turns):
+        messages[2 * turn + 2]["content"][0]["content"] = [
+            {"type": "text", "text": bench_text(turn, max(0, left // turns - 26))}]
+    if not turns:
+        told[0]["text"] += bench_text(3, max(0, left))
+    return body
+
+
+BENCH_PARTS = {         # Anthropic block -> Gemini part
+    "text": lambda b: {"text": b["text"]},
+    "tool_use": lambda b: {"functionCall": {"id": b["id"], "name": b["name"], "args": b["input"]}},
+    "tool_result": lambda b: {"functionResponse": {
+        "id": b["tool_use_id"], "name": "Bash", "response": {"output": b["content"][0]["text"]}}},
+}
+
+
+def bench_gemini(body: Mapping) -> dict:
+    """The same content in the words of the Gemini API: what the direct connection is asked."""
+    rows = {"contents": [
+        {"role": "model" if m["role"] == "assistant" else "user",
+         "parts": [BENCH_PARTS[block["type"]](block) for block in m["content"]]}
+        for m in body["messages"]],
+        "systemInstruction": {"parts": [{"text": b["text"]} for b in body["system"]]},
+        "generationConfig": {"maxOutputTokens": body["max_tokens"]}}
+    if "tools" in body:
+        rows["tools"] = [{"functionDeclarations": [
+            {"name": t["name"], "description": t["description"], "parameters": t["input_schema"]}
+            for t in body["tools"]]}]
+    return rows
+
+
+class BenchRequest(NamedTuple):
+    """The bytes of a request around its number, and what its answer must end with."""
+    port: int
+    before: bytes
+    after: bytes
+    ending: bytes
+
+    def numbered(self, number: int) -> bytes:
+        return b"%s%08d%s" % (self.before, number % 10 ** 8, self.after)
+
+
+def bench_request(port: int, path: str, body: Mapping, ending: bytes) -> BenchRequest:
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    head = _BENCH_HEAD.format(path=path, host=f"127.0.0.1:{port}", length=len(text))
+    before, number, after = (head.encode("ascii") + text).partition(_BENCH_NUMBER.encode("ascii"))
+    return BenchRequest(port, before + number[:1], after, ending)
+
+
+# ... the upstream: bytes made beforehand, one thread, one selector, so that it costs less than
+# any proxy (the simulator above understands what it is asked: it would be what is measured)
+
+_BENCH_LENGTH = re.compile(rb"(?i)\r\n(?:content-length: *(\d+)|transfer-encoding: *chunked)")
+_BENCH_SSE = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+              b"Transfer-Encoding: chunked\r\n\r\n")
+
+
+class BenchLine:
+    """A socket of a selector that never blocks.  What does not go out at once follows when it can;
+    `whole` tells when a message, request or answer, has come in."""
+    __slots__ = ("sock", "selector", "seen", "left", "end", "number", "asked_at", "first_at",
+                 "looked_at")
+
+    def __init__(self, sock: socket.socket, selector: selectors.BaseSelector):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock, self.selector = sock, selector
+        self.seen, self.left = bytearray(), b""
+        self.end = 0                    # length of the message that comes in; -1: chunked
+        # an upstream's: requests so far; a client's: times, 0 for none, and where stamps end
+        self.number, self.asked_at, self.first_at, self.looked_at = 0, 0.0, 0.0, 0
+        selector.register(sock, selectors.EVENT_READ, self)
+
+    def send(self, data: bytes) -> None:
+        if self.left:
+            self.left = bytes(self.left) + data
+            return
+        try:
+            sent = self.sock.send(data)
+        except OSError as err:          # a connection that is being made is not ready either
+            if err.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOTCONN):
+                raise
+            sent = 0
+        if sent < len(data):
+            self.left = memoryview(data)[sent:]
+            self.selector.modify(self.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, self)
+
+    def flush(self) -> None:
+        self.left = self.left[self.sock.send(self.left):]
+        if not self.left:
+            self.selector.modify(self.sock, selectors.EVENT_READ, self)
+
+    def read(self) -> bytes:
+        data = self.sock.recv(262144)
+        self.seen += data
+        return data
+
+    def whole(self) -> int:
+        """Length of the message, 0 as long as it is not whole."""
+        if not self.end:
+            cut = self.seen.find(b"\r\n\r\n") + 4
+            if cut == 3:
+                return 0
+            found = _BENCH_LENGTH.search(self.seen, 0, cut)
+            self.end = cut if not found else cut + int(found[1]) if found[1] else -1
+        if self.end < 0:
+            return len(self.seen) if self.seen.endswith(b"\r\n" + LAST_CHUNK) else 0
+        return self.end if len(self.seen) >= self.end else 0
+
+    def take(self, length: int) -> None:
+        del self.seen[:length]
+        self.end = 0
+
+    def close(self) -> None:
+        if self.sock.fileno() >= 0:
+            self.selector.unregister(self.sock)
+            self.sock.close()
+
+
+BENCH_DIRECT = f"/v1beta/models/{BENCH_MODEL}:streamGenerateContent?alt=sse"
+
+
+def bench_event(text: str, number: int, finish: str = "", is_enveloped: bool = True) -> bytes:
+    """One event as Google writes it."""
+    candidate: dict = {"content": {"role": "model", "parts": [{"text": text}]}}
+    if finish:
+        candidate["finishReason"] = finish
+    event = {"candidates": [candidate], "usageMetadata": {
+        "promptTokenCount": 31234, "candidatesTokenCount": number, "cachedContentTokenCount": 28000,
+        "totalTokenCount": 31234 + number}, "modelVersion": BENCH_MODEL, "responseId": "bench"}
+    event = {"response": event, "traceId": "4a1c7f0f9e9b2d5c"} if is_enveloped else event
+    return b"data: %s\r\n\r\n" % json_encode(event).encode("ascii")
+
+
+def bench_texts(count: int) -> list[str]:
+    """The texts of `count` events: 20 to 60 characters with the mark in each, none in the last."""
+    return [*(BENCH_MARK.decode() + bench_text(n, 20 + n * 7 % 40) + " " for n in range(1, count)),
+            ""]
+
+
+def bench_events(count: int, is_enveloped: bool = True) -> list[bytes]:
+    return [bench_event(text, n, "" if text else "STOP", is_enveloped)
+            for n, text in enumerate(bench_texts(count), 1)]
+
+
+_BENCH_JSON = (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+               b"Content-Length: %d\r\n\r\n%s")
+# whatever else is asked, by any proxy: token, project, models, quota
+_BENCH_OTHER = (b'{"access_token":"bench","expires_in":3599,"token_type":"Bearer","models":{},'
+                b'"data":[],"cloudaicompanionProject":"bench",'
+                b'"currentTier":{"id":"standard-tier"}}')
+
+
+class BenchUpstream:
+    """Cloud Code and the Gemini API on 127.0.0.1.  `POST /bench?events=N&pace=P` says how many
+    events an answer has and how many of them are sent a second (0: all at once), and is answered
+    with counts; each paced event carries the time at which it is sent."""
+
+    def __init__(self, port: int = 0):
+        self.listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+        self.listener.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.counts = {"connections": 0, "requests": 0}
+        self.due: collections.deque = collections.deque()   # (time, line, events left, enveloped)
+        self.set_answers(20, 0.0)
+
+    def set_answers(self, events: int, pace: float) -> None:
+        self.events, self.pace = events, pace
+        self.canned, self.whole, self.paced = {}, {}, {}    # by whether they are enveloped
+        for kind in (True, False):
+            parts = bench_events(events, kind)
+            self.canned[kind] = b"".join((_BENCH_SSE, *map(chunk, parts), LAST_CHUNK))
+            whole = bench_event("".join(bench_texts(events)), events, "STOP", kind)
+            self.whole[kind] = _BENCH_JSON % (len(whole) - 10, whole[6:-4])
+            stamped = chunk(bench_event(f"~{0:016d} lorem ipsum dolor sit amet", 1, "", kind))
+            before, _, after = stamped.partition(b"0" * 16)
+            self.paced[kind] = before, after, chunk(parts[-1]) + LAST_CHUNK
+
+    def serve(self, stops: Callable[[], bool] = lambda: False) -> None:
+        while not stops():
+            wait = self.due[0][0] - time.perf_counter() if self.due else 0.5
+            for key, mask in self.selector.select(max(0.0, wait)):
+                if key.data is None:
+                    with contextlib.suppress(OSError):      # it is gone already
+                        BenchLine(self.listener.accept()[0], self.selector)
+                else:
+                    self._serve_line(key.data, mask)
+            now = time.perf_counter()
+            while self.due and self.due[0][0] <= now:
+                self._send_next(*self.due.popleft())
+
+    def close(self) -> None:
+        for key in list(self.selector.get_map().values()):
+            key.fileobj.close()
+        self.selector.close()
+
+    def _serve_line(self, line: BenchLine, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                line.flush()
+            if mask & selectors.EVENT_READ:
+                if not line.read():
+                    line.close()
+                length = line.whole()
+                if length:
+                    self._answer(line, line.seen[:line.seen.find(b" HTTP/")].decode("latin-1"))
+                    line.take(length)
+        except OSError:         # a client that hangs up is no error of this side
+            line.close()
+
+    def _answer(self, line: BenchLine, target: str) -> None:
+        if "/bench?" in target:
+            asked = dict(urllib.parse.parse_qsl(target.partition("?")[2]))
+            if "events" in asked:
+                self.set_answers(int(asked["events"]), float(asked.get("pace", 0)))
+            told = json_encode(self.counts).encode("ascii")
+            return line.send(_BENCH_JSON % (len(told), told))
+        if "enerateContent" not in target:
+            return line.send(_BENCH_JSON % (len(_BENCH_OTHER), _BENCH_OTHER))
+        self.counts["requests"] += 1
+        self.counts["connections"] += not line.number
+        line.number += 1
+        is_enveloped = "/v1internal" in target
+        if ":generateContent" in target:
+            return line.send(self.whole[is_enveloped])
+        if not self.pace:
+            return line.send(self.canned[is_enveloped])
+        line.send(_BENCH_SSE)
+        return self._send_next(time.perf_counter(), line, self.events - 1, is_enveloped)
+
+    def _send_next(self, at: float, line: BenchLine, left: int, is_enveloped: bool) -> None:
+        before, after, last = self.paced[is_enveloped]
+        if line.sock.fileno() < 0:
+            return
+        try:
+            line.send(b"%s%016d%s" % (before, int(time.perf_counter() * 1e6), after)
+                      if left else last)
+        except OSError:
+            return line.close()
+        if left:        # one period for all, so the queue is in order
+            self.due.append((at + 1 / self.pace, line, left - 1, is_enveloped))
+
+
+def bench_tell(port: int, events: int, pace: float) -> dict[str, int]:
+    """Sets what the bench upstream answers from now on; its counts."""
+    with socket.create_connection(("127.0.0.1", port), BENCH_PATIENCE_S) as sock:
+        sock.sendall(b"POST /bench?events=%d&pace=%g HTTP/1.1\r\n\r\n" % (events, pace))
+        return json_decode(sock.recv(65536).partition(b"\r\n\r\n")[2])
+
+
+# ... and the load: one thread and one selector for all clients
+
+@dataclass
+class BenchTally:
+    """What a load saw."""
+    answers: int = 0
+    elapsed_s: float = 0.0
+    times_s: list = field(default_factory=list)     # question to whole answer
+    firsts_s: list = field(default_factory=list)    # ... to the first event
+    delays_s: list = field(default_factory=list)    # of stamped events: sent to received
+    failures: list = field(default_factory=list)    # sentences
+
+
+class BenchClient:
+    """Keep-alive connections that each ask again when their answer is whole and right: status, end
+    and number of marks.  A connection that failed is not used again."""
+
+    def __init__(self, request: BenchRequest, marks: int, is_paced: bool = False):
+        self.request, self.marks, self.is_paced = request, marks, is_paced
+        self.selector = selectors.DefaultSelector()
+        self.lines: set[BenchLine] = set()
+        self.asked = self.waiting = 0           # requests so far; of them without an answer
+        self.stops_at, self.most = 0.0, 0       # nothing new is asked after that, or so many
+        self.tally = BenchTally()
+
+    def __enter__(self) -> BenchClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for line in list(self.lines):
+            self._drop(line)
+        self.selector.close()
+
+    def open(self) -> None:
+        line = BenchLine(socket.socket(), self.selector)
+        self.lines.add(line)
+        line.sock.connect_ex(("127.0.0.1", self.request.port))
+        self._ask(line)
+
+    def run(self, clients: int, seconds: float, requests: int = sys.maxsize) -> BenchTally:
+        """Closed loops for so long or so many requests; returns when all answers are there."""
+        self.tally, began = BenchTally(), time.perf_counter()
+        self.stops_at, self.most = began + seconds, self.asked + requests
+        for line in list(self.lines):
+            self._ask(line)
+        for _ in range(clients - len(self.lines)):
+            self.open()
+        return self._finish(began, self.stops_at + BENCH_PATIENCE_S)
+
+    def live(self, streams: int, ramp_s: float, length_s: float,
+             in_midst: Callable[[], None]) -> BenchTally:
+        """`streams` at once, begun over `ramp_s`; `in_midst` is called while all are open."""
+        self.tally, began = BenchTally(), time.perf_counter()
+        for number in range(streams):
+            self._turn(began + ramp_s * number / streams)
+            self.open()
+        self._turn(began + max(ramp_s, (ramp_s + length_s) / 2))
+        in_midst()
+        return self._finish(began, began + ramp_s + length_s + BENCH_PATIENCE_S)
+
+    def _finish(self, began: float, deadline: float) -> BenchTally:
+        """Waits for the answers that are still to come; who has none by then has failed."""
+        self._turn(deadline, is_last=True)
+        for line in [line for line in self.lines if line.asked_at]:
+            self._fail(line, "no whole answer came in time")
+        self.tally.elapsed_s = time.perf_counter() - began
+        return self.tally
+
+    def _turn(self, deadline: float, is_last: bool = False) -> None:
+        """Moves all connections until then, or until no answer is awaited any more."""
+        left = deadline - time.perf_counter()
+        while left > 0 and (self.waiting or not is_last):
+            for key, mask in self.selector.select(left):
+                self._move(key.data, mask)
+            left = deadline - time.perf_counter()
+
+    def _ask(self, line: BenchLine) -> None:
+        self.asked += 1
+        self.waiting += 1
+        line.asked_at, line.first_at, line.looked_at = time.perf_counter(), 0.0, 0
+        try:
+            line.send(self.request.numbered(self.asked))
+        except OSError as err:
+            self._fail(line, str(err))
+
+    def _move(self, line: BenchLine, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                line.flush()
+            if mask & selectors.EVENT_READ:
+                data, now = line.read(), time.perf_counter()
+                if not data:
+                    raise OSError("the connection was closed in mid-answer")
+                self._look(line, data, now)
+        except OSError as err:
+            self._fail(line, str(err))
+
+    def _look(self, line: BenchLine, data: bytes, now: float) -> None:
+        if not line.first_at and BENCH_MARK in data:
+            line.first_at = now
+        if self.is_paced:
+            for stamp in BENCH_STAMP.finditer(line.seen, line.looked_at):
+                self.tally.delays_s.append(now - int(stamp[1]) / 1e6)
+                line.looked_at = stamp.end()
+        length = line.whole()
+        if not length:
+            return
+        answer = bytes(line.seen[:length])
+        line.take(length)
+        wrong = self.wrong(answer)
+        if wrong:
+            return self._fail(line, wrong)
+        tally = self.tally
+        tally.answers += 1
+        tally.times_s.append(now - line.asked_at)
+        tally.firsts_s.append(line.first_at - line.asked_at)
+        self._next(line, is_kept=b"\r\nconnection: close" not in answer[:2000].lower())
+
+    def _next(self, line: BenchLine, is_kept: bool) -> None:
+        """After an answer: another question, unless the load is over."""
+        line.asked_at = 0.0
+        self.waiting -= 1
+        is_over = time.perf_counter() >= self.stops_at or self.asked >= self.most
+        if self.is_paced or not is_kept:
+            self._drop(line)
+            if not self.is_paced and not is_over:
+                self.open()
+        elif not is_over:
+            self._ask(line)
+
+    def wrong(self, answer: bytes) -> str:
+        """What is wrong with an answer; empty: nothing."""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        status, marks = head[9:12].decode("latin-1"), body.count(BENCH_MARK)
+        if status != "200":
+            return f"status {status}: {body[:200].decode('utf-8', 'replace')}"
+        if self.request.ending not in body:
+            return "an answer without its end"
+        return "" if marks == self.marks else f"{marks} events came of {self.marks}"
+
+    def _fail(self, line: BenchLine, reason: str) -> None:
+        self.tally.failures.append(reason)
+        self.waiting -= 1
+        self._drop(line)
+
+    def _drop(self, line: BenchLine) -> None:
+        self.lines.discard(line)
+        line.close()
+
+
 # ── 19. Terminal ──────────────────────────────────────────────────────────
 # The pool's report as lines of text, for `accounts list`, `quota` and `why`.
 # Knows only the report; an unknown fraction is shown as unknown.
@@ -17253,16 +17725,18 @@ def lacks_account(args: argparse.Namespace) -> bool:
     return True
 
 
-def raise_descriptor_limit() -> None:
-    """Each stream holds two descriptors; the usual soft limit of 1,024 is too low."""
+def raise_descriptor_limit() -> int:
+    """Each stream holds two descriptors; the usual soft limit of 1,024 is too low.  Returns how
+    many this process may hold now."""
     try:
         import resource
     except ImportError:
-        return              # Windows has no such limit
+        return 512          # Windows has no such limit, but `select` takes no more
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted) if soft != resource.RLIM_INFINITY else wanted
 
 
 def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
@@ -17881,6 +18355,480 @@ def command_groups(args: argparse.Namespace) -> int:
     return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
 
 
+# Bench: agproxy as a client meets it, beside a direct connection and another proxy
+
+class BenchLoad(NamedTuple):
+    """One thing that is measured.  `unit` is what CPU is told by: request, stream or event."""
+    key: str
+    title: str
+    size_bytes: int
+    turns: int
+    events: int
+    clients: int
+    unit: str
+    figures: tuple      # keys of BENCH_FIGURES that the table shows; JSON has all
+    pace: float = 0.0   # events a second of each stream; 0: at once
+
+
+class BenchScale(NamedTuple):
+    runs: int
+    warm_s: float
+    seconds: float      # of each load
+    live_events: int
+    ramp_s: float       # for 1,000 live streams
+    requests: int       # after which memory is read again, and after twice and four times as many
+
+
+_LOOPS = ("cpu", "rate", "p50", "p99")
+_LIVE = ("cpu", "delay50", "delay99", "memory", "threads", "failures")
+BENCH_LOADS = (
+    BenchLoad("small_1", "small request, 1 client", 1000, 0, 20, 1, "request", _LOOPS),
+    BenchLoad("small_16", "small request, 16 clients", 1000, 0, 20, 16, "request",
+              (*_LOOPS, "connections")),
+    BenchLoad("large", "130 KB request: 30 tools, 40 turns, 4 clients", BENCH_LARGE_BYTES, 40, 20,
+              4, "request", _LOOPS),
+    BenchLoad("huge", "1 MB request, 4 clients", 1_000_000, 40, 20, 4, "request", _LOOPS),
+    BenchLoad("first", "stream of 20 events, 1 client", 1000, 0, 20, 1, "stream",
+              ("first", "p50")),
+    BenchLoad("stream_20", "stream of 20 events, 16 clients", 1000, 0, 20, 16, "stream",
+              _LOOPS),
+    BenchLoad("saturated", "streams of 2,000 events, 16 clients", 1000, 0, 2000, 16, "event",
+              ("cpu", "rate")),
+    BenchLoad("live_200", "live streams of 20 events/s", 1000, 0, 0, 200, "event", _LIVE, 20.0),
+    BenchLoad("live_1000", "live streams of 20 events/s", 1000, 0, 0, 1000, "event", _LIVE, 20.0),
+)
+BENCH_SCALES = {"full": BenchScale(3, 0.3, 0.8, 100, 2.0, 2000),
+                "quick": BenchScale(1, 0.1, 0.25, 40, 1.5, 500)}
+BENCH_FIGURES = {       # key -> (label, unit)
+    "cold": ("cold start to the first answer", "ms"), "idle": ("memory when idle", "MB"),
+    "cpu": ("CPU", "us a {unit}"), "rate": ("rate", "{unit}s/s"), "p50": ("p50", "ms"),
+    "p99": ("p99", "ms"), "first": ("first event, p50", "ms"),
+    "delay50": ("event delay, p50", "ms"), "delay99": ("event delay, p99", "ms"),
+    "memory": ("memory", "MB"), "threads": ("threads", ""), "failures": ("failures", ""),
+    "connections": ("new upstream connections", ""),
+    "upstream_cpu": ("CPU of the bench upstream", "us a {unit}"),
+    "client_cpu": ("CPU of the load client", "us a {unit}")}
+BENCH_START = BenchLoad("start", "start", 1000, 0, 20, 1, "request", ("cold", "idle"))
+BENCH_GROWTH = (        # (title, unit, what holds, loads); a cost is told by event or kilobyte
+    ("streamed event, in a stream of", "events", "cost of an event does not depend on the length", [
+        BenchLoad(str(n), f"{n:,}", 1000, 0, n, 1, "event", ()) for n in (200, 2000, 20000)]),
+    ("kilobyte of a request of", "KB", "cost of a request is linear in its bytes", [
+        BenchLoad(str(kb), f"{kb:,}", kb * 1000, kb // 3, 20, 2, "request", ())
+        for kb in (32, 128, 512, 2048)]))
+BENCH_SLACK = 1.3       # noise of a shared machine: what costs more than that is told as growth
+BENCH_MEMORY_SLACK = 1.05           # pages come and go; 6,000 requests kept with their KB are 7 %
+_BENCH_ENVIRONMENT = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG", "LC_ALL",
+                      "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHON_GIL", "PYTHONHOME")
+
+
+class ProcessUsage(NamedTuple):
+    """What a process and its children used, as the operating system counts it."""
+    cpu_s: float
+    memory_mb: float
+    threads: int
+
+
+def _processes() -> Iterator[tuple[int, int, ProcessUsage]]:
+    """(id, parent, usage) of each process; nothing on Windows."""
+    if os.path.isdir("/proc/self/task"):        # Linux
+        tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as handle:
+                cells = handle.read().rpartition(b")")[2].split()
+                yield int(name), int(cells[1]), ProcessUsage(      # with children that have ended
+                    sum(map(int, cells[11:15])) / tick, int(cells[21]) * page / 1e6, int(cells[17]))
+    elif os.name == "posix":
+        rows = subprocess.run(["ps", "-axo", "pid=,ppid=,rss=,time="], capture_output=True)
+        for row in rows.stdout.decode("ascii", "replace").splitlines():
+            pid, parent, memory, spent = row.split()[:4]
+            days, _, clock = spent.rpartition("-")
+            seconds = functools.reduce(lambda s, part: s * 60 + float(part), clock.split(":"), 0.0)
+            yield int(pid), int(parent), ProcessUsage(
+                seconds + 86400 * int(days or 0), int(memory) * 1024 / 1e6, 0)
+
+
+def process_usage(pid: int | None) -> ProcessUsage | None:
+    """Sums over the process and its children; None where it is not known."""
+    rows = {row[0]: row for row in _processes()} if pid else {}
+    tree = {pid}
+    for _ in range(4):          # generations
+        tree |= {row[0] for row in rows.values() if row[1] in tree}
+    found = [rows[p][2] for p in tree if p in rows]
+    return ProcessUsage(*map(sum, zip(*found))) if found else None
+
+
+def percentile(values: Iterable[float], share: float) -> float | None:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = sorted(v for v in values if v is not None)
+    half = len(known) // 2
+    return (known[half] + known[~half]) / 2 if known else None
+
+
+def bench_figures(load: BenchLoad, tally: BenchTally) -> dict[str, float | None]:
+    """The figures of a load that the load client sees; times in milliseconds."""
+    figures = {"p50": percentile(tally.times_s, 0.5), "p99": percentile(tally.times_s, 0.99),
+               "first": percentile(tally.firsts_s, 0.5),
+               "delay50": percentile(tally.delays_s, 0.5),
+               "delay99": percentile(tally.delays_s, 0.99)}
+    units = tally.answers * (load.events if load.unit == "event" else 1)
+    return {**{key: None if s is None else s * 1e3 for key, s in figures.items()},
+            "rate": units / tally.elapsed_s, "failures": float(len(tally.failures)),
+            "units": len(tally.delays_s) if load.pace else units}
+
+
+class Bench:
+    """The processes of a measurement and the folder with their files; all ends with it."""
+
+    def __init__(self, scale: BenchScale, upstream_port: int = 0,
+                 other: tuple[int | None, int | None] = (None, None)):
+        import tempfile
+        self.scale, self.other = scale, other       # port and process of the other proxy
+        self.folder = tempfile.mkdtemp(prefix="agproxy-bench-")
+        self.children: dict[str, subprocess.Popen] = {}
+        self.samples: dict[tuple[str, str, str], list] = {}     # (load, figure, subject) -> runs
+        self.upstream_port, self.proxy_port = upstream_port, 0
+
+    def __enter__(self) -> Bench:
+        try:
+            self.upstream_port = self._start("bench upstream", "bench", "--as-upstream",
+                                             "--upstream-port", str(self.upstream_port))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import shutil
+        for name in list(self.children):
+            self._end(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self, name: str) -> None:
+        child = self.children.pop(name)
+        child.kill()        # nothing of it is kept, so nothing needs an orderly end
+        child.wait()
+        child.stdout.close()
+
+    def _start(self, name: str, *arguments: str) -> int:
+        """The port on which this file, started with those arguments, says that it listens."""
+        log = os.path.join(self.folder, f"{name}.log")
+        environment = {k: v for k, v in os.environ.items() if k in _BENCH_ENVIRONMENT}
+        with open(log, "wb") as errors:
+            child = self.children[name] = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), *arguments], stdout=subprocess.PIPE,
+                stdin=subprocess.DEVNULL, stderr=errors,
+                env={**environment, "HOME": self.folder, "PYTHONIOENCODING": "utf-8"})
+        guard = threading.Timer(BENCH_PATIENCE_S, child.kill)
+        guard.start()
+        try:
+            for line in child.stdout:
+                found = re.search(rb"listens on http://127\.0\.0\.1:(\d+)", line)
+                if found:
+                    return int(found[1])
+        finally:
+            guard.cancel()
+        with open(log, encoding="utf-8", errors="replace") as handle:
+            told = handle.read().strip().splitlines()[-1:] or ["it said nothing"]
+        raise ConfigError(f"the {name} did not start: {told[0].replace('agproxy: ', '')}")
+
+    def start_proxy(self) -> dict[str, float | None]:
+        """A new proxy in place of the one before; how long its first answer took, and its memory.
+        All its addresses are the bench upstream's: nothing leaves the machine."""
+        if "proxy" in self.children:
+            self._end("proxy")
+        url = f"http://127.0.0.1:{self.upstream_port}"
+        row = {"base_url": url, "token_url": url, "auth_url": url, "userinfo_url": url}
+        path = os.path.join(self.folder, "accounts.json")
+        write_atomic(path, json_encode({
+            "settings": {"soft_limit": 0}, "providers": {"antigravity": row, "gemini-cli": row},
+            "accounts": [{"name": "bench", "provider": "antigravity", "access_token": "bench",
+                          "project": "bench"}]}).encode("ascii"))
+        began = time.perf_counter()
+        self.proxy_port = self._start("proxy", "serve", "--port", "0", "--accounts", path,
+                                      "--log-file", os.path.join(self.folder, "requests.log"))
+        self.load("agproxy", BENCH_START, requests=1)
+        cold_s = time.perf_counter() - began
+        time.sleep(0.3)         # what a start does beside the first answer
+        used = process_usage(self.children["proxy"].pid)
+        self.load("agproxy", BENCH_START._replace(clients=8), seconds=self.scale.warm_s * 2)
+        return {"cold": cold_s * 1e3, "idle": used and used.memory_mb}
+
+    def client(self, subject: str, load: BenchLoad) -> BenchClient:
+        """The load client for a subject: the same content in the language that it speaks."""
+        # an answer that is longer than it may be would be cut
+        body = bench_body(load.size_bytes, load.turns, load.unit != "request",
+                          max(32_000, 16 * load.events))
+        if subject == "direct":
+            port, path, body = self.upstream_port, BENCH_DIRECT, bench_gemini(body)
+            ending = b'"finishReason":"STOP"'
+        else:
+            port = self.proxy_port if subject == "agproxy" else self.other[0]
+            path, ending = "/v1/messages", b"message_stop" if body["stream"] else b"end_turn"
+        return BenchClient(bench_request(port, path, body, ending), load.events - 1,
+                           bool(load.pace))
+
+    def checked(self, subject: str, load: BenchLoad, tally: BenchTally) -> BenchTally:
+        if tally.failures:
+            raise ConfigError(f"{subject}, {load.title}: {tally.failures[0]}")
+        return tally
+
+    def load(self, subject: str, load: BenchLoad, seconds: float = BENCH_PATIENCE_S,
+             requests: int = sys.maxsize) -> None:
+        """A load that is not measured; raises ConfigError at a wrong answer."""
+        bench_tell(self.upstream_port, load.events, load.pace)
+        with self.client(subject, load) as client:
+            self.checked(subject, load, client.run(load.clients, seconds, requests))
+
+    def keep(self, load: str, subject: str, figures: Mapping[str, float | None]) -> None:
+        for figure, value in figures.items():
+            self.samples.setdefault((load, figure, subject), []).append(value)
+
+    def measure(self, subject: str, load: BenchLoad) -> None:
+        """One load of one subject, its figures kept."""
+        counts, midst = bench_tell(self.upstream_port, load.events, load.pace), []
+        pid = {"agproxy": self.children["proxy"].pid, "other": self.other[1]}.get(subject)
+        upstream = self.children["bench upstream"].pid
+        with self.client(subject, load) as client:
+            if not load.pace:       # the rest is warm: whatever may be kept is kept by now
+                self.checked(subject, load, client.run(load.clients, self.scale.warm_s))
+            before, own_s = (process_usage(pid), process_usage(upstream)), time.process_time()
+            if load.pace:
+                tally = client.live(load.clients, self.scale.ramp_s * load.clients / 1000,
+                                    load.events / load.pace,
+                                    lambda: midst.append(process_usage(pid)))
+            else:
+                tally = self.checked(subject, load, client.run(load.clients, self.scale.seconds))
+            own_s = time.process_time() - own_s
+            after = process_usage(pid), process_usage(upstream)
+        figures = bench_figures(load, tally)
+        spent = [a and b and a.cpu_s - b.cpu_s for a, b in zip(after, before)]
+        for key, cpu_s in zip(("cpu", "upstream_cpu", "client_cpu"), (*spent, own_s)):
+            is_known = cpu_s is not None and tally.answers
+            figures[key] = cpu_s * 1e6 / figures["units"] if is_known else None
+        if midst and midst[0]:
+            figures.update(memory=midst[0].memory_mb, threads=midst[0].threads or None)
+        told = bench_tell(self.upstream_port, load.events, load.pace)
+        figures["connections"] = told["connections"] - counts["connections"]
+        self.keep(load.key, subject, figures)
+
+    def await_other(self) -> None:
+        """Until the other proxy answers by the bench upstream, a minute at most."""
+        warn(f"the bench upstream is http://127.0.0.1:{self.upstream_port}; waiting until "
+             f"the proxy on port {self.other[0]} answers by it")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return self.load("other", BENCH_START, requests=1)
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def run(self, loads: Iterable[BenchLoad], told: Callable[[str], None]) -> None:
+        """All loads, `runs` times, the subjects one after the other within each load, so that
+        what else the machine does meets all of them."""
+        if self.other[0]:
+            self.await_other()
+        subjects = ["agproxy", "direct", *["other"] * bool(self.other[0])]
+        for run in range(self.scale.runs):
+            told(f"run {run + 1} of {self.scale.runs}: start")
+            self.keep("start", "agproxy", self.start_proxy())
+            if self.other[0]:
+                self.load("other", BENCH_START._replace(clients=8), self.scale.warm_s * 6)
+            turn = run % len(subjects)
+            for load in loads:
+                for subject in subjects[turn:] + subjects[:turn]:
+                    told(f"run {run + 1} of {self.scale.runs}: {load.title}, {subject}")
+                    self.measure(subject, load)
+
+    def grow(self, told: Callable[[str], None]) -> None:
+        """The loads of BENCH_GROWTH, and memory after more and more requests."""
+        for run in range(self.scale.runs):
+            told(f"run {run + 1} of {self.scale.runs}")
+            self.start_proxy()
+            for times, more in ((0, 0), (1, 1), (2, 1), (4, 2)):
+                if more:
+                    self.load("agproxy", BENCH_START._replace(clients=8), 600,
+                              more * self.scale.requests)
+                used = process_usage(self.children["proxy"].pid)
+                self.keep(str(times * self.scale.requests), "agproxy",
+                          {"memory": used and used.memory_mb})
+            for load in (load for group in BENCH_GROWTH for load in group[3]):
+                told(f"run {run + 1} of {self.scale.runs}: {load.title}")
+                self.measure("agproxy", load)
+
+
+def figure_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 99.5 or value == int(value) else f"{value:.3g}"
+
+
+def bench_notes(samples: Mapping) -> list[str]:
+    """What a reader must know to believe the figures."""
+    def cost(load: str, figure: str) -> str:
+        return figure_text(median(samples.get((load, figure, "agproxy"), ())))
+    if median(samples.get(("small_16", "cpu", "agproxy"), ())) is None:
+        return ["CPU and memory are not measured on this system: wall-clock figures only."]
+    return ["CPU is user and system time of the proxy's processes, by the operating system's "
+            "account.", "The rest of the machine took, bench upstream and load client: " +
+            "; ".join(f"{cost(load, 'upstream_cpu')} and {cost(load, 'client_cpu')} us {unit}"
+                      for load, unit in (("small_16", "a small request"),
+                                         ("live_1000", "a live event"))) + "."]
+
+
+def bench_rows(samples: Mapping, loads: Iterable[BenchLoad]) -> list[dict]:
+    """One row for each figure: medians and all samples of each subject, and the ratios, which are
+    medians of the ratios within a run."""
+    rows = []
+    for load in loads:
+        for key, (label, unit) in BENCH_FIGURES.items():
+            row = {"load": load.key, "title": load.title, "figure": key, "label": label,
+                   "unit": unit.format(unit=load.unit), "is_shown": key in load.figures}
+            found = {subject: samples.get((load.key, key, subject), [])
+                     for subject in ("agproxy", "direct", "other")}
+            if median(found["agproxy"]) is None and not row["is_shown"]:
+                continue
+            for subject, values in found.items():
+                pairs = [a / b for a, b in zip(found["agproxy"], values) if a is not None and b]
+                row[subject] = {"median": median(values), "samples": values,
+                                "ratio": median(pairs) if subject != "agproxy" else None}
+            rows.append(row)
+    return rows
+
+
+def bench_cell(cell: Mapping) -> str:
+    """A median, with half the distance of its samples where there are several."""
+    known = [v for v in cell["samples"] if v is not None]
+    middle, spread = cell["median"], (max(known) - min(known)) / 2 if known else 0.0
+    return figure_text(middle) + (f" ±{spread / middle:.0%}" if spread and middle else "")
+
+
+def bench_table(rows: Iterable[Mapping], subjects: tuple) -> list[str]:
+    """The shown rows as aligned lines under the titles of their loads."""
+    others = subjects[1:]
+    lines = [f"{'':47}" + "".join(f"{s:>17}" for s in subjects)
+             + "".join(f"{'to ' + s:>11}" for s in others)]
+    title = ""
+    for row in (row for row in rows if row["is_shown"]):
+        if row["title"] != title:
+            title = row["title"]
+            lines += ["", title]
+        lines.append(f"  {row['label']:32}{row['unit']:13}"
+                     + "".join(f"{bench_cell(row[s]):>17}" for s in subjects)
+                     + "".join(f"{figure_text(row[s]['ratio']):>11}" for s in others))
+    return lines
+
+
+def growth_rows(samples: Mapping, requests: int) -> list[dict]:
+    """One row for each claim: its figures in order, and whether it holds."""
+    rows = []
+    for title, unit, claim, loads in BENCH_GROWTH:
+        per = [float(load.title.replace(",", "")) if unit == "KB" else 1.0 for load in loads]
+        medians = [median(samples.get((load.key, "cpu", "agproxy"), ())) for load in loads]
+        cells = [(f"{load.title} {unit}", m and m / p, "us")
+                 for load, p, m in zip(loads, per, medians)]
+        rows.append({"title": title, "claim": claim, "cells": cells})
+    counts = [0, requests, 2 * requests, 4 * requests]
+    rows.append({"title": "memory after", "claim": "memory does not grow with finished requests",
+                 "cells": [(f"{n:,} requests", median(samples.get((str(n), "memory", "agproxy"),
+                                                                  ())), "MB") for n in counts]})
+    for row in rows:        # what is first used is first loaded: the beginning of memory is apart
+        values = [value for _, value, _ in row["cells"]][row["cells"][0][2] == "MB":]
+        row["growth"] = values[-1] / min(values[:-1]) if all(values) else None
+        row["holds"] = row["growth"] and row["growth"] <= (
+            BENCH_SLACK if row["cells"][0][2] == "us" else BENCH_MEMORY_SLACK)
+    return rows
+
+
+def growth_table(rows: Iterable[Mapping]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines.append(row["title"])
+        lines += [f"  {label:>16}{figure_text(value):>12} {unit}"
+                  for label, value, unit in row["cells"]]
+        told = ("not measured on this system" if row["growth"] is None else
+                f"{'holds' if row['holds'] else 'does not hold'}: the last is {row['growth']:.2f} "
+                "times the least before it")
+        lines += [f"  {row['claim']}: {told}", ""]
+    return lines[:-1]
+
+
+def other_port(url: str | None) -> int | None:
+    """The port of the other proxy; raises ConfigError unless it is on this machine."""
+    if not url:
+        return None
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "http" or parts.hostname not in ("127.0.0.1", "localhost"):
+        raise ConfigError(f"--against takes http://127.0.0.1:PORT, not {url}: this program sends "
+                          "no load to other machines")
+    return parts.port or 80
+
+
+def bench_machine() -> dict:
+    import platform
+    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "python": f"{platform.python_implementation()} {platform.python_version()}"}
+
+
+def bench_loads(scale: BenchScale, descriptors: int) -> tuple[list[BenchLoad], list[str]]:
+    """The loads at that scale, and what is to be said about them."""
+    most, loads, notes = max(1, (descriptors - 100) // 2), [], []
+    for load in BENCH_LOADS:
+        if load.pace:
+            if load.clients > most:     # two for each stream in the proxy
+                notes.append(f"{most:,} live streams instead of {load.clients:,}: a process may "
+                             f"hold {descriptors:,} descriptors here")
+            clients = min(load.clients, most)
+            load = load._replace(clients=clients, events=scale.live_events,
+                                 title=f"{clients:,} {load.title}")
+        loads.append(load)
+    return loads, notes
+
+
+def command_bench(args: argparse.Namespace) -> int:
+    descriptors = raise_descriptor_limit()
+    if args.as_upstream:
+        upstream = BenchUpstream(args.upstream_port)
+        say(f"bench upstream listens on {upstream.url}")
+        upstream.serve()
+    port, pid = other_port(args.against), args.against_pid
+    if pid and process_usage(os.getpid()) and not process_usage(pid):
+        raise ConfigError(f"--against-pid: there is no process {pid}")
+    scale = BENCH_SCALES["quick" if args.quick else "full"]
+    scale = scale._replace(runs=args.runs or scale.runs)
+    for name in ("SIGTERM", "SIGHUP"):      # end as Ctrl-C does: with all children
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+
+    def told(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{text[:78]:78}", end="\r", file=sys.stderr, flush=True)
+    loads, notes = bench_loads(scale, descriptors)
+    with Bench(scale, args.upstream_port, (port, pid)) as bench:
+        bench.grow(told) if args.growth else bench.run(loads, told)
+        told("")
+    if not args.growth:
+        notes += bench_notes(bench.samples)
+    result = {"program": f"agproxy {VERSION}", **bench_machine(), **scale._asdict(), "notes": notes}
+    result["rows"] = (growth_rows(bench.samples, scale.requests) if args.growth
+                      else bench_rows(bench.samples, (BENCH_START, *loads)))
+    if args.json:
+        say(json.dumps(result, indent=1))
+        return 0
+    say("agproxy {0} bench: median of {runs} on {system} {machine}, {cores} cores, {python}".format(
+        VERSION, **result), "Ratios count, figures are of this machine.")
+    say("", *(growth_table(result["rows"]) if args.growth else
+              bench_table(result["rows"], ("agproxy", "direct") + ("other",) * bool(port))))
+    say("", *notes)
+    return 0
+
+
 SOURCE = os.path.abspath(__file__)      # also where its bytecode runs
 if SOURCE.endswith(".pyc"):
     import importlib.util
@@ -17917,6 +18865,7 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
     "groups": (command_groups, "create, add, move, remove, test, list, delete groups", False),
     "alias": (command_alias, "names for models: alias [NAME [MODEL ...]]", False),
     "models": (command_models, "list models and the accounts that serve them", False),
+    "bench": (command_bench, "measure this proxy beside a direct connection, or another", False),
     "map": (command_map, "print the rooms of this file with their lines", False),
     "version": (command_version, "print the version", False),
 }
@@ -17982,6 +18931,19 @@ def _add_group_actions(command: argparse.ArgumentParser) -> None:
             action.add_argument("--strategy", default="priority", choices=GROUP_STRATEGIES)
 
 
+def _add_bench_options(command: argparse.ArgumentParser) -> None:
+    for flag, about in (("--quick", "a quarter of a minute instead of two minutes"),
+                        ("--growth", "how costs grow with streams, bodies and requests instead"),
+                        ("--json", "all samples and medians"), ("--as-upstream", None)):
+        command.add_argument(flag, action="store_true", help=about or argparse.SUPPRESS)
+    command.add_argument("--runs", type=int, metavar="N", help="medians of N runs (3)")
+    command.add_argument("--against", metavar="URL",
+                         help="another proxy on this machine, set up for the bench upstream")
+    command.add_argument("--against-pid", type=int, metavar="PID", help="its process, for its CPU")
+    command.add_argument("--upstream-port", type=int, default=0, metavar="N",
+                         help="where the bench upstream listens; else any free port")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agproxy.py", description="Any AI coding client on any model account you own.",
@@ -18010,6 +18972,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "quota":
             command.add_argument("--watch", action="store_true", help="again every minute")
             command.add_argument("--models", action="store_true", help="single models too")
+        if name == "bench":
+            _add_bench_options(command)
         if name in ("quota", "why"):
             command.add_argument("--json", action="store_true")
         if name == "why":

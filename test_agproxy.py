@@ -6668,6 +6668,298 @@ def test_a_full_disk_keeps_the_old_file_and_the_rotated_token_in_memory(make_pro
     assert json_of(path)["accounts"][0]["refresh_token"] == "newer-token"
 
 
+# Bench: what is measured by, and the measuring
+
+@pytest.mark.parametrize("size, turns, tools", [(1000, 0, 0), (32_000, 10, 7), (ag.BENCH_LARGE_BYTES, 40, 30), (1_000_000, 40, 30)])
+def test_a_body_of_the_bench_has_its_size_and_is_one_that_clients_send(size, turns, tools):
+    body = ag.bench_body(size, turns)
+    assert body == ag.bench_body(size, turns) and len(body.get("tools", ())) == tools
+    request = ag.bench_request(1, "/v1/messages", body, b"")
+    sent = request.numbered(7).partition(b"\r\n\r\n")
+    assert 0.95 < len(sent[2]) / size < 1.05 and b"Content-Length: %d\r\n" % len(sent[2]) in sent[0] + b"\r\n"
+    assert json.loads(sent[2])["messages"][-1]["content"][-1]["text"].startswith("request #00000007")
+    parsed = ag.anthropic_parse_request(ag.json_decode(sent[2]), {})
+    assert len(parsed.turns) == 2 * turns + 1 and len(parsed.tools) == tools and not parsed.left_out
+    asked, told = ag.bench_gemini(body), [m["content"] for m in body["messages"]]
+    assert [len(c["parts"]) for c in asked["contents"]] == [len(blocks) for blocks in told]
+    if turns:
+        assert asked["contents"][2]["parts"][0]["functionResponse"]["response"]["output"] == told[2][0]["content"][0]["text"]
+    assert 0.9 < len(ag.json_encode(asked)) / len(ag.json_encode(body)) < 1.1
+
+
+@pytest.fixture
+def bench_upstream():
+    upstream, stopped = ag.BenchUpstream(), threading.Event()
+    thread = threading.Thread(target=upstream.serve, args=(stopped.is_set,))
+    thread.start()
+    upstream.port = int(upstream.url.rpartition(":")[2])
+    yield upstream
+    stopped.set()
+    thread.join()
+    upstream.close()
+
+
+def direct_request(upstream, turns=0):
+    body = ag.bench_gemini(ag.bench_body(1000, turns))
+    return ag.bench_request(upstream.port, ag.BENCH_DIRECT, body, b'"finishReason":"STOP"')
+
+
+@pytest.mark.parametrize("pace", [0, 200])
+@pytest.mark.parametrize("path", [ag.BENCH_DIRECT, "/v1internal:streamGenerateContent?alt=sse"])
+def test_the_bench_upstream_streams_as_many_chunked_events_as_it_is_told(bench_upstream, path, pace):
+    assert ag.bench_tell(bench_upstream.port, 9, pace) == {"connections": 0, "requests": 0}
+    began = int(time.perf_counter() * 1e6)
+    with contextlib.closing(socket.create_connection(("127.0.0.1", bench_upstream.port))) as sock:
+        data = ag.json_encode(ag.bench_gemini(ag.bench_body(1000, 0))).encode()
+        sock.sendall(b"POST %s HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)))
+        sock.sendall(data[:100])
+        sock.sendall(data[100:])
+        raw = b""
+        while not raw.endswith(b"\r\n0\r\n\r\n"):
+            raw += sock.recv(65536)
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    reader = ag.BodyReader(ag.body_framing(ag.parse_head(head, False).headers, False), 1 << 20)
+    events = [json.loads(e) for e in ag.SseSplitter().feed(reader.feed(rest))]
+    assert reader.done and not reader.rest and rest.count(b"data: ") == len(events) == 9
+    events = [e.get("response", e) for e in events]
+    assert all(("response" in json.loads(line)) == ("internal" in path) for line in rest.decode().splitlines() if line.startswith("{"))
+    texts = [e["candidates"][0]["content"]["parts"][0]["text"] for e in events]
+    assert [t.count("~") for t in texts] == [1] * 8 + [0] and events[-1]["candidates"][0]["finishReason"] == "STOP"
+    stamps = [int(s) for s in ag.BENCH_STAMP.findall(rest)]
+    assert stamps == sorted(stamps) and len(stamps) == (8 if pace else 0) and all(began <= s <= time.perf_counter() * 1e6 for s in stamps)
+    assert ag.bench_tell(bench_upstream.port, 9, 0) == {"connections": 1, "requests": 1}
+
+
+@pytest.mark.parametrize("path", ["/v1beta/models/m:generateContent", "/v1internal:generateContent"])
+def test_the_bench_upstream_answers_whole_and_whatever_else_a_proxy_asks(bench_upstream, path):
+    def ask(target):
+        client = http.client.HTTPConnection("127.0.0.1", bench_upstream.port)
+        client.request("POST", target, "{}")
+        answer = client.getresponse()
+        assert answer.status == 200
+        told = json.loads(answer.read())
+        client.close()
+        return told
+    told = ask(path)
+    event = told["response"] if "internal" in path else told
+    text = event["candidates"][0]["content"]["parts"][0]["text"]
+    assert text == "".join(ag.bench_texts(20)) and text.count("~") == 19 and event["candidates"][0]["finishReason"] == "STOP"
+    assert ask("/v1internal:loadCodeAssist")["cloudaicompanionProject"] and ask("/token")["access_token"]
+
+
+def test_the_bench_client_counts_right_answers_and_says_what_is_wrong_with_others(bench_upstream):
+    with ag.BenchClient(direct_request(bench_upstream), 19) as client:
+        tally = client.run(3, 60, requests=10)
+        assert (tally.answers, tally.failures, len(tally.times_s), len(tally.firsts_s)) == (10, [], 10, 10)
+        assert client.run(3, 0).answers == 3 and len(client.lines) == 3       # kept, and each asked once more
+    assert ag.bench_tell(bench_upstream.port, 8, 0)["connections"] == 3
+    with ag.BenchClient(direct_request(bench_upstream), 19) as client:
+        assert client.run(1, 60).failures == ["7 events came of 19"]
+        ok = b"HTTP/1.1 200 OK\r\n\r\n" + b"~" * 19
+        assert client.wrong(ok) == "an answer without its end" and client.wrong(ok + b'"finishReason":"STOP"') == ""
+        assert client.wrong(b"HTTP/1.1 529 Full\r\n\r\nno room") == "status 529: no room"
+    ag.bench_tell(bench_upstream.port, 5, 100)
+    with ag.BenchClient(direct_request(bench_upstream), 4, is_paced=True) as client:
+        seen = []
+        tally = client.live(6, 0.01, 0.05, lambda: seen.append(len(client.lines)))
+        assert (tally.answers, tally.failures, len(tally.delays_s), len(seen)) == (6, [], 24, 1) and min(tally.delays_s) >= 0
+
+
+def test_a_load_survives_who_hangs_up_refuses_or_keeps_no_connection(bench_upstream):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as gone:
+        port = gone.getsockname()[1]
+    with ag.BenchClient(direct_request(bench_upstream)._replace(port=port), 19) as client:
+        assert len(client.run(2, 60).failures) == 2 and client.waiting == 0
+    heard, answer = [], b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 1\r\n\r\n~"
+
+    def serve(listener):
+        for data in (answer, answer, b"HTTP/1.1 200 OK\r\n"):
+            with contextlib.closing(listener.accept()[0]) as sock:
+                while not sock.recv(65536).endswith(b"}"):
+                    pass
+                heard.append(sock.sendall(data))
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        request = direct_request(bench_upstream)._replace(port=listener.getsockname()[1], ending=b"~")
+        with ag.BenchClient(request, 1) as client:
+            tally = client.run(1, 60, requests=3)
+        thread.join()
+    assert (tally.answers, tally.failures, len(heard)) == (2, ["the connection was closed in mid-answer"], 3)
+
+
+@pytest.mark.parametrize("message", [
+    b"POST /x HTTP/1.1\r\nContent-Length: 5\r\n\r\n{\r\n\r\n", b"GET /x HTTP/1.1\r\nHost: y\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding:  Chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"])
+def test_a_message_is_whole_at_its_last_byte(message):
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(ours), contextlib.closing(theirs), ag.selectors.DefaultSelector() as selector:
+        line = ag.BenchLine.__new__(ag.BenchLine)
+        line.sock, line.selector, line.seen, line.end = ours, selector, bytearray(), 0
+        for _ in range(2):
+            for at in range(len(message)):
+                assert line.whole() == 0
+                line.seen += message[at:at + 1]
+            assert line.whole() == len(message)
+            line.take(len(message))
+
+
+def test_what_does_not_go_out_at_once_follows_in_order(bench_upstream):
+    listener = socket.create_server(("127.0.0.1", 0))
+    data = bytes(range(256)) * 40_000
+    with contextlib.closing(listener), ag.selectors.DefaultSelector() as selector:
+        line = ag.BenchLine(socket.create_connection(listener.getsockname()), selector)
+        other = listener.accept()[0]
+        line.send(data)
+        line.send(b"end")
+        assert line.left
+        got = bytearray()
+        while line.left or len(got) < len(data) + 3:
+            got += other.recv(1 << 20) if len(got) < len(data) + 3 else b""
+            if line.left and selector.select(0):
+                with contextlib.suppress(BlockingIOError):
+                    line.flush()
+        assert got == data + b"end"
+        other.close()
+        line.close()
+        line.close()
+
+
+def test_the_figures_of_the_bench_are_medians_with_their_spread_and_ratios_within_a_run():
+    assert [ag.median(v) for v in ([], [None], [3, None, 1], [4, 1, 2, 3])] == [None, None, 2, 2.5]
+    assert ag.percentile([], 0.5) is None and [ag.percentile(range(100), s) for s in (0.5, 0.99)] == [50, 99]
+    assert [ag.figure_text(v) for v in (None, 0.0, 2.0, 0.12345, 12.345, 99.7, 12345.6)] == ["-", "0", "2", "0.123", "12.3", "100", "12,346"]
+    load = ag.BENCH_LOADS[0]
+    samples = {("small_1", "cpu", "agproxy"): [100.0, 300.0, 200.0], ("small_1", "cpu", "other"): [200.0, 100.0, 100.0],
+               ("small_1", "cpu", "direct"): [None] * 3, ("small_1", "client_cpu", "agproxy"): [5.0]}
+    rows = ag.bench_rows(samples, [load])
+    cpu = next(row for row in rows if row["figure"] == "cpu")
+    assert cpu["unit"] == "us a request" and cpu["agproxy"] == {"median": 200.0, "samples": [100.0, 300.0, 200.0], "ratio": None}
+    assert cpu["other"]["ratio"] == 2.0 and cpu["direct"]["median"] is cpu["direct"]["ratio"] is None
+    hidden = [row["figure"] for row in rows if not row["is_shown"]]
+    assert hidden == ["client_cpu"] and ag.bench_cell(cpu["agproxy"]) == "200 ±50%"
+    lines = ag.bench_table(rows, ("agproxy", "direct", "other"))
+    assert lines[2] == load.title and not any("load client" in line for line in lines) and len({len(x) for x in lines[3:]}) == 1
+    assert lines[3].split() == ["CPU", "us", "a", "request", "200", "±50%", "-", "100", "±50%", "-", "2"]
+    assert "not measured" in ag.bench_notes({})[0] and "5 us" in ag.bench_notes({("small_16", "cpu", "agproxy"): [1.0], (
+        "small_16", "client_cpu", "agproxy"): [5.0]})[1]
+
+
+def test_growth_is_told_claim_by_claim():
+    samples = {(load.key, "cpu", "agproxy"): [cost * (int(load.key) if unit == "KB" else 1)] for (_, unit, _, loads), costs in zip(
+        ag.BENCH_GROWTH, ((9.0, 5.0, 5.5), (20.0, 9.0, 9.0, 30.0))) for load, cost in zip(loads, costs)}
+    samples.update({(str(n), "memory", "agproxy"): [m] for n, m in ((0, 30.0), (10, 40.0), (20, 41.0), (40, 41.0))})
+    rows = ag.growth_rows(samples, 10)
+    assert [row["holds"] for row in rows] == [True, False, True] and [c[1] for c in rows[1]["cells"]] == [20.0, 9.0, 9.0, 30.0]
+    text = "\n".join(ag.growth_table(rows))
+    assert "an event does not depend on the length: holds: the last is 1.10 times" in text
+    assert "linear in its bytes: does not hold: the last is 3.33 times" in text and "40 requests" in text
+    assert "not measured on this system" in "\n".join(ag.growth_table(ag.growth_rows({}, 10)))
+
+
+def test_fewer_live_streams_are_measured_where_descriptors_are_few_and_it_is_said():
+    loads, notes = ag.bench_loads(ag.BENCH_SCALES["full"], 512)
+    assert [load.clients for load in loads[-2:]] == [200, 206] and loads[-1].title == "206 live streams of 20 events/s"
+    assert notes == ["206 live streams instead of 1,000: a process may hold 512 descriptors here"]
+    assert ag.bench_loads(ag.BENCH_SCALES["full"], 8192)[1] == [] and ag.raise_descriptor_limit() > 100
+
+
+@pytest.mark.parametrize("url", ["http://example.org:80", "http://10.0.0.1:8080", "https://127.0.0.1:1", "127.0.0.1:80"])
+def test_the_bench_sends_no_load_to_other_machines(url, capsys):
+    assert ag.main(["bench", "--against", url]) == 1
+    assert "this program sends no load to other machines" in capsys.readouterr().err
+    if os.name != "nt":         # there no process is known
+        assert ag.main(["bench", "--against-pid", "99999999"]) == 1 and "no process 99999999" in capsys.readouterr().err
+    assert [ag.other_port(u) for u in (None, "http://127.0.0.1:81/", "http://localhost")] == [None, 81, 80]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="CPU is not measured on Windows")
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_what_a_process_uses_is_told_with_its_children(is_linux, monkeypatch):
+    if not is_linux:
+        monkeypatch.setattr(ag.os.path, "isdir", lambda path: False)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child:
+        both, one = ag.process_usage(os.getpid()), ag.process_usage(child.pid)
+        child.stdin.close()
+    assert both.memory_mb > one.memory_mb > 0 and both.cpu_s >= one.cpu_s >= 0
+    assert ag.process_usage(None) is None
+
+
+@pytest.fixture
+def tiny_bench(monkeypatch, tmp_path):
+    """The bench with the least figures, its folder in `tmp_path`; signals as they were afterwards."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(ag, "BENCH_SCALES", {"quick": ag.BenchScale(1, 0.0, 0.0, 3, 0.1, 6)})
+    monkeypatch.setattr(ag, "BENCH_LOADS", tuple(load._replace(
+        clients=min(load.clients, 3), size_bytes=min(load.size_bytes, ag.BENCH_LARGE_BYTES)) for load in ag.BENCH_LOADS))
+    monkeypatch.setattr(ag, "BENCH_GROWTH", tuple((*group, loads[:2]) for *group, loads in ag.BENCH_GROWTH))
+    kept = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    yield ag.BENCH_SCALES["quick"]
+    for name, handler in kept.items():
+        signal.signal(getattr(signal, name), handler)
+    assert os.listdir(tmp_path) == []       # however it ended
+
+
+def test_the_bench_measures_itself_and_a_direct_connection(tiny_bench, capsys):
+    assert ag.main(["bench", "--quick", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["runs"] == 1 and told["python"] and told["cores"]
+    for load in (ag.BENCH_START, *ag.BENCH_LOADS):
+        rows = {row["figure"]: row for row in told["rows"] if row["load"] == load.key}
+        assert {f for f, row in rows.items() if row["is_shown"]} == set(load.figures)
+        for subject in ("agproxy", "direct") * (load is not ag.BENCH_START):
+            assert rows["failures"][subject]["samples"] == [0.0]
+            assert rows["delay50" if load.pace else "rate"][subject]["median"] > 0
+    text = "\n".join(ag.bench_table(told["rows"], ("agproxy", "direct")))
+    assert all(load.title in text for load in ag.BENCH_LOADS) and "to direct" in text and "CPU" in told["notes"][0]
+
+
+def test_the_bench_measures_another_proxy_in_the_same_run(tiny_bench):
+    with ag.Bench(tiny_bench) as bench:
+        bench.start_proxy()
+        other = bench.children["other"] = bench.children.pop("proxy")
+        bench.other = bench.proxy_port, other.pid
+        loads = ag.bench_loads(tiny_bench, 512)[0]
+        bench.run([loads[1], loads[-1]], lambda text: None)
+    rows = ag.bench_rows(bench.samples, loads)
+    small = {row["figure"]: row for row in rows if row["load"] == "small_16"}
+    assert small["p50"]["other"]["ratio"] > 0 and small["p50"]["direct"]["ratio"] > 0
+    assert [small["failures"][s]["samples"] for s in ("agproxy", "direct", "other")] == [[0.0]] * 3
+    assert "to other" in ag.bench_table(rows, ("agproxy", "direct", "other"))[0]
+
+
+def test_the_bench_shows_how_costs_grow(tiny_bench, capsys):
+    assert ag.main(["bench", "--quick", "--growth"]) == 0
+    text = capsys.readouterr().out
+    assert all(claim in text for _, _, claim, _ in ag.BENCH_GROWTH) and "24 requests" in text
+    assert text.count("holds: the last is") + text.count("does not hold") + text.count("not measured") >= 3
+
+
+def test_a_bench_that_cannot_go_on_says_so_in_a_sentence_and_leaves_nothing(tiny_bench, monkeypatch, capsys):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        assert ag.main(["bench", "--upstream-port", str(taken.getsockname()[1])] + ["--quick"]) == 1
+    assert re.fullmatch(r"agproxy: the bench upstream did not start: .*in use.*\n|agproxy: .*WinError.*\n", capsys.readouterr().err)
+    monkeypatch.setattr(ag.BenchClient, "wrong", lambda self, answer: "19 events came of 20")
+    assert ag.main(["bench", "--quick"]) == 1
+    assert capsys.readouterr().err == "agproxy: agproxy, start: 19 events came of 20\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals")
+def test_a_bench_that_is_ended_ends_its_children(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "bench"], env=environment, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until(lambda: any((folder / "requests.log").exists() for folder in tmp_path.iterdir()))
+    process.send_signal(signal.SIGTERM)
+    with process:
+        process.communicate()
+    assert process.returncode == 130 and list(tmp_path.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 # Pairs: four languages of clients times the upstreams' --------------------------
 
 Told = collections.namedtuple("Told", "text thought calls stop usage model turns")   # usage: (input, output)
@@ -8456,7 +8748,7 @@ def text_of(name):
 
 SOURCE, README = text_of("agproxy.py"), text_of("README.md")
 TREE = ast.parse(SOURCE)
-MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18), "select": (12, 17), "selectors": (12, 17),
+MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18), "select": (12, 17), "selectors": (12, 17, 18),
            "threading": (3, 5, 12, 16, 13, 14, 17, 18, 19, 20), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
            "subprocess": (4, 14, 20), "signal": (17, 20), "random": (3,), "argparse": (20,)}
 
