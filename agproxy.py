@@ -196,6 +196,7 @@ SEND_STALL_S = 30               # a client that reads nothing for so long is dro
 THREAD_WAIT_S = 2.0             # a request that no thread takes for so long is answered 503
 LOOKS_PER_S = 20                # at streams in the relay, a share of them each time
 RETURN_MEMORY_S = 10.0          # a millisecond of work without any lock
+MOST_LINES = 10_000             # of the log that wait to be written
 LOG_EVERY_S = 0.05              # lines of that time are written together
 KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
 CLIENT_WINDOW, CLIENT_WIDE_WINDOW = 200_000, 1_000_000     # what Claude Code takes for a window
@@ -1988,7 +1989,7 @@ class Log:
         self._thread.start()
 
     def line(self, text: str, *values: Any) -> None:
-        if len(self._lines) >= 10_000:
+        if len(self._lines) >= MOST_LINES:
             self._drop(1)
             return
         self._lines.append((time.time(), text, values))

@@ -8612,13 +8612,13 @@ def test_threads_count_exactly(monkeypatch):
 
         def write(self, line):
             release.wait()
-            self.lines += 1
+            self.lines += line.count("\n")
 
         def flush(self):
             pass
     out = Stuck()
     log = ag.Log(out)
-    log._lines.maxsize = 5          # the rest is dropped while nobody reads
+    monkeypatch.setattr(ag, "MOST_LINES", 5)       # the rest is dropped while nobody reads
     state = ag.State.__new__(ag.State)
     state.dropped, state._dropping = 0, threading.Lock()
 
