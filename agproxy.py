@@ -9728,6 +9728,13 @@ def proxied(proxy: str, host: str, port: int, timeout_s: float) -> socket.socket
     return sock
 
 
+@functools.lru_cache(maxsize=256)
+def _place(base_url: str) -> tuple[str, str | None, int]:
+    """(scheme, host, port) of a URL; raises ValueError."""
+    url = urllib.parse.urlsplit(base_url)
+    return url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80)
+
+
 class ConnectionCache:
     """Kept upstream connections by (scheme, host, port, proxy).  The lock guards `_idle` and
     `opened`, and is never held while a socket is used."""
@@ -9747,11 +9754,10 @@ class ConnectionCache:
              fresh: bool = False) -> Connection:
         """A live connection to `base_url`; raises ProxyError network or stall."""
         try:
-            url = urllib.parse.urlsplit(base_url)
-            key = (url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80),
-                   self._proxy_for(url, proxy))
+            place = _place(base_url)
         except ValueError as err:
             raise network_error(err, "the upstream") from err
+        key = (*place, self._proxy_for(*place, proxy))
         while not fresh:
             with self._lock:
                 kept = self._idle.get(key)
@@ -9766,7 +9772,7 @@ class ConnectionCache:
         try:
             return Connection(key, self._open(key, timeout_s))
         except (OSError, http.client.HTTPException, ValueError) as err:
-            raise network_error(err, str(url.hostname)) from err
+            raise network_error(err, str(place[1])) from err
 
     def give(self, connection: Connection) -> None:
         """Keeps a connection whose last answer was read to its end, and no byte more."""
@@ -9784,7 +9790,7 @@ class ConnectionCache:
         for connection in kept:
             connection.close()
 
-    def _proxy_for(self, url: urllib.parse.SplitResult, own: str) -> str:
+    def _proxy_for(self, scheme: str, host: str | None, port: int, own: str) -> str:
         """The proxy's URL, "" for none: the account's own, else that of the settings (`direct` is
         none), else $HTTPS_PROXY, $HTTP_PROXY or $ALL_PROXY for hosts that $NO_PROXY does not name
         and that are not this machine."""
@@ -9794,11 +9800,11 @@ class ConnectionCache:
         env = self._proxies
         if not env:
             return ""
-        host, names = url.hostname or "", env.get("no_proxy", "").split(",")
+        host, names = host or "", env.get("no_proxy", "").split(",")
         is_here = host == "localhost" or host == "::1" or host.startswith("127.")
-        if is_here or any(_is_exempt(host, url.port, n.strip().lower()) for n in names):
+        if is_here or any(_is_exempt(host, port, n.strip().lower()) for n in names):
             return ""
-        return env.get(f"{url.scheme}_proxy", "") or env.get("all_proxy", "")
+        return env.get(f"{scheme}_proxy", "") or env.get("all_proxy", "")
 
     def _tls_context(self) -> ssl.SSLContext:
         file = self.settings().get("ca_file", "")
@@ -13389,16 +13395,16 @@ class UpstreamAnswer:
 
     def take(self, data: bytes) -> bytes:
         """Output of raw bytes; b"" means the connection ended."""
+        pipe = self.pipe
         try:
             body = self.body.feed(data) if data else b""
         except (ValueError, OverflowError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
             return b""
-        out = self.pipe.feed(body)
-        self.fault = self.pipe.fault
-        if self.fault is not None:
-            return out
-        if self.pipe.is_done:
+        out = pipe.feed(body)
+        if pipe.fault is not None:
+            self.fault = pipe.fault
+        elif pipe.is_done:
             self.is_done = True
             self._finish_body()
         elif self.body.done or (not data and self.body.end()):
@@ -13418,9 +13424,10 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
     lines = [f"POST {base.path.rstrip('/')}{call.path} HTTP/1.1", f"Host: {base.netloc}",
              f"Content-Length: {len(call.body)}"]
     lines += [f"{name}: {value}" for name, value in call.headers.items()]
-    if any("\r" in line or "\n" in line for line in lines):
+    head = "\r\n".join(lines)
+    if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1:
         raise ProxyError("internal", "a header towards the upstream holds a line break")
-    message = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + call.body
+    message = b"%s\r\n\r\n%s" % (head.encode("latin-1", "replace"), call.body)
     fresh = False
     while True:
         connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
@@ -13620,6 +13627,8 @@ def route_for(request: Request, headers: Mapping[str, str], config: Config,
     for number, rule in enumerate(config.rules):
         if rule.to and rule_holds(rule.when, request, headers, count):
             return rule.to, f"rule {number + 1}"
+    if not config.routes and not request.small:     # nothing to decide
+        return "", ""
     head = request.wanted.partition("/")
     if request.wanted.lower() in config.groups or head[1] and head[0].lower() in config.providers:
         return "", ""
@@ -14210,6 +14219,7 @@ class Exchange:
         wants = headers.get("connection", "").lower()
         self.keeps_alive = "close" not in wants and (not self.is_http_1_0 or "keep-alive" in wants)
         self.cors_origin = ""
+        self.body_bytes = 0                         # also when the body is no longer needed
         self.is_started = self.is_open = False      # head sent; stream opened
         self.is_watching = True                     # the client's socket tells when it leaves
         self.route = ""                             # why this candidate
@@ -14417,7 +14427,7 @@ class Exchange:
         kept = self.dialect.keep and self.request and self.services.replies and (
             self.dialect.keep(self.state, self.request, self.is_relayed))
         if kept:
-            self.services.replies.keep(*kept, len(self.body) + letters_in(kept[1]["output"]))
+            self.services.replies.keep(*kept, self.body_bytes + letters_in(kept[1]["output"]))
 
     def report(self) -> None:
         """The request's line and counters, once it is over."""
@@ -14529,6 +14539,8 @@ class RelayedStream:
         self.outcome: ProxyError | None = None
         self.last_in_at = self.stalled_at = time.monotonic()
         self.is_tls = isinstance(self.upstream, ssl.SSLSocket)
+        # what only the first content needed is not kept for minutes: 5 KB of 28 for each stream
+        exchange.body, exchange.headers, stream.answer.headers = b"", {}, {}
 
     def begin(self) -> None:
         self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
@@ -14743,7 +14755,7 @@ class Relay:
     def _adopt(self, exchange: Exchange, stream: OpenStream) -> None:
         relayed = RelayedStream(self, exchange, stream)
         self.streams.add(relayed)
-        self._guard(relayed.begin)
+        self._guard([(relayed.begin,)])
 
     def _park(self, downstream: Downstream, seconds: float) -> None:
         self.idle[downstream] = time.monotonic() + seconds
@@ -14758,15 +14770,16 @@ class Relay:
         with contextlib.suppress(BlockingIOError):
             self._wake_in.recv(4096)
 
-    def _guard(self, action: Callable, *values: Any) -> None:
-        """An exception in one stream ends that one only."""
-        try:
-            action(*values)
-        except Exception as err:
-            self.services.log.line("relay: %s", short_trace(err))
-            stream = getattr(action, "__self__", None)
-            if isinstance(stream, RelayedStream) and action != stream.fail:
-                self._guard(stream.fail)
+    def _guard(self, calls: Iterable[tuple]) -> None:
+        """Makes each of the calls; an exception in one stream ends that one only."""
+        for action, *values in calls:
+            try:
+                action(*values)
+            except Exception as err:
+                self.services.log.line("relay: %s", short_trace(err))
+                stream = getattr(action, "__self__", None)
+                if isinstance(stream, RelayedStream) and action != stream.fail:
+                    self._guard([(stream.fail,)])
 
     def _run(self) -> None:
         next_tick = next_look = time.monotonic() + 1
@@ -14779,17 +14792,16 @@ class Relay:
                 ready = []
                 time.sleep(0.05)
             self.now = now = time.monotonic()
-            for key, mask in ready:
-                self._guard(key.data, mask)
+            self._guard([(key.data, mask) for key, mask in ready])
             while self._inbox:
-                self._guard(*self._inbox[0])
+                self._guard([self._inbox[0]])
                 self._inbox.popleft()       # not before it is done: a drain looks for it here
             if now >= next_look:
                 next_look = now + 1 / LOOKS_PER_S
                 self._look(now)
             if now >= next_tick:
                 next_tick = now + 1
-                self._guard(self._tick, now)
+                self._guard([(self._tick, now)])
 
     def _look(self, now: float) -> None:
         """The tick of a share of the streams: all at once, a thousand would stall everybody's
@@ -14798,7 +14810,7 @@ class Relay:
         for _ in range(-(-len(self.streams) // LOOKS_PER_S)):
             stream = self._round.pop() if self._round else None
             if stream is not None and not stream.is_over:
-                self._guard(stream.tick, now)
+                self._guard([(stream.tick, now)])
 
     def _tick(self, now: float) -> None:
         self.each_second(now)
@@ -14880,6 +14892,9 @@ class KeyGuard:
         # Claude Code looks for "x-api-key" in it
         raise ProxyError("authentication", "invalid x-api-key: this proxy wants its PROXY_API_KEY, "
                          "as x-api-key, x-goog-api-key or Authorization: Bearer")
+
+
+_HOST = re.compile(r"(?s)(.*?)(?::([0-9]{1,5}))?")
 
 
 class Handler:
@@ -14980,6 +14995,7 @@ class Handler:
             raise invalid("", str(err)) from None
         downstream.buffer = body.rest if parts or framing else downstream.buffer
         exchange.body = b"".join(parts)
+        exchange.body_bytes = len(exchange.body)
 
     def _refuse_damaged(self, error: ProxyError) -> None:
         """An answer to bytes that are no request; the connection cannot be trusted after it."""
@@ -15059,7 +15075,7 @@ class Handler:
                 spoken_at(exchange.path) == "gemini") else {}   # as Google's own API takes it
             server.guard.check({**in_query, **headers}, time.monotonic())
         host = headers.get("host", "").lower()
-        name, port = re.fullmatch(r"(?s)(.*?)(?::([0-9]{1,5}))?", host).groups()
+        name, port = _HOST.fullmatch(host).groups()
         is_own = name in config.hosts or name in loopback and (
             not port or int(port) == server.server_port)
         is_probe = exchange.path == "/health" and not exchange.query

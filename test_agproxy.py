@@ -5715,8 +5715,8 @@ def test_what_a_socks_proxy_says_is_told(staged):
     ("not its end", {"HTTPS_PROXY": "http://p", "NO_PROXY": "x.com"}, "https://notx.com", "http://p"), ("all exempt", {"HTTPS_PROXY": "p", "NO_PROXY": "*"}, "https://a", "")])
 def test_the_environment_names_a_proxy(environ, url, expected):
     cache = ag.ConnectionCache(FakeClock(), environ)
-    assert cache._proxy_for(ag.urllib.parse.urlsplit(url), "") == expected
-    assert cache._proxy_for(ag.urllib.parse.urlsplit(url), "direct") == "" and cache._proxy_for(ag.urllib.parse.urlsplit(url), "http://own") == "http://own"
+    assert cache._proxy_for(*ag._place(url), "") == expected
+    assert cache._proxy_for(*ag._place(url), "direct") == "" and cache._proxy_for(*ag._place(url), "http://own") == "http://own"
 
 
 @table("url, is_ok", [(u, u, ok) for u, ok in (
