@@ -47,6 +47,7 @@ import contextlib
 import enum
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import random
@@ -9487,3 +9488,180 @@ def test_sdk_genai_async_and_streams_that_break_off_or_are_left(behind):
 
 if __name__ == "__main__":
     sys.exit(pytest.main(["-q", os.path.abspath(__file__), *sys.argv[1:]]))
+
+
+# What a request and an event cost, as counts: never as times
+
+@pytest.fixture
+def calls_made(monkeypatch):
+    """Counter of (thread's kind, call) of the proxy's own threads."""
+    counts = collections.Counter()
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def counted(*values, **fields):
+            counts[threading.current_thread().name, name] += 1
+            return real(*values, **fields)
+        monkeypatch.setattr(owner, name, counted, raising=False)
+    for name in ("recv", "send", "sendall", "settimeout", "setblocking"):
+        count(socket.socket, name)
+    for name in ("readable", "writable", "json_decode", "json_encode"):
+        count(ag, name)
+    return counts
+
+
+def talk_on(proxy, bodies):
+    """The answers to requests on one connection."""
+    client, out = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=60), []
+    for body in bodies:
+        client.request("POST", "/v1/messages", json.dumps(body).encode())
+        response = client.getresponse()
+        out.append((response.status, response.read()))
+    client.close()
+    return out
+
+
+def told_body(text, **fields):
+    return {"model": "gemini-3-flash", "max_tokens": 4096, "messages": [{"role": "user", "content": text}], **fields}
+
+
+def test_a_request_makes_few_calls_of_the_system(make_proxy, calls_made):
+    proxy = make_proxy({"a": None})
+    talk_on(proxy, [told_body("first")] * 2)
+    opened, looks = proxy.services.connections.opened, proxy.sim.accounts["a"].calls
+    calls_made.clear()
+    answers = talk_on(proxy, [told_body("again")] * 20)
+    assert [status for status, _ in answers] == [200] * 20 and proxy.sim.accounts["a"].calls - looks == 20
+    of = {name: calls_made["worker", name] / 20 for name in (
+        "recv", "send", "sendall", "settimeout", "setblocking", "readable", "writable")}
+    assert of["send"] == 2                              # one upstream, one to the client
+    assert of["sendall"] == of["settimeout"] == of["writable"] == 0
+    assert of["setblocking"] <= 0.1                     # a new connection's
+    pieces = of["recv"] - 1                             # reads of the upstream: as it sends them
+    assert of["readable"] <= pieces + 3                 # each waited for once; the kept one is looked at
+    assert proxy.services.connections.opened == opened  # the kept connection is used again
+
+
+def test_an_event_is_read_and_written_once(make_proxy, calls_made):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.003
+    wakes = []
+    select_once = proxy.server.relay._selector.select
+    proxy.server.relay._selector.select = lambda timeout: wakes.append(timeout) or select_once(timeout)
+    status, raw = talk_on(proxy, [told_body("count to 300", stream=True)])[0]
+    blocks, stop = check_anthropic_stream(events_of(raw))
+    assert status == 200 and stop == "end_turn"
+    reads, sends = calls_made["relay", "recv"], calls_made["relay", "send"]
+    assert 5 < sends <= reads <= len(wakes) + 2         # one when it is handed over
+    assert calls_made["relay", "settimeout"] == calls_made["relay", "setblocking"] == 0
+    assert calls_made["relay", "json_encode"] <= 5 and calls_made["relay", "json_decode"] == 0
+
+
+def test_connections_upstream_are_no_more_than_clients(make_proxy):
+    proxy = make_proxy({"a": None, "b": None})
+    def work(number):
+        assert all(status == 200 for status, _ in talk_on(proxy, [told_body(f"{number}", stream=bool(number % 2))] * 6))
+    at_once(8, work)
+    assert proxy.services.connections.opened <= 8 + 2     # and the calls that looked for projects
+
+
+def test_the_log_writes_the_lines_of_a_moment_together():
+    class Out:
+        writes, text = 0, ""
+
+        def write(self, text):
+            self.writes, self.text = self.writes + 1, self.text + text
+
+        def flush(self):
+            pass
+    out = Out()
+    log = ag.Log(out)
+    for n in range(2000):
+        log.line("line %s", n)
+    log.close()
+    assert [line.split()[-1] for line in out.text.splitlines()] == [str(n) for n in range(2000)]
+    assert out.writes < 100
+
+
+def test_rows_of_one_table_are_written_by_one_statement(make_state, monkeypatch):
+    state, told = make_state(), []
+    execute = state._execute
+    monkeypatch.setattr(state, "_execute", lambda sql, rows: told.append((sql.split()[4], len(rows))) or execute(sql, rows))
+    for n in range(50):
+        state.put("requests", f"r{n}", time.time(), "{}")
+        state.put("signatures", f"s{n}", "c", "t", "raw", time.time())
+    state.flush()
+    assert sum(count for _, count in told) == 100 and len(told) <= 10
+    assert len(state.rows("requests")) == len(state.rows("signatures")) == 50
+
+
+def test_a_row_that_no_column_takes_costs_no_other(make_state):
+    state = make_state()
+    for name, at in (("good", time.time()), ("bad", 1 << 70), ("fine", time.time())):
+        state.put("requests", name, at, "{}")
+    state.flush()
+    assert {row[0] for row in state.rows("requests")} == {"good", "fine"} and state.dropped == 1
+
+
+@table("head, error", [(name, raw, error) for name, raw, error in (
+    ("plain", b"POST / HTTP/1.1\r\nHost: a\r\nX-A:  b \t", ""),
+    ("empty value", b"POST / HTTP/1.1\r\nHost:", ""),
+    ("no colon", b"POST / HTTP/1.1\r\nHost", "malformed"), ("empty name", b"POST / HTTP/1.1\r\n: x", "malformed"),
+    ("space in the name", b"POST / HTTP/1.1\r\nHo st: x", "malformed"), ("folded", b"POST / HTTP/1.1\r\nA: b\r\n c", "malformed"),
+    ("bare LF", b"POST / HTTP/1.1\r\nA: b\nB: c", "malformed"), ("bare CR", b"POST / HTTP/1.1\r\nA: b\rB: c", "malformed"),
+    ("a NUL", b"POST / HTTP/1.1\r\nA: b\0", "malformed"), ("twice", b"POST / HTTP/1.1\r\nHost: a\r\nhost: b", "twice"),
+    ("long line", b"POST / HTTP/1.1\r\nA: " + b"x" * ag.MAX_LINE_BYTES, "more than"),
+    ("many", b"POST / HTTP/1.1" + b"\r\nA: b" * (ag.MAX_HEADERS + 1), "more than"))])
+def test_heads_are_read_by_one_strict_match(head, error):
+    if error:
+        with pytest.raises(ag.ProxyError, match=error):
+            ag.parse_head(head, True)
+        return
+    found = ag.parse_head(head, True).headers
+    assert found["host"] in ("a", "") and found.get("x-a", "b") == "b"
+
+
+def test_chunks_cut_anywhere_give_the_same_body():
+    body = b"".join(b"%x\r\n%s\r\n" % (n, b"z" * n) for n in (1, 15, 16, 300, 9)) + b"0005;x=y\r\nhello\r\n0\r\n\r\nrest"
+    wanted = b"z" * 341 + b"hello"
+    for cut in range(len(body)):
+        reader = ag.BodyReader("chunked", 1 << 20)
+        assert reader.feed(body[:cut]) + (reader.feed(body[cut:]) if not reader.done else b"") == wanted
+        assert reader.done and (reader.rest == b"rest" or cut >= len(body) - 4)
+    for bad in (b"0x5\r\nhello\r\n", b"+5\r\nhello\r\n", b"5\r\nhelloX\r\n", b"5 5\r\nhello\r\n", b"fffffffff\r\n", b"\r\n", b"5_0\r\n"):
+        with pytest.raises((ValueError, OverflowError)):
+            ag.BodyReader("chunked", 1 << 20).feed(bad)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process replaces itself")
+def test_serving_starts_again_from_the_bytecode_cache(tmp_path):
+    script = tmp_path / "a folder" / "agproxy.py"
+    script.parent.mkdir()
+    script.write_bytes(bytes_of(ag.SOURCE))
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+    cache = importlib.util.cache_from_source(str(script))
+
+    def serve(**more):
+        """What the process is, and how it ended."""
+        process = subprocess.Popen([sys.executable, str(script), "serve", "--demo", "--port", "0"], stdout=subprocess.PIPE,
+                                   env={**environ, **more}, text=True)
+        line = process.stdout.readline()
+        told = bytes_of(f"/proc/{process.pid}/cmdline").decode() if os.path.isdir("/proc/self") else ""
+        process.terminate()
+        process.stdout.read()
+        process.stdout.close()
+        assert "listens on http://127.0.0.1:" in line and process.wait() == 0
+        return told
+    assert cache not in serve(PYTHONDONTWRITEBYTECODE="1") and not os.path.exists(cache)
+    if os.path.isdir("/proc/self"):
+        assert cache in serve() and cache in serve()
+        os.chmod(cache, 0o666)                  # anybody may have written it
+        assert cache not in serve(PYTHONDONTWRITEBYTECODE="1")
+        os.chmod(cache, 0o644)
+        script.write_bytes(bytes_of(ag.SOURCE) + b"\n# changed\n")
+        assert cache not in serve(PYTHONDONTWRITEBYTECODE="1")
+        assert cache in serve()                 # written anew
+    rooms = subprocess.run([sys.executable, cache, "map"], stdout=subprocess.PIPE, text=True, check=True) if os.path.exists(
+        cache) else None
+    assert rooms is None or "Wire framing" in rooms.stdout
