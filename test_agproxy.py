@@ -9665,3 +9665,50 @@ def test_serving_starts_again_from_the_bytecode_cache(tmp_path):
     rooms = subprocess.run([sys.executable, cache, "map"], stdout=subprocess.PIPE, text=True, check=True) if os.path.exists(
         cache) else None
     assert rooms is None or "Wire framing" in rooms.stdout
+
+
+def test_streams_pass_where_there_is_only_select(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag.selectors, "DefaultSelector", ag.selectors.SelectSelector)
+    monkeypatch.delattr(ag.select, "poll", raising=False)       # as on Windows
+    proxy = make_proxy({"a": None, "b": None})
+    proxy.sim.pace_s = 0.002
+
+    def work(number):
+        for status, raw in talk_on(proxy, [told_body("count to 200", stream=True)] * 2 + [told_body("hello")]):
+            assert status == 200
+    at_once(6, work)
+    sock = open_stream(proxy, "count to 100000")                # one that leaves is noticed
+    assert sock.recv(100)
+    sock.close()
+    until(lambda: not proxy.server.relay.streams and proxy.pool.in_flight == 0)
+    assert ag.readable([proxy.server.relay._wake_in], 0) == []
+    proxy.sim.pace_s = 0.0
+    proxy.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+    sock = open_stream(proxy, "count to 50000")                 # and a slow one slows its upstream
+    until(lambda: any(s.pending for s in proxy.server.relay.streams))
+    data = b""
+    while not data.endswith(ag.LAST_CHUNK):
+        data += sock.recv(1 << 20)
+    sock.close()
+    assert b"message_stop" in data
+
+
+def test_look_turns_reach_every_stream_within_a_second(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None})
+    relay, seen = proxy.server.relay, collections.Counter()
+
+    class Stream:
+        is_over = False
+
+        def tick(self, now):
+            seen[self] += 1
+    streams = [Stream() for _ in range(1000)]
+    lone = ag.Relay.__new__(ag.Relay)
+    lone.streams, lone._round = set(streams), []
+    for _ in range(ag.LOOKS_PER_S):
+        lone._look(1.0)
+    assert set(seen.values()) == {1} and len(seen) == 1000
+    streams[0].is_over = True
+    for _ in range(ag.LOOKS_PER_S):
+        lone._look(2.0)
+    assert seen[streams[0]] == 1 and sum(seen.values()) == 1999 and not relay.streams
