@@ -1402,11 +1402,8 @@ class Config:
     rules: tuple[Edit, ...] = ()
     api_key: str = ""           # PROXY_API_KEY; empty serves keyless on loopback
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["settings"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+    def __post_init__(self) -> None:
+        vars(self).update(self.settings)    # each setting is an attribute: no look-up by a method
 
 
 def config_path(flag: str | None, environ: Mapping[str, str]) -> str:
@@ -14251,10 +14248,11 @@ class Exchange:
         if {"request-id", "x-request-id"} & self.more_headers.keys():   # not ours: it stands beside
             fields["x-agproxy-request"] = self.record.id
         fields.update(self.more_headers)
-        lines = "".join(f"{name}: {_CONTROL.sub('?', str(value))}\r\n"
-                        for name, value in fields.items())
-        return b"HTTP/1.1 %d %s\r\n%s\r\n" % (status, _REASONS.get(status, b"Status"),
-                                              lines.encode("latin-1", "replace"))
+        lines = [f"{name}: {value}" for name, value in fields.items()]
+        if _CONTROL.search("".join(lines)):
+            lines = [_CONTROL.sub("?", line) for line in lines]
+        return b"HTTP/1.1 %d %s\r\n%s\r\n\r\n" % (status, _REASONS.get(status, b"Status"),
+                                                  "\r\n".join(lines).encode("latin-1", "replace"))
 
     def send_bytes(self, status: int, content_type: str, data: bytes,
                    headers: Mapping[str, str] | None = None) -> None:
@@ -17836,7 +17834,7 @@ def command_run(args: argparse.Namespace) -> int:
             child = subprocess.Popen([client, *options, *args.arguments], env=environment)
             signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
             code = child.wait()
-            server.services.config.settings["drain_s"] = 1.0    # nobody is left to wait for
+            vars(server.services.config)["drain_s"] = 1.0       # nobody is left to wait for
     return code if code >= 0 else 128 - code
 
 

@@ -2675,7 +2675,7 @@ def test_the_keeper_reads_refreshes_and_stops_ahead_of_need(make_proxy):
 
 def test_auto_refresh_starts_a_window_that_has_not_begun(make_proxy):
     proxy = google_proxy(make_proxy, {"a": 10}, auto_refresh=True)
-    proxy.services.config.settings["auto_refresh"] = True
+    vars(proxy.services.config)["auto_refresh"] = proxy.services.config.settings["auto_refresh"] = True
     keeper = ag.Keeper(proxy.pool, proxy.services.tokens, lambda: None, proxy.log,
                        lambda candidate: ag.touch_account(proxy.services, candidate))
     keeper.tick()
