@@ -44,6 +44,8 @@ import asyncio
 import base64
 import collections
 import contextlib
+import copy
+import dataclasses
 import enum
 import http.client
 import http.server
@@ -1671,6 +1673,62 @@ def settings_for(**settings):
     return ag.config_settings(settings, {}, {})
 
 
+def test_a_request_is_frozen_compared_and_replaced_like_any_frozen_dataclass():
+    one, other = ag.Request("m", ()), ag.Request("m", (), max_tokens=5)
+    for cell in dataclasses.fields(ag.Request)[2:]:
+        default = cell.default_factory() if cell.default is dataclasses.MISSING else cell.default
+        assert getattr(one, cell.name) == default, cell.name
+    assert one != other and one == ag.Request(model="m", turns=()) == dataclasses.replace(other, max_tokens=None)
+    assert dataclasses.replace(other, top_k=3) == ag.Request("m", (), max_tokens=5, top_k=3) and "max_tokens=5" in repr(other)
+    assert one.more is not ag.Request("m", ()).more and one.ext is not other.ext
+    assert dataclasses.replace(other, session="s").conversation != other.conversation == one.conversation
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.model = "n"
+    for wrong in ({"modell": "m"}, {"model": "m"}):
+        with pytest.raises(TypeError):
+            ag.Request("m", (), **wrong)
+    with pytest.raises(TypeError):
+        ag.Request("m")
+
+
+def test_fields_that_are_not_there_are_skipped_like_fields_that_are_null():
+    nulls = {name: None for name in ("tools", "tool_choice", *ag._WISHES)}
+    for seed in range(300):
+        rng = random.Random(seed)
+        messages = [{"role": "user", "content": rng.choice(["hi", "", [{"type": "text", "text": "hi"}, {"type": "odd"}]])}]
+        if rng.random() < .3:
+            messages[0]["output_config"] = {"effort": "high"}
+        body = {"model": rng.choice(["m", "claude-sonnet-4-5-high"]), "max_tokens": 9, "messages": messages,
+                "system": rng.choice([None, "be", " ", [{"type": "text", "text": "be"}]])}
+        body.update({name: value for name, value in (("temperature", 1), ("stop_sequences", ["a"]), ("thinking", {"type": "adaptive"}),
+                                                     ("tools", [{"name": "f"}])) if rng.random() < .2})
+        assert ag.anthropic_parse_request(body, {}) == ag.anthropic_parse_request({**nulls, **body}, {}), seed
+
+
+def test_the_first_look_at_a_small_request_passes_over_none(monkeypatch):
+    texts = ["quota", "Hi", "Hi\n", "Warmup", "[SUGGESTION MODE: x", "Command: ls", "a Command: b", "Please write a 5-10 word title for",
+             "in <session> a", "isNewTopic", "hello", ""]
+    systems = ["", "isNewTopic", "You are Claude Code", "xtract any file paths", "Summarize this coding conversation in under 50 characters", "be brief"]
+    schema = {"format": {"type": "json_schema", "schema": {"properties": {"title": {}}}}}
+    found, filtered = collections.Counter(), []
+    for is_first in (True, False):
+        if not is_first:
+            monkeypatch.setattr(ag, "_SMALL_TEXT", re.compile(""))      # the table judges each
+        for number, (text, system, most, is_list, config, is_long, stream) in enumerate(itertools.product(
+                texts, systems, (1, 512, 9000), (False, True), (None, schema), (False, True), (False, True))):
+            content = [{"type": "text", "text": text}] if is_list else text
+            messages = [{"role": "assistant", "content": "quota"}] * is_long + [{"role": "user", "content": content}]
+            body = {"messages": messages, "max_tokens": most, "stream": stream, "output_config": config,
+                    "system": [{"type": "text", "text": system}] if is_list else system}
+            kind = ag.anthropic_small_request(body, {})
+            if is_first:
+                filtered.append(kind)
+                found[kind] += 1
+            else:
+                assert filtered[number] == kind, body
+    assert set(found) == {"", *(kind for kind, _ in ag.SMALL_REQUESTS)}
+
+
 def make_pool(count=3, strategy="sticky", clock=None, **fields):
     provider = ag.PROVIDERS["sim"]._replace(base_urls=("http://h1", "http://h2"))
     rows = [ag.Account(f"a{i}", provider, "access_token", "tok", **fields) for i in range(count)]
@@ -1679,6 +1737,65 @@ def make_pool(count=3, strategy="sticky", clock=None, **fields):
 
 def lent(pool, model="gemini-3-flash", tried=()):
     return pool.lease(pool.candidates(ag.MODELS[model]), tried)
+
+
+class CountedLock:
+    """A lock that counts how often it is taken."""
+
+    def __init__(self, lock):
+        self.lock, self.count = lock, 0
+
+    def __enter__(self):
+        self.count += 1
+        return self.lock.__enter__()
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+
+def test_an_undisturbed_lease_takes_the_lock_once_and_looks_up_its_name_once(monkeypatch):
+    pool, config, sought = make_pool(), ag.load_config("", {}, {}, {}), []
+    resolve = ag.resolve_models
+    monkeypatch.setattr(ag, "resolve_models", lambda *a: sought.append(a[0]) or resolve(*a))
+    for _ in range(3):
+        pool._lock, ask = CountedLock(pool._lock), ag.Ask("s")
+        plan = pool.plan("claude-sonnet-4-5", "", config)
+        pool._lock.count = 0
+        assert pool.plan("claude-sonnet-4-5", "", config) is plan and sought == ["claude-sonnet-4-5"] and pool._lock.count == 1
+        provider = plan.candidates[0].provider
+        with pool.lease(plan.candidates, (), ask).lease as lease:
+            assert pool._lock.count == 2 and pool.hosts(provider) == list(provider.base_urls)
+            pool.host_answered(provider.base_urls[0])
+            assert pool._lock.count == 2
+            pool.proved(lease)
+        pool.leave(ask)
+        assert pool._lock.count == 4
+    pool.note_facts(("a0", "sim"), ag.Facts("p", "", "", (), 0))
+    assert pool.plan("claude-sonnet-4-5", "", config) is not plan and len(sought) == 2
+    aliased = ag.load_config("", {}, {}, {"aliases": {"claude-sonnet-4-5": "gemini-3-flash"}})
+    assert [m.id for m in pool.plan("claude-sonnet-4-5", "", aliased).models] == ["gemini-3-flash"]
+
+
+def test_who_has_no_row_among_the_rests_is_judged_as_after_a_look_at_each():
+    states = collections.Counter()
+    for seed in range(300):
+        rng, clock = random.Random(seed), FakeClock()
+        pool = make_pool(strategy=rng.choice(ag.STRATEGY_NAMES), clock=clock)
+        candidates = pool.candidates(ag.MODELS["gemini-3-flash"])
+        keys = [key for c in candidates for key in (*c.keys, *c.hosts, *c.account.stop_keys)] + [("host", "http://other"), ("account", "b")]
+        for key in rng.sample(keys, rng.randrange(5)):
+            until = rng.choice([0.0, clock.at - 5, clock.at + 30])
+            pool.rests.items[key] = ag.Rest("quota", until, rng.random() < .5, 1, clock.at - 9, "m")
+        if rng.random() < .3:
+            pool.accounts[0].secret = "another"     # a login that was missed is over by it
+        view = pool.view()
+        for candidate in candidates:
+            slow = copy.copy(candidate)
+            slow.watched = tuple(view.rests)
+            fast = ag.judge(candidate, view, (), clock.at)
+            states[fast.state] += 1
+            assert fast[1:] == ag.judge(slow, view, (), clock.at)[1:], seed
+    assert {"usable", "stopped", "stated", "guessed"} <= set(states)
 
 
 def test_sticky_stays_and_round_robin_goes_round():
