@@ -74,7 +74,7 @@ def start_from_bytecode() -> None:
 
 
 if __name__ == "__main__" and os.name == "posix" and sys.argv[1:2] in ([], ["serve"]) and (
-        __file__.endswith(".py")):
+        __file__.endswith(".py") and __spec__ is None):     # by -m: a cache's path is no module
     try:
         start_from_bytecode()
     except (OSError, ValueError, NotImplementedError):
@@ -13517,6 +13517,22 @@ class UpstreamAnswer:
         return out
 
 
+def _early_answer(sock: socket.socket, message: bytes) -> bytes:
+    """Sends all of a message; gives what was said by one who hung up before that: mostly that it is
+    too big.  Raises OSError."""
+    try:
+        send_all(sock, message)
+    except socket.timeout:
+        raise           # it is still there: nothing may follow half a message
+    except OSError as err:
+        with contextlib.suppress(OSError):      # it said nothing: the failure is all there is
+            data = sock.recv(RECV_BYTES)
+            if data:
+                return data
+        raise err
+    return b""
+
+
 def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Config) -> tuple:
     """(connection, first bytes of the answer).  A kept connection that ends before its first byte
     is replaced by a fresh one, once."""
@@ -13532,8 +13548,8 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
     while True:
         connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
         try:
-            send_all(connection.sock, message)
-            data = receive(connection.sock, wait, call.first_byte_s)
+            data = _early_answer(connection.sock, message) or receive(
+                connection.sock, wait, call.first_byte_s)
             if data:
                 return connection, data
             raise ConnectionResetError("closed without an answer")

@@ -5797,6 +5797,24 @@ def test_what_an_http_proxy_does_is_told_in_time(answer, told):
     server.close()
 
 
+def test_a_body_that_is_refused_before_it_is_read_is_refused_in_the_upstreams_words(make_proxy):
+    proxy, server, asked = make_proxy({"a": None}), socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        with contextlib.suppress(OSError):      # closed at the test's end
+            while True:
+                sock, _ = server.accept()
+                with sock:
+                    asked.append(sock.recv(999))
+                    sock.sendall(b"HTTP/1.1 413 Too Big\r\nContent-Length: 31\r\n\r\n" + b'{"error":{"message":"too big"}}')
+    threading.Thread(target=serve, daemon=True).start()
+    for account in proxy.pool.accounts:
+        account.provider = account.provider._replace(base_urls=(f"http://127.0.0.1:{server.getsockname()[1]}",))
+    status, _, body = proxy.ask("x" * (8 << 20))
+    server.close()
+    assert (status, len(asked)) == (400, 1) and body["error"]["message"].startswith("prompt is too long: "), body
+
+
 def test_a_small_call_names_its_host_as_the_url_does():
     asked = []
     try:
@@ -6079,6 +6097,26 @@ def test_the_demo_serves_and_stops_on_a_signal():
             out, err = process.stdout.read(), process.stderr.read()
     if os.name != "nt":
         assert process.returncode == 0 and "ANTHROPIC_BASE_URL" in out and not err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it replaces no process on Windows")
+@pytest.mark.parametrize("how", [["agproxy.py"], ["-X", "utf8", "agproxy.py"], ["-m", "agproxy"], ["-um", "agproxy"]],
+                         ids=" ".join)
+def test_it_serves_however_the_interpreter_is_told_to_run_it_from_its_cache_too(tmp_path, how):
+    (tmp_path / "agproxy.py").write_bytes(bytes_of(os.path.join(HERE, "agproxy.py")))
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+    options = how[:-1] if hasattr(sys, "orig_argv") else []     # 3.9 does not tell what they were
+    for _ in range(2):          # without a cache, and with it
+        with subprocess.Popen([sys.executable, *how, "serve", "--demo", "--port", "0"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+            first, told = process.stdout.readline(), []
+            if os.path.isdir("/proc/self") and how[-1].endswith(".py"):
+                told = bytes_of(f"/proc/{process.pid}/cmdline").decode().split("\0")[1:-1]
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate()
+        assert "listens on" in first and process.returncode == 0, errors
+        if told:
+            assert told[:-5] == options and told[-5].endswith(".pyc") and told[-4] == "serve"
 
 
 def test_run_starts_a_client_with_its_environment_and_returns_its_code(tmp_path):
