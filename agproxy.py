@@ -40,50 +40,75 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+
+
+def _is_own(found: os.stat_result, others: int) -> bool:
+    """Whether only this user and root can write it; `others` are the bits of the rest."""
+    return found.st_mode & others == 0 and found.st_uid in (0, os.getuid())
+
+
+def kept_bytecode(source: str) -> str:
+    """The path of a program's bytecode, made now where there is none; "" where none may be.  One
+    that somebody else may have put there is never used.  Raises OSError, ValueError."""
+    import importlib.util
+    import marshal
+    path = importlib.util.cache_from_source(source)
+    with open(source, "rb") as handle:      # what runs here may be an older text than what is there
+        text, mine = handle.read(), os.fstat(handle.fileno())
+    head = importlib.util.MAGIC_NUMBER + b"".join(
+        (number & 0xffffffff).to_bytes(4, "little") for number in (0, int(mine.st_mtime),
+                                                                   mine.st_size))
+    if not sys.dont_write_bytecode:
+        os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    if not _is_own(os.stat(os.path.dirname(path)), 0o2):
+        return ""
+    with contextlib.suppress(OSError, ValueError, EOFError, TypeError), open(path, "rb") as handle:
+        is_own, data = _is_own(os.fstat(handle.fileno()), 0o22), handle.read()
+        # whole, and not of a file that was moved here: traces would not find its lines
+        if is_own and data[:16] == head and marshal.loads(data[16:]).co_filename == source:
+            return path
+    if sys.dont_write_bytecode:
+        return ""
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as handle:
+            handle.write(head + marshal.dumps(compile(text, source, "exec", dont_inherit=True)))
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)        # of a full disk
+    return path
 
 
 def start_from_bytecode() -> None:
     """Replaces this process by one that runs the same program from Python's bytecode cache; returns
     where that cannot be.  The interpreter keeps the syntax tree of a script for as long as it runs:
     45 MB here, of 77."""
-    import importlib.util
-    import marshal
-    cache, mine = importlib.util.cache_from_source(__file__), os.stat(__file__)
-    head = importlib.util.MAGIC_NUMBER + b"".join(
-        (number & 0xffffffff).to_bytes(4, "little") for number in (0, int(mine.st_mtime),
-                                                                   mine.st_size))
-    try:
-        with open(cache, "rb") as handle:
-            found = os.fstat(handle.fileno())
-            is_good = handle.read(16) == head and found.st_mode & 0o22 == 0 and (
-                found.st_uid in (0, os.getuid()))       # nobody else's code
-    except OSError:
-        is_good = False
-    if not is_good and not sys.dont_write_bytecode:
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
-        temporary = f"{cache}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as handle:
-            handle.write(head + marshal.dumps(sys._getframe(1).f_code))
-        os.replace(temporary, cache)
-        is_good = True
-    if is_good:
-        options = getattr(sys, "orig_argv", sys.argv)[1:-len(sys.argv)]     # the interpreter's own
-        os.execv(sys.executable, [sys.executable, *options, cache, *sys.argv[1:]])
+    if sys._getframe(1).f_back is not None:
+        return      # run by another program: `-m`, a profiler, a debugger
+    if hasattr(sys, "orig_argv"):
+        options = sys.orig_argv[1:-len(sys.argv)]       # the interpreter's own
+    else:
+        import subprocess
+        if sys._xoptions or subprocess._args_from_interpreter_flags():
+            return  # Python 3.9 does not tell them as they were given
+        options = []
+    path = kept_bytecode(__file__)
+    if path and sys.executable:
+        os.execv(sys.executable, [sys.executable, *options, path, *sys.argv[1:]])
 
 
 if __name__ == "__main__" and os.name == "posix" and sys.argv[1:2] in ([], ["serve"]) and (
-        __file__.endswith(".py") and __spec__ is None):     # by -m: a cache's path is no module
-    try:
+        __file__.endswith(".py")):
+    with contextlib.suppress(OSError, ValueError, NotImplementedError):     # no place for a cache
         start_from_bytecode()
-    except (OSError, ValueError, NotImplementedError):
-        pass        # no place for a cache: it runs as it is
 
 import argparse
 import base64
 import collections
-import contextlib
 import copy
 import difflib
 import enum
@@ -868,6 +893,15 @@ LEAST_BODY_BYTES = 4096             # below that nothing is gained
 MOST_BODY_BYTES = 16 << 20          # remembered in all, as JSON; with what is made of it four times
 MOST_ALIKE = 64                     # lists that begin alike: of agents that one client starts
 _FIRST_BYTES, _MORE_BYTES, _STARTS = 160, 4096, 16
+_LONGEST_START = 64                 # of a list: its name, and gaps up to the bracket
+
+
+def _renew(rows: dict, key: bytes, value: Any) -> None:
+    """Puts a row last; the one that was put longest ago makes room."""
+    rows.pop(key, None)
+    rows[key] = value
+    if len(rows) > _STARTS:
+        del rows[next(iter(rows))]
 
 
 class KeptList(list):
@@ -972,7 +1006,7 @@ class BodyMemory:
         gap, scan, body, left = _GAP.match, _DECODER.scan_once, {}, dict(enumerate(cuts))
         lists: list[tuple[int, bytes, _Seen | None]] = []
         sound = _without_halves(text)
-        is_whole, text = sound is text, sound
+        is_whole, text = sound == text, sound       # whole pairs stay as they are
         at = gap(text).end()
         if text[at] != "{":
             raise ValueError("no object")
@@ -987,7 +1021,8 @@ class BodyMemory:
             if key in BODY_LISTS and text[at] == "[":
                 start = text[begin:at + 1].encode("utf-8")
                 body[key], seen, at = self._list(text, at, left, BODY_LISTS[key])
-                lists.append((begin, start, seen))
+                if len(start) <= _LONGEST_START:
+                    lists.append((begin, start, seen))
             else:
                 body[key], at = scan(text, at)
             at = _past_comma(text, at, "}")
@@ -1027,11 +1062,9 @@ class BodyMemory:
         place, start, _ = lists[0]
         nexts = [row[1] for row in lists[1:]] + [b""]
         with self._lock:
-            if start in self._starts or len(self._starts) < _STARTS:
-                self._starts[start] = max(place, self._starts.get(start, 0))
+            _renew(self._starts, start, max(place, self._starts.get(start, 0)))
             for (_, start, seen), after in zip(lists, nexts):
-                if start in self._after or len(self._after) < _STARTS:
-                    self._after[start] = after
+                _renew(self._after, start, after)
                 if seen is not None and (LEAST_BODY_BYTES // 4 <= len(seen.raw)
                                          <= self.most_bytes // 4):
                     seen.after = after
@@ -8650,15 +8683,29 @@ def _enveloped(request: Request, target: Target, inner: dict) -> dict:
     return body
 
 
-@functools.lru_cache(maxsize=64)
-def _instruction(texts: tuple, role: str) -> tuple[dict, str]:
-    """The systemInstruction of some texts, which is shared and must not be changed, and its
-    JSON."""
-    told = {"parts": [{"text": text} for text in texts], **({"role": role} if role else {})}
-    return told, json_encode(told)
-
-
 KEPT_SYSTEM = range(1000, 100_000)      # letters of a system text that is worth keeping, bounded
+
+
+def _instruction(texts: tuple, is_enveloped: bool) -> dict:
+    return {"parts": [{"text": text} for text in texts],
+            **({"role": "user"} if is_enveloped else {})}
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_instruction(texts: tuple, is_enveloped: bool) -> tuple[dict, str]:
+    """A systemInstruction, which is shared and must not be changed, and its JSON."""
+    made = _instruction(texts, is_enveloped)
+    return made, json_encode(made)
+
+
+def _told_instruction(texts: tuple, target: Target, told: dict) -> dict:
+    """The systemInstruction; that of a conversation is made and encoded once."""
+    is_enveloped = bool(target.provider.envelope)
+    if not told or sum(map(len, texts)) not in KEPT_SYSTEM:
+        return _instruction(texts, is_enveloped)
+    row = _kept_instruction(texts, is_enveloped)
+    told[id(row[0])] = row
+    return row[0]
 
 
 def gemini_render_request(request: Request, target: Target, signatures: Any,
@@ -8679,18 +8726,11 @@ def gemini_render_request(request: Request, target: Target, signatures: Any,
     contents = _Contents(target, signatures, is_thinking, repairs, mended)
     inner: dict = {"contents": contents.render(turns)}
     system = request.system + tuple(more_system)
-    texts = [{"text": text} for text in system]
-    if texts and model.family == "image":       # takes no system instruction
+    if system and model.family == "image":      # takes no system instruction
         first = inner["contents"][0]
-        inner["contents"][0] = {**first, "parts": texts + first["parts"]}
-    elif texts:
-        role = "user" if target.provider.envelope else ""
-        if contents.told and sum(map(len, system)) in KEPT_SYSTEM:
-            told = _instruction(system, role)
-            contents.told[id(told[0])] = told
-            inner["systemInstruction"] = told[0]
-        else:
-            inner["systemInstruction"] = {"parts": texts, **({"role": role} if role else {})}
+        inner["contents"][0] = {**first, "parts": [{"text": t} for t in system] + first["parts"]}
+    elif system:
+        inner["systemInstruction"] = _told_instruction(system, target, contents.told)
     if request.search:
         inner.update(_search_fields(request.search, target, inner["contents"]))
     elif "calls_as_text" not in repairs:
@@ -13330,6 +13370,15 @@ class Pipe:
         self.has_said = self.has_said or any(out)
 
 
+def translating_pipe(request: Request, target: Target, shape: AnswerShape,
+                     render: Callable[[Any], str], understand: Callable[[Any], ProxyError]) -> Pipe:
+    """The pipe from a target's language to the client's."""
+    dialect = DIALECTS[target.provider.dialect]
+    parser = dialect.parser(target)
+    return Pipe(parser, shape._replace(call_prefix=DIALECTS[request.dialect].call_prefix), request,
+                render, understand, dialect.plain and dialect.plain(parser))
+
+
 class RelayPipe(Pipe):
     """The same for an upstream of the client's own language: events pass as they are through
     `machine`, which reads what must be known; a whole answer passes as one."""
@@ -14104,11 +14153,8 @@ class Conducting:
             pipe: Pipe = RelayPipe(dialect.relay(self.client.state), request.is_streaming,
                                    understand_event)
         else:
-            shape = rendered.shape._replace(
-                estimate_input=estimate, call_prefix=DIALECTS[request.dialect].call_prefix)
-            parser = dialect.parser(target)
-            pipe = Pipe(parser, shape, request, render, understand_event,
-                        dialect.plain and dialect.plain(parser))
+            pipe = translating_pipe(request, target, rendered.shape._replace(
+                estimate_input=estimate), render, understand_event)
         self.client.pipe = pipe
         is_whole = is_relayed and not request.is_streaming
         call = Call(vertex_host(attempt.hosts[0], project), dialect.path(target, request),
@@ -17028,25 +17074,22 @@ def bench_text(seed: int, length: int) -> str:
 
 
 def _bench_tool(number: int) -> dict:
-    def text(field: int, length: int) -> dict:
-        return {"type": "string", "description": bench_text(number * 9 + field, length)}
-    todo = {"type": "object", "required": ["content"], "properties": {
-        "content": {"type": "string", "minLength": 1},
-        "status": {"type": "string", "enum": ["open", "done"]}}}
-    properties = {**{f"p{n}": text(n, 90) for n in range(4)},
-                  "mode": {**text(4, 60), "enum": ["a", "b", "c"], "default": "a"},
-                  "limit": {"type": "number", "minimum": 0},
-                  "items": {"type": "array", "items": todo, "description": bench_text(number, 50)}}
+    texts = {f"p{n}": {"type": "string", "description": bench_text(number * 9 + n, 90)}
+             for n in range(6)}
+    rows = {"type": "array", "items": {"type": "object", "required": ["content"], "properties": {
+        "content": {"type": "string", "minLength": 1}, "status": {"enum": ["open", "done"]}}}}
     return {"name": "mcp__server__op%d" % number if number else "Bash",
             "description": bench_text(number, 400), "input_schema": {
                 "$schema": "http://json-schema.org/draft-07/schema#", "type": "object",
-                "properties": properties, "required": ["p0"], "additionalProperties": False}}
+                "properties": {**texts, "items": rows}, "required": ["p0"],
+                "additionalProperties": False}}
 
 
 def bench_body(size_bytes: int, turns: int, is_streaming: bool = False,
-               max_tokens: int = 32_000) -> dict:
+               max_tokens: int = 32_000, is_new: bool = False) -> dict:
     """An Anthropic request of that size as Claude Code makes it: 20 KB of system prompt and 30
-    tools (fewer below 130 KB), `turns` pairs of call and result, which take what is left."""
+    tools (fewer below 130 KB), `turns` pairs of call and result, which take what is left.  Its
+    number ends it, as a conversation goes on, or begins it: `is_new`."""
     share = min(1.0, size_bytes / BENCH_LARGE_BYTES)
     told: list[dict] = [{"type": "text", "text": bench_text(1, 200)}]
     messages = [{"role": "user", "content": told}]
@@ -17057,7 +17100,8 @@ def bench_body(size_bytes: int, turns: int, is_streaming: bool = False,
             {"type": "text", "text": bench_text(turn, 120)},
             {"type": "tool_use", "id": call, "name": "Bash",
              "input": {"command": bench_text(turn, 60)}}]}, {"role": "user", "content": told}]
-    told.append({"type": "text", "text": f"request {_BENCH_NUMBER}"})
+    numbered = {"type": "text", "text": f"request {_BENCH_NUMBER}"}
+    messages[0 if is_new else -1]["content"].insert(0 if is_new else len(told), numbered)
     body = {"model": BENCH_MODEL, "max_tokens": max_tokens, "stream": is_streaming,
             "messages": messages,
             "system": [{"type": "text", "text": bench_text(2, int(20_000 * share)),
@@ -17069,31 +17113,8 @@ def bench_body(size_bytes: int, turns: int, is_streaming: bool = False,
         messages[2 * turn + 2]["content"][0]["content"] = [
             {"type": "text", "text": bench_text(turn, max(0, left // turns - 26))}]
     if not turns:
-        told[0]["text"] += bench_text(3, max(0, left))
+        told[-1]["text"] += bench_text(3, max(0, left))
     return body
-
-
-BENCH_PARTS = {         # Anthropic block -> Gemini part
-    "text": lambda b: {"text": b["text"]},
-    "tool_use": lambda b: {"functionCall": {"id": b["id"], "name": b["name"], "args": b["input"]}},
-    "tool_result": lambda b: {"functionResponse": {
-        "id": b["tool_use_id"], "name": "Bash", "response": {"output": b["content"][0]["text"]}}},
-}
-
-
-def bench_gemini(body: Mapping) -> dict:
-    """The same content in the words of the Gemini API: what the direct connection is asked."""
-    rows = {"contents": [
-        {"role": "model" if m["role"] == "assistant" else "user",
-         "parts": [BENCH_PARTS[block["type"]](block) for block in m["content"]]}
-        for m in body["messages"]],
-        "systemInstruction": {"parts": [{"text": b["text"]} for b in body["system"]]},
-        "generationConfig": {"maxOutputTokens": body["max_tokens"]}}
-    if "tools" in body:
-        rows["tools"] = [{"functionDeclarations": [
-            {"name": t["name"], "description": t["description"], "parameters": t["input_schema"]}
-            for t in body["tools"]]}]
-    return rows
 
 
 class BenchRequest(NamedTuple):
@@ -17125,8 +17146,7 @@ _BENCH_SSE = (b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 class BenchLine:
     """A socket of a selector that never blocks.  What does not go out at once follows when it can;
     `whole` tells when a message, request or answer, has come in."""
-    __slots__ = ("sock", "selector", "seen", "left", "end", "number", "asked_at", "first_at",
-                 "looked_at")
+    __slots__ = ("sock", "selector", "seen", "left", "end", "asked_at", "first_at", "looked_at")
 
     def __init__(self, sock: socket.socket, selector: selectors.BaseSelector):
         sock.setblocking(False)
@@ -17134,8 +17154,8 @@ class BenchLine:
         self.sock, self.selector = sock, selector
         self.seen, self.left = bytearray(), b""
         self.end = 0                    # length of the message that comes in; -1: chunked
-        # an upstream's: requests so far; a client's: times, 0 for none, and where stamps end
-        self.number, self.asked_at, self.first_at, self.looked_at = 0, 0.0, 0.0, 0
+        # a client's: times, 0 for none, and where stamps end
+        self.asked_at, self.first_at, self.looked_at = 0.0, 0.0, 0
         selector.register(sock, selectors.EVENT_READ, self)
 
     def send(self, data: bytes) -> None:
@@ -17220,8 +17240,8 @@ _BENCH_OTHER = (b'{"access_token":"bench","expires_in":3599,"token_type":"Bearer
 
 class BenchUpstream:
     """Cloud Code and the Gemini API on 127.0.0.1.  `POST /bench?events=N&pace=P` says how many
-    events an answer has and how many of them are sent a second (0: all at once), and is answered
-    with counts; each paced event carries the time at which it is sent."""
+    events an answer has and how many of them are sent a second (0: all at once); each paced event
+    carries the time at which it is sent."""
 
     def __init__(self, port: int = 0):
         self.listener = socket.create_server(("127.0.0.1", port), backlog=2048)
@@ -17229,7 +17249,6 @@ class BenchUpstream:
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.counts = {"connections": 0, "requests": 0}
         self.due: collections.deque = collections.deque()   # (time, line, events left, enveloped)
         self.set_answers(20, 0.0)
 
@@ -17280,15 +17299,9 @@ class BenchUpstream:
     def _answer(self, line: BenchLine, target: str) -> None:
         if "/bench?" in target:
             asked = dict(urllib.parse.parse_qsl(target.partition("?")[2]))
-            if "events" in asked:
-                self.set_answers(int(asked["events"]), float(asked.get("pace", 0)))
-            told = json_encode(self.counts).encode("ascii")
-            return line.send(_BENCH_JSON % (len(told), told))
+            self.set_answers(int(asked["events"]), float(asked["pace"]))
         if "enerateContent" not in target:
             return line.send(_BENCH_JSON % (len(_BENCH_OTHER), _BENCH_OTHER))
-        self.counts["requests"] += 1
-        self.counts["connections"] += not line.number
-        line.number += 1
         is_enveloped = "/v1internal" in target
         if ":generateContent" in target:
             return line.send(self.whole[is_enveloped])
@@ -17310,11 +17323,11 @@ class BenchUpstream:
             self.due.append((at + 1 / self.pace, line, left - 1, is_enveloped))
 
 
-def bench_tell(port: int, events: int, pace: float) -> dict[str, int]:
-    """Sets what the bench upstream answers from now on; its counts."""
+def bench_tell(port: int, events: int, pace: float) -> None:
+    """Sets what the bench upstream answers from now on."""
     with socket.create_connection(("127.0.0.1", port), BENCH_PATIENCE_S) as sock:
         sock.sendall(b"POST /bench?events=%d&pace=%g HTTP/1.1\r\n\r\n" % (events, pace))
-        return json_decode(sock.recv(65536).partition(b"\r\n\r\n")[2])
+        sock.recv(65536)
 
 
 # ... and the load: one thread and one selector for all clients
@@ -17542,6 +17555,19 @@ DEMO_PACE_S = 0.02
 _WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "example")
 
 
+SOURCE = os.path.abspath(__file__)      # also where its bytecode runs
+if SOURCE.endswith(".pyc"):
+    import importlib.util
+    with contextlib.suppress(ValueError):       # bytecode that somebody put elsewhere
+        SOURCE = importlib.util.source_from_cache(SOURCE)
+
+
+def program_file() -> str:
+    """What starts this program once more; its bytecode may have been swept away meanwhile."""
+    path = os.path.abspath(__file__)
+    return path if os.path.exists(path) else SOURCE
+
+
 def say(*lines: str) -> None:
     for line in lines:
         try:
@@ -17767,7 +17793,7 @@ class Crew:
                         self.folder)
         try:
             worker.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), *self.given,
+                [sys.executable, program_file(), *self.given,
                  "--as-worker", json_encode(told)], pass_fds=(told.listener, told.alive))
         except OSError as err:      # no memory, too many processes
             worker.due_at = now + 30
@@ -18502,6 +18528,7 @@ class BenchLoad(NamedTuple):
     unit: str
     figures: tuple      # keys of BENCH_FIGURES that the table shows; JSON has all
     pace: float = 0.0   # events a second of each stream; 0: at once
+    is_new: bool = False        # each request begins another conversation
 
 
 class BenchScale(NamedTuple):
@@ -18510,17 +18537,18 @@ class BenchScale(NamedTuple):
     seconds: float      # of each load
     live_events: int
     ramp_s: float       # for 1,000 live streams
-    requests: int       # after which memory is read again, and after twice and four times as many
+    requests: int       # after which memory is read, and after twice and four times as many
 
 
 _LOOPS = ("cpu", "rate", "p50", "p99")
 _LIVE = ("cpu", "delay50", "delay99", "memory", "threads", "failures")
 BENCH_LOADS = (
     BenchLoad("small_1", "small request, 1 client", 1000, 0, 20, 1, "request", _LOOPS),
-    BenchLoad("small_16", "small request, 16 clients", 1000, 0, 20, 16, "request",
-              (*_LOOPS, "connections")),
+    BenchLoad("small_16", "small request, 16 clients", 1000, 0, 20, 16, "request", _LOOPS),
     BenchLoad("large", "130 KB request: 30 tools, 40 turns, 4 clients", BENCH_LARGE_BYTES, 40, 20,
               4, "request", _LOOPS),
+    BenchLoad("large_new", "130 KB request, each of a new conversation, 4 clients",
+              BENCH_LARGE_BYTES, 40, 20, 4, "request", _LOOPS, is_new=True),
     BenchLoad("huge", "1 MB request, 4 clients", 1_000_000, 40, 20, 4, "request", _LOOPS),
     BenchLoad("first", "stream of 20 events, 1 client", 1000, 0, 20, 1, "stream",
               ("first", "p50")),
@@ -18531,28 +18559,26 @@ BENCH_LOADS = (
     BenchLoad("live_200", "live streams of 20 events/s", 1000, 0, 0, 200, "event", _LIVE, 20.0),
     BenchLoad("live_1000", "live streams of 20 events/s", 1000, 0, 0, 1000, "event", _LIVE, 20.0),
 )
-BENCH_SCALES = {"full": BenchScale(3, 0.3, 0.8, 100, 2.0, 2000),
-                "quick": BenchScale(1, 0.1, 0.25, 40, 1.5, 500)}
+BENCH_SCALES = {"full": BenchScale(3, 0.3, 0.8, 100, 2.0, 4000),
+                "quick": BenchScale(1, 0.1, 0.25, 40, 1.5, 2000)}
 BENCH_FIGURES = {       # key -> (label, unit)
     "cold": ("cold start to the first answer", "ms"), "idle": ("memory when idle", "MB"),
     "cpu": ("CPU", "us a {unit}"), "rate": ("rate", "{unit}s/s"), "p50": ("p50", "ms"),
     "p99": ("p99", "ms"), "first": ("first event, p50", "ms"),
     "delay50": ("event delay, p50", "ms"), "delay99": ("event delay, p99", "ms"),
-    "memory": ("memory", "MB"), "threads": ("threads", ""), "failures": ("failures", ""),
-    "connections": ("new upstream connections", ""),
-    "upstream_cpu": ("CPU of the bench upstream", "us a {unit}"),
-    "client_cpu": ("CPU of the load client", "us a {unit}")}
+    "memory": ("memory", "MB"), "threads": ("threads", ""), "failures": ("failures", "")}
 BENCH_START = BenchLoad("start", "start", 1000, 0, 20, 1, "request", ("cold", "idle"))
 BENCH_GROWTH = (        # (title, unit, what holds, loads); a cost is told by event or kilobyte
     ("streamed event, in a stream of", "events", "cost of an event does not depend on the length", [
         BenchLoad(str(n), f"{n:,}", 1000, 0, n, 1, "event", ()) for n in (200, 2000, 20000)]),
-    ("kilobyte of a request of", "KB", "cost of a request is linear in its bytes", [
-        BenchLoad(str(kb), f"{kb:,}", kb * 1000, kb // 3, 20, 2, "request", ())
+    ("kilobyte of a first request of", "KB", "cost of a request is linear in its bytes", [
+        BenchLoad(str(kb), f"{kb:,}", kb * 1000, kb // 3, 20, 2, "request", (), is_new=True)
         for kb in (32, 128, 512, 2048)]))
 BENCH_SLACK = 1.3       # noise of a shared machine: what costs more than that is told as growth
-BENCH_MEMORY_SLACK = 1.05           # pages come and go; 6,000 requests kept with their KB are 7 %
+BENCH_MEMORY_SLACK = 0.25           # KB a finished request: pages come and go; one kept has 1 KB
 _BENCH_ENVIRONMENT = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LANG", "LC_ALL",
-                      "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHON_GIL", "PYTHONHOME")
+                      "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHON_GIL", "PYTHONHOME",
+                      "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
 
 
 class ProcessUsage(NamedTuple):
@@ -18654,7 +18680,7 @@ class Bench:
         environment = {k: v for k, v in os.environ.items() if k in _BENCH_ENVIRONMENT}
         with open(log, "wb") as errors:
             child = self.children[name] = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), *arguments], stdout=subprocess.PIPE,
+                [sys.executable, program_file(), *arguments], stdout=subprocess.PIPE,
                 stdin=subprocess.DEVNULL, stderr=errors,
                 env={**environment, "HOME": self.folder, "PYTHONIOENCODING": "utf-8"})
         guard = threading.Timer(BENCH_PATIENCE_S, child.kill)
@@ -18693,16 +18719,15 @@ class Bench:
         return {"cold": cold_s * 1e3, "idle": used and used.memory_mb}
 
     def client(self, subject: str, load: BenchLoad) -> BenchClient:
-        """The load client for a subject: the same content in the language that it speaks."""
+        """The load client for a subject: the same bodies for all of them."""
         # an answer that is longer than it may be would be cut
         body = bench_body(load.size_bytes, load.turns, load.unit != "request",
-                          max(32_000, 16 * load.events))
-        if subject == "direct":
-            port, path, body = self.upstream_port, BENCH_DIRECT, bench_gemini(body)
-            ending = b'"finishReason":"STOP"'
-        else:
-            port = self.proxy_port if subject == "agproxy" else self.other[0]
-            path, ending = "/v1/messages", b"message_stop" if body["stream"] else b"end_turn"
+                          max(32_000, 16 * load.events), load.is_new)
+        port, path, ending = {
+            "agproxy": self.proxy_port, "other": self.other[0], "direct": self.upstream_port,
+        }[subject], "/v1/messages", b"message_stop" if body["stream"] else b"end_turn"
+        if subject == "direct":         # the same bytes, to one who reads none of them
+            path, ending = BENCH_DIRECT, b'"finishReason":"STOP"'
         return BenchClient(bench_request(port, path, body, ending), load.events - 1,
                            bool(load.pace))
 
@@ -18724,30 +18749,25 @@ class Bench:
 
     def measure(self, subject: str, load: BenchLoad) -> None:
         """One load of one subject, its figures kept."""
-        counts, midst = bench_tell(self.upstream_port, load.events, load.pace), []
+        bench_tell(self.upstream_port, load.events, load.pace)
         pid = {"agproxy": self.children["proxy"].pid, "other": self.other[1]}.get(subject)
-        upstream = self.children["bench upstream"].pid
+        midst: list[ProcessUsage | None] = []
         with self.client(subject, load) as client:
             if not load.pace:       # the rest is warm: whatever may be kept is kept by now
                 self.checked(subject, load, client.run(load.clients, self.scale.warm_s))
-            before, own_s = (process_usage(pid), process_usage(upstream)), time.process_time()
+            before = process_usage(pid)
             if load.pace:
                 tally = client.live(load.clients, self.scale.ramp_s * load.clients / 1000,
                                     load.events / load.pace,
                                     lambda: midst.append(process_usage(pid)))
             else:
                 tally = self.checked(subject, load, client.run(load.clients, self.scale.seconds))
-            own_s = time.process_time() - own_s
-            after = process_usage(pid), process_usage(upstream)
+            after = process_usage(pid)
         figures = bench_figures(load, tally)
-        spent = [a and b and a.cpu_s - b.cpu_s for a, b in zip(after, before)]
-        for key, cpu_s in zip(("cpu", "upstream_cpu", "client_cpu"), (*spent, own_s)):
-            is_known = cpu_s is not None and tally.answers
-            figures[key] = cpu_s * 1e6 / figures["units"] if is_known else None
+        if before and after and tally.answers:
+            figures["cpu"] = (after.cpu_s - before.cpu_s) * 1e6 / figures["units"]
         if midst and midst[0]:
             figures.update(memory=midst[0].memory_mb, threads=midst[0].threads or None)
-        told = bench_tell(self.upstream_port, load.events, load.pace)
-        figures["connections"] = told["connections"] - counts["connections"]
         self.keep(load.key, subject, figures)
 
     def await_other(self) -> None:
@@ -18783,12 +18803,11 @@ class Bench:
     def grow(self, told: Callable[[str], None]) -> None:
         """The loads of BENCH_GROWTH, and memory after more and more requests."""
         for run in range(self.scale.runs):
-            told(f"run {run + 1} of {self.scale.runs}")
             self.start_proxy()
-            for times, more in ((0, 0), (1, 1), (2, 1), (4, 2)):
-                if more:
-                    self.load("agproxy", BENCH_START._replace(clients=8), 600,
-                              more * self.scale.requests)
+            for times, more in ((1, 1), (2, 1), (4, 2)):
+                told(f"run {run + 1} of {self.scale.runs}: memory")
+                self.load("agproxy", BENCH_START._replace(clients=8), 600,
+                          more * self.scale.requests)
                 used = process_usage(self.children["proxy"].pid)
                 self.keep(str(times * self.scale.requests), "agproxy",
                           {"memory": used and used.memory_mb})
@@ -18801,19 +18820,6 @@ def figure_text(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 99.5 or value == int(value) else f"{value:.3g}"
-
-
-def bench_notes(samples: Mapping) -> list[str]:
-    """What a reader must know to believe the figures."""
-    def cost(load: str, figure: str) -> str:
-        return figure_text(median(samples.get((load, figure, "agproxy"), ())))
-    if median(samples.get(("small_16", "cpu", "agproxy"), ())) is None:
-        return ["CPU and memory are not measured on this system: wall-clock figures only."]
-    return ["CPU is user and system time of the proxy's processes, by the operating system's "
-            "account.", "The rest of the machine took, bench upstream and load client: " +
-            "; ".join(f"{cost(load, 'upstream_cpu')} and {cost(load, 'client_cpu')} us {unit}"
-                      for load, unit in (("small_16", "a small request"),
-                                         ("live_1000", "a live event"))) + "."]
 
 
 def bench_rows(samples: Mapping, loads: Iterable[BenchLoad]) -> list[dict]:
@@ -18860,23 +18866,27 @@ def bench_table(rows: Iterable[Mapping], subjects: tuple) -> list[str]:
 
 
 def growth_rows(samples: Mapping, requests: int) -> list[dict]:
-    """One row for each claim: its figures in order, and whether it holds."""
+    """One row for each claim: its figures in order, how they grow, and whether the claim holds."""
     rows = []
     for title, unit, claim, loads in BENCH_GROWTH:
         per = [float(load.title.replace(",", "")) if unit == "KB" else 1.0 for load in loads]
         medians = [median(samples.get((load.key, "cpu", "agproxy"), ())) for load in loads]
-        cells = [(f"{load.title} {unit}", m and m / p, "us")
-                 for load, p, m in zip(loads, per, medians)]
-        rows.append({"title": title, "claim": claim, "cells": cells})
-    counts = [0, requests, 2 * requests, 4 * requests]
-    rows.append({"title": "memory after", "claim": "memory does not grow with finished requests",
-                 "cells": [(f"{n:,} requests", median(samples.get((str(n), "memory", "agproxy"),
-                                                                  ())), "MB") for n in counts]})
-    for row in rows:        # what is first used is first loaded: the beginning of memory is apart
-        values = [value for _, value, _ in row["cells"]][row["cells"][0][2] == "MB":]
-        row["growth"] = values[-1] / min(values[:-1]) if all(values) else None
-        row["holds"] = row["growth"] and row["growth"] <= (
-            BENCH_SLACK if row["cells"][0][2] == "us" else BENCH_MEMORY_SLACK)
+        values = [m and m / p for m, p in zip(medians, per)]
+        growth = values[-1] / min(values[:-1]) if all(values) else None
+        rows.append({
+            "title": title, "claim": claim, "growth": growth,
+            "cells": [(f"{load.title} {unit}", v, "us") for load, v in zip(loads, values)],
+            "told": f"the last is {growth or 0:.2f} times the least before it",
+            "holds": growth and growth <= BENCH_SLACK})
+    counts = [requests, 2 * requests, 4 * requests]     # by the second, what is bounded is full
+    values = [median(samples.get((str(n), "memory", "agproxy"), ())) for n in counts]
+    growth = (values[-1] - values[1]) * 1e3 / (2 * requests) if all(values) else None
+    rows.append({
+        "title": "memory after", "growth": growth,
+        "claim": "memory does not grow with finished requests",
+        "cells": [(f"{n:,} requests", v, "MB") for n, v in zip(counts, values)],
+        "told": f"{growth or 0:+.2f} KB a request in the second half, of a KB each",
+        "holds": growth is not None and growth <= BENCH_MEMORY_SLACK})
     return rows
 
 
@@ -18887,8 +18897,7 @@ def growth_table(rows: Iterable[Mapping]) -> list[str]:
         lines += [f"  {label:>16}{figure_text(value):>12} {unit}"
                   for label, value, unit in row["cells"]]
         told = ("not measured on this system" if row["growth"] is None else
-                f"{'holds' if row['holds'] else 'does not hold'}: the last is {row['growth']:.2f} "
-                "times the least before it")
+                f"{'holds' if row['holds'] else 'does not hold'}: {row['told']}")
         lines += [f"  {row['claim']}: {told}", ""]
     return lines[:-1]
 
@@ -18901,13 +18910,10 @@ def other_port(url: str | None) -> int | None:
     if parts.scheme != "http" or parts.hostname not in ("127.0.0.1", "localhost"):
         raise ConfigError(f"--against takes http://127.0.0.1:PORT, not {url}: this program sends "
                           "no load to other machines")
-    return parts.port or 80
-
-
-def bench_machine() -> dict:
-    import platform
-    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
-            "python": f"{platform.python_implementation()} {platform.python_version()}"}
+    try:
+        return parts.port or 80
+    except ValueError as err:
+        raise ConfigError(f"--against: {err}") from None
 
 
 def bench_loads(scale: BenchScale, descriptors: int) -> tuple[list[BenchLoad], list[str]]:
@@ -18926,6 +18932,7 @@ def bench_loads(scale: BenchScale, descriptors: int) -> tuple[list[BenchLoad], l
 
 
 def command_bench(args: argparse.Namespace) -> int:
+    import platform
     descriptors = raise_descriptor_limit()
     if args.as_upstream:
         upstream = BenchUpstream(args.upstream_port)
@@ -18947,9 +18954,13 @@ def command_bench(args: argparse.Namespace) -> int:
     with Bench(scale, args.upstream_port, (port, pid)) as bench:
         bench.grow(told) if args.growth else bench.run(loads, told)
         told("")
-    if not args.growth:
-        notes += bench_notes(bench.samples)
-    result = {"program": f"agproxy {VERSION}", **bench_machine(), **scale._asdict(), "notes": notes}
+    notes.append("CPU is user and system time of the proxy's processes, by the operating system's "
+                 "account." if process_usage(os.getpid()) else
+                 "CPU and memory are not measured on this system: wall-clock figures only.")
+    result = {"program": f"agproxy {VERSION}", "system": platform.system(),
+              "machine": platform.machine(), "cores": os.cpu_count(),
+              "python": f"{platform.python_implementation()} {platform.python_version()}",
+              **scale._asdict(), "notes": notes}
     result["rows"] = (growth_rows(bench.samples, scale.requests) if args.growth
                       else bench_rows(bench.samples, (BENCH_START, *loads)))
     if args.json:
@@ -18961,12 +18972,6 @@ def command_bench(args: argparse.Namespace) -> int:
               bench_table(result["rows"], ("agproxy", "direct") + ("other",) * bool(port))))
     say("", *notes)
     return 0
-
-
-SOURCE = os.path.abspath(__file__)      # also where its bytecode runs
-if SOURCE.endswith(".pyc"):
-    import importlib.util
-    SOURCE = importlib.util.source_from_cache(SOURCE)
 
 
 def rooms(path: str) -> list[tuple[int, int, str]]:
@@ -19021,7 +19026,7 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log-file", metavar="FILE", help="log here instead of the terminal")
 
 
-def worker_count(text: str) -> int:
+def whole_count(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,2}", text):
         raise argparse.ArgumentTypeError(f"a whole number from 1 to 999 is required, not {text!r}")
     return int(text)
@@ -19070,7 +19075,7 @@ def _add_bench_options(command: argparse.ArgumentParser) -> None:
                         ("--growth", "how costs grow with streams, bodies and requests instead"),
                         ("--json", "all samples and medians"), ("--as-upstream", None)):
         command.add_argument(flag, action="store_true", help=about or argparse.SUPPRESS)
-    command.add_argument("--runs", type=int, metavar="N", help="medians of N runs (3)")
+    command.add_argument("--runs", type=whole_count, metavar="N", help="medians of N runs (3)")
     command.add_argument("--against", metavar="URL",
                          help="another proxy on this machine, set up for the bench upstream")
     command.add_argument("--against-pid", type=int, metavar="PID", help="its process, for its CPU")
@@ -19094,7 +19099,7 @@ def build_parser() -> argparse.ArgumentParser:
         if is_server:
             _add_server_options(command)
         if name == "serve":
-            command.add_argument("--workers", type=worker_count, default=1, metavar="N",
+            command.add_argument("--workers", type=whole_count, default=1, metavar="N",
                                  help="processes that serve the port (1); not on Windows")
             command.add_argument("--as-worker", type=lambda text: AsWorker(*json.loads(text)),
                                  help=argparse.SUPPRESS)
