@@ -8134,21 +8134,23 @@ def test_plain_events_mean_the_same_wherever_they_are_cut(dialect, monkeypatch):
 
 
 def test_plain_events_are_not_decoded_and_a_read_is_one_run(monkeypatch):
-    decoded, runs = [], []
+    decoded, counted, runs = [], [], []
     real = ag.gemini_parse_event
     inner = '"candidates":[{{"content":{{"role":"model","parts":[{{"text":"word {0} \\u003c"}}]}}}}],"usageMetadata":' \
             '{{"promptTokenCount":9,"candidatesTokenCount":{0},"totalTokenCount":{1}}},"modelVersion":"m"'
     events = ['{"response":{' + inner.format(n, n + 9) + '},"traceId":"t","metadata":{}}' for n in range(1, 1001)]
     raw = "".join(f"data: {event}\r\n\r\n" for event in events).encode()
-    loads = json.loads
-    monkeypatch.setattr(ag.json, "loads", lambda text, **more: decoded.append(text) or loads(text, **more))
+    parse_usage = ag.gemini_parse_usage
+    monkeypatch.setattr(ag, "gemini_parse_usage", lambda meta: counted.append(meta) or parse_usage(meta))
     state = ag.AnthropicAnswer("m")
     pipe = ag.Pipe(lambda text: decoded.append(text) or real(text), ag.AnswerShape(), ag.Request("m", (), max_tokens=10 ** 6),
                    lambda d: runs.append(type(d)) or ag.anthropic_render_delta(state, d), None, ag.GeminiPlain())
     out = b"".join(pipe.feed(raw[at:at + 16384]) for at in range(0, len(raw), 16384))
-    assert decoded == events[:1] and runs.count(ag.Run) == -(-len(raw) // 16384) and runs.count(ag.Piece) == 1
+    assert decoded == [] and runs == [ag.Begin, ag.BlockStart] + [ag.Run] * -(-len(raw) // 16384)
+    assert [meta["candidatesTokenCount"] for meta in counted] == [1]        # for the beginning
     assert b'"text":"word 500 \\u003c"' in out and out.count(b"text_delta") == 1000
-    assert pipe.usage() == ag.Usage(9, 0, 1000) and len(decoded) == 2       # the last usage only
+    assert pipe.usage() == ag.Usage(9, 0, 1000)
+    assert [meta["candidatesTokenCount"] for meta in counted] == [1, 1000]      # the last usage only
 
 
 def test_what_only_an_earlier_usage_told_is_not_lost():
