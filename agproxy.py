@@ -1105,6 +1105,15 @@ PLAIN_TEXT = (r'(?!")[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u(?![dD][89a-fA-F])[0-9
               r'[^"\\\x00-\x1f]*)*')
 
 
+def ascii_insides(insides: list[str]) -> list[str]:
+    """The insides of JSON strings as ASCII: one pass over all of them, 0.3 us each against 1."""
+    joined = "\x01".join(insides)      # which no inside has
+    if '\\"' in joined or "\\u0001" in joined:
+        return [inside if inside.isascii() else quote(told_by(inside))[1:-1] for inside in insides]
+    # quoted once more, each backslash is two: made one again from the left, escapes stay whole
+    return quote(joined)[1:-1].replace("\\\\", "\\").split("\\u0001")
+
+
 # made once: json.loads with these would make it again, 4 us a look
 _TELLER = json.JSONDecoder(parse_float=finite, parse_constant=refuse_constant)
 
@@ -3748,7 +3757,7 @@ class Assembler:
         if self.stop is None or self.stop[0] is Stop.END:
             self.stop = value
 
-    # one table for all: bound methods in each took 2 us of an answer, and made a cycle
+    # one table for all: bound methods in each took 1.5 us of an answer, and made a cycle
     _ACTIONS = {
         Kind.TEXT: _text, Kind.THINKING: _think, Kind.CALL: _call, Kind.IMAGE: _image,
         Kind.SIGNATURE: _signature_piece, Kind.METER: _meter, Kind.FINISH: _finish,
@@ -3808,16 +3817,19 @@ class TextGate:
 
     def feed(self, deltas: list) -> list:
         out: list = []
+        if self.done:
+            return out
         for delta in deltas:
-            if self.done:
-                break
             if type(delta) is Piece and delta.kind is Kind.TEXT:
                 self._text(delta.index, delta.text, out, False)
-            else:
-                if type(delta) is BlockEnd and self._tail:
-                    self._text(delta.index, "", out, True)
+            elif self._tail and type(delta) is BlockEnd:
+                self._text(delta.index, "", out, True)
                 if not self.done:
                     out.append(delta)
+            else:
+                out.append(delta)
+            if self.done:
+                break
         return out
 
     @property
@@ -6013,7 +6025,7 @@ _STOP_TEXTS = {stop: json_encode(_stop_fields(Finish(stop, Usage()))) for stop i
 
 
 def _finish_event(state: AnthropicAnswer, delta: Finish) -> str:
-    told = None if delta.sequence else _STOP_TEXTS.get(delta.stop)
+    told = _STOP_TEXTS.get(delta.stop) if delta.sequence is None else None
     return _FINISH_FORM % (told or json_encode(_stop_fields(delta)), _usage_text(
         delta.usage, state.scale, delta.usage.output_tokens) + "}")
 
@@ -8995,8 +9007,9 @@ class GeminiPlain(PlainEvents):
 
     def counts(self, usages: list[str]) -> dict[str, int]:
         """The last tells all that the others did, unless it lacks what one of them has."""
-        last, told = gemini_parse_usage(_SCAN(usages[-1], 0)[0]), "".join(usages[:-1])
-        if self.is_whole(last) or all(name in last or source + "TokenCount" not in told
+        last = gemini_parse_usage(_SCAN(usages[-1], 0)[0])
+        told = "" if len(usages) == 1 or self.is_whole(last) else "".join(usages[:-1])
+        if not told or all(name in last or source + "TokenCount" not in told
                for name, source in self._SOURCES.items()):
             return last
         merged: dict[str, int] = {}
@@ -9005,7 +9018,7 @@ class GeminiPlain(PlainEvents):
         return merged
 
     def is_whole(self, counts: Mapping[str, int]) -> bool:
-        return self._SOURCES.keys() <= counts.keys()
+        return len(counts) == len(self._SOURCES)
 
 
 # Requests of Gemini clients
@@ -13404,7 +13417,7 @@ class Pipe:
         except UpstreamFault as err:
             self.fault = self.understand(err.body)
         except ProxyError as err:
-            self.fault = err
+            self.fault = err.with_traceback(None)       # whose frames would hold this Pipe
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as err:
             self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
@@ -13437,7 +13450,7 @@ class Pipe:
         return self.assembler.copies(kind, raw, self.plain.opens)
 
     def _run(self, rows: list[tuple], events: list[str], out: list[str]) -> None:
-        """Plain events as one Run, their texts copied: 2.2 us an event in all against 11.3."""
+        """Plain events as one Run, their texts copied: 2.5 us an event in all against 11.3."""
         kind, raw = rows[0][0], [row[1] for row in rows]
         text = told_by("".join(raw))
         if kind is Kind.TEXT and self.gate and not self.gate.passes(text):
@@ -13445,7 +13458,7 @@ class Pipe:
                 self._event(event, out)
             return
         if not text.isascii():
-            raw = [r if r.isascii() else quote(told_by(r))[1:-1] for r in raw]
+            raw = ascii_insides(raw)
         if not self.assembler.begun and rows[0][2]:
             self.assembler.counts.update(self.plain.counts([rows[0][2]]))   # the beginning's
         self._usages += [row[2] for row in rows if row[2]]
@@ -13484,8 +13497,7 @@ class Pipe:
         if self.gate:
             deltas = self.gate.feed(deltas)
             self.is_done = self.gate.done
-        for delta in deltas:
-            out.append(self.render(delta))
+        out += map(self.render, deltas)
         self.has_said = self.has_said or any(out)
 
 

@@ -48,6 +48,8 @@ import copy
 import dataclasses
 import enum
 import errno
+import functools
+import gc
 import http.client
 import http.server
 import importlib.util
@@ -8151,6 +8153,97 @@ def test_plain_events_are_not_decoded_and_a_read_is_one_run(monkeypatch):
     assert b'"text":"word 500 \\u003c"' in out and out.count(b"text_delta") == 1000
     assert pipe.usage() == ag.Usage(9, 0, 1000)
     assert [meta["candidatesTokenCount"] for meta in counted] == [1, 1000]      # the last usage only
+
+
+def test_a_first_plain_event_may_be_the_word_that_the_client_is_too_old():
+    old = '{"candidates":[{"content":{"role":"model","parts":[{"text":"This version of Antigravity is no longer supported."}]}}]}'
+    for is_fast in (False, True):
+        told, deltas, fault, *_ = told_from("gemini", "anthropic", [f"data: {old}\n\n".encode()], ag.Request("m", ()), is_fast)
+        assert (told, deltas, fault) == ([], [], ("server", "fault"))
+
+
+def test_bodies_that_other_streams_had_are_found_again_without_a_look(monkeypatch):
+    looks = []
+    real = ag.PlainEvents._look
+    monkeypatch.setattr(ag.GeminiPlain, "_look", lambda self, event: looks.append(event) or real(self, event))
+    rows = [("a", 0, ',"thought":true'), ("b", 7, ',"thought":true'), ("c", 0, ""), ("d", 8, ""), ("e", 9, ',"thought":true'), ("f", 3, "")]
+    for stream in range(3):     # each has its own id
+        events = [f'{{"candidates":[{{"content":{{"parts":[{{"text":"{text}"{thought}}}]}}}}],"usageMetadata":{{"promptTokenCount":{count}}},'
+                  f'"responseId":"seen{stream}"}}' for text, count, thought in rows]
+        plain, looks[:] = ag.GeminiPlain(), []
+        assert [plain(event) for event in events] == [
+            (Kind.THINKING if thought else Kind.TEXT, text, f'{{"promptTokenCount":{count}}}') for text, count, thought in rows]
+        assert len(looks) == (4 if stream == 0 else 1)
+        assert plain(events[0].replace("seen", "s")) is not None and len(looks) == (5 if stream == 0 else 2)
+        assert plain(events[0].replace(":0}", ":00}")) is None      # no JSON
+
+
+def test_insides_of_strings_become_ascii_and_say_the_same():
+    signs = ["a", "\u2014", "\xe9", "\\n", "\\\\", "\\/", "\\u003c", "\\u2014", "\U0001f600", "x\x7f", "\u2028", "\\ud83d\\ude00", "\\t"]
+    for seed in range(3000):
+        rng = random.Random(seed)
+        some = signs + ['\\"', "\\u0001", "\\u0000"] * (seed % 3 == 0)
+        rows = ["".join(rng.choices(some, k=rng.randint(1, 7))) for _ in range(rng.randint(1, 5))]
+        got = ag.ascii_insides(rows)
+        assert "".join(got).isascii() and list(map(ag.told_by, got)) == list(map(ag.told_by, rows)), seed
+
+
+def test_json_is_written_as_the_library_writes_it(monkeypatch):
+    library = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+    values = ["\xe9\"\ud800", 1, 1.5, -0.0, 10 ** 30, float("inf"), None, True, {}, [], {"a": [1, {2: 3, True: 1, None: 2, 1.5: "x"}], "b": ()}]
+    for encode in (ag._ENCODE, None):       # with and without CPython's own
+        monkeypatch.setattr(ag, "_ENCODE", encode)
+        assert [ag.json_encode(v) for v in values] == [library.encode(v) for v in values]
+        assert ag.json_encode(float("nan")) == "NaN"
+        for wrong in ({1}, {"a": object()}, {(1,): 2}):
+            with pytest.raises(TypeError) as told:
+                ag.json_encode(wrong)
+            with pytest.raises(TypeError) as expected:
+                library.encode(wrong)
+            assert str(told.value) == str(expected.value)
+
+
+def test_the_forms_of_anthropic_events_say_what_their_objects_say():
+    for seed in range(300):
+        rng = random.Random(seed)
+        usage = ag.Usage(*(rng.choice([0, 0, 5, 10 ** 9]) for _ in range(6)))
+        state = ag.AnthropicAnswer(rng.choice(["m", 'caf\xe9 "%s" %d', "\0"]), scale=rng.choice([(), (200_000, 1_000_000)]))
+        finish = ag.Finish(rng.choice(list(Stop)), usage, rng.choice([None, "", "END%"]), rng.choice(["", "why %"]))
+        begin = ag.replace(usage, output_tokens=max(1, usage.output_tokens))
+        call = ag.BlockStart(seed, rng.choice([Kind.CALL, Kind.SERVER_CALL]), "i%d", 'n"%s')
+        told = "".join(ag.anthropic_render_delta(state, d) for d in (ag.Begin(usage), call, finish))
+        kind = "tool_use" if call.kind is Kind.CALL else "server_tool_use"
+        assert told == "".join((
+            ag._event("message_start", {"message": ag._message(state, [], None, begin)}),
+            ag._event("content_block_start", {"index": seed, "content_block": {
+                "type": kind, "id": call.id, "name": call.name, "input": {}}}),
+            ag._event("message_delta", {"delta": ag._stop_fields(finish), "usage": ag.anthropic_usage(
+                ag.scaled_usage(usage, state.scale))}), ag._event("message_stop", {}))), seed
+
+
+@pytest.mark.parametrize("dialect", ["gemini", "chat", "anthropic", "responses"])
+def test_a_finished_answer_is_freed_without_the_collector(dialect):
+    import weakref
+    raw = {"gemini": plain_stream("gemini", random.Random(3)), "chat": plain_stream("chat", random.Random(3)),
+           "anthropic": plain_stream("anthropic", random.Random(3)), "responses": b'data: {"type":"response.completed"}\n\n'}[dialect]
+    spoken, request = ag.DIALECTS[dialect], ag.Request("m", (ag.Turn("user", (ag.Text("hi"),)),), max_tokens=9, tools=(ag.Tool("f", "", {}),))
+    parser = spoken.parser(ag.Target(None, ag.PROVIDERS["groq"]._replace(dialect=dialect), "m"))
+    state = ag.DIALECTS["anthropic"].answer_state(request, 1)
+    shape = ag.answer_shape(request, list(request.turns), ag.Mended(), "g", "t", {})
+    pipe = ag.Pipe(parser, shape, request, functools.partial(ag.anthropic_render_delta, state), ag.ProxyError,
+                   spoken.plain and spoken.plain(parser))
+    seen = [weakref.ref(thing) for thing in (pipe, pipe.assembler, pipe.gate, pipe.splitter, request, request.turns[0], request.tools[0])]
+    gc.collect()
+    gc.disable()
+    try:
+        pipe.feed(raw)
+        pipe.end()
+        del request     # the pipe needs none of it
+        assert [ref() is None for ref in seen[4:]] == [True] * 3
+        del pipe, shape, parser
+        assert [ref() for ref in seen] == [None] * len(seen)
+    finally:
+        gc.enable()
 
 
 def test_what_only_an_earlier_usage_told_is_not_lost():
