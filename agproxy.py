@@ -2408,6 +2408,11 @@ class Calibration:
             return self._factors[model][0]
         return next((k for pattern, k in TOKEN_FACTORS if fnmatch.fnmatchcase(model, pattern)), 1.0)
 
+    def is_due(self, model: str) -> bool:
+        """Whether another look would be taken now."""
+        with self._lock:
+            return self.clock.now() - self._looked_at.get(model, 0.0) >= CALIBRATE_EVERY_S
+
     def note(self, model: str, estimate: Callable[[], int], true: int) -> None:
         """One answer's true input; `estimate` counts the same request, later and elsewhere."""
         now = self.clock.now()
@@ -13973,6 +13978,21 @@ def call_head(candidate: Candidate, provider: Provider, request: Request, token:
         dict(account.headers))
 
 
+class Estimate:
+    """Our own count of a request's tokens, asked for where nobody else tells.  An answer that goes
+    on for minutes need not keep its request: what `let_go` was told of is counted no more."""
+
+    def __init__(self, services: Services, request: Request, model: Model):
+        self.services, self.model = services, model
+        self.request: Request | None = request
+
+    def __call__(self) -> int:
+        return self.services.count(self.request, self.model) if self.request is not None else 0
+
+    def let_go(self) -> None:
+        self.request = None
+
+
 @dataclass
 class Attempt:
     """One candidate's turn, with what its failures so far have taught."""
@@ -14258,9 +14278,7 @@ class Conducting:
                         config.tool_hardening)
         is_relayed = request.is_native_to(provider)
         self.client.aim(candidate.model, is_relayed)
-
-        def estimate() -> int:
-            return services.count(request, candidate.model)
+        estimate = Estimate(services, request, candidate.model)
         rendered = self._rendered(request, target, attempt, estimate)
 
         def note_limits(head: Mapping[str, str]) -> None:
@@ -14296,8 +14314,9 @@ class Conducting:
         answer, out = upstream_call(services.connections, call, self.client.wait, config)
         note_limits(answer.headers)
         stream = OpenStream(answer, lease, services.connections, self.record)
-        family = token_family(candidate.model)
-        if request.refusal is None and request.search is None:      # those have more than we count
+        if request.refusal is None and request.search is None and (     # these have more than that
+                services.calibration.is_due(candidate.model.id)):
+            family = token_family(candidate.model)
             stream.on_usage = lambda true: services.calibration.note(
                 candidate.model.id, lambda: estimate_tokens(request, family), true)
         self._tell(lease, attempt, relayed_headers(answer.headers) if is_relayed else {})
@@ -14307,6 +14326,8 @@ class Conducting:
         if fold:
             return self._fold(stream, deltas)
         lease.is_passed_on = True
+        if pipe.is_metered:
+            estimate.let_go()
         return stream, out
 
     def _tell(self, lease: Lease, attempt: Attempt, headers: dict[str, str]) -> None:
@@ -14726,6 +14747,7 @@ class Exchange:
     def report(self) -> None:
         """The request's line and counters, once it is over."""
         record, now = self.record, time.monotonic()
+        self.pipe = None        # which renders by this exchange: a circle would wait for a collector
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
         elif record.note:       # a wrong path or key: why a client finds nothing here
@@ -14835,6 +14857,8 @@ class RelayedStream:
         self.is_tls = isinstance(self.upstream, ssl.SSLSocket)
         # what only the first content needed is not kept for minutes: 5 KB of 28 for each stream
         exchange.body, exchange.headers, stream.answer.headers = b"", {}, {}
+        if not exchange.dialect.keep:
+            exchange.request = None
 
     def begin(self) -> None:
         self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
