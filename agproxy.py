@@ -101,8 +101,8 @@ def start_from_bytecode() -> None:
         os.execv(sys.executable, [sys.executable, *options, path, *sys.argv[1:]])
 
 
-if __name__ == "__main__" and os.name == "posix" and sys.argv[1:2] in ([], ["serve"]) and (
-        __file__.endswith(".py")):
+if __name__ == "__main__" and os.name == "posix" and __file__.endswith(".py") and (
+        not sys.argv[1:] or sys.argv[1] in ("serve", "run") or sys.argv[1].startswith("-")):
     with contextlib.suppress(OSError, ValueError, NotImplementedError):     # no place for a cache
         start_from_bytecode()
 
@@ -14747,7 +14747,7 @@ class Exchange:
     def report(self) -> None:
         """The request's line and counters, once it is over."""
         record, now = self.record, time.monotonic()
-        self.pipe = None        # which renders by this exchange: a circle would wait for a collector
+        self.pipe = None        # it renders by this exchange: a circle would wait for a collector
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
         elif record.note:       # a wrong path or key: why a client finds nothing here
