@@ -43,6 +43,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 
 
 def _is_own(found: os.stat_result, others: int) -> bool:
@@ -50,13 +51,14 @@ def _is_own(found: os.stat_result, others: int) -> bool:
     return found.st_mode & others == 0 and found.st_uid in (0, os.getuid())
 
 
-def kept_bytecode(source: str) -> str:
+def kept_bytecode(source: str, running: Any = None) -> str:
     """The path of a program's bytecode, made now where there is none; "" where none may be.  One
-    that somebody else may have put there is never used.  Raises OSError, ValueError."""
+    that somebody else may have put there is never used.  `running` is its code as it runs now.
+    Raises OSError, ValueError."""
     import importlib.util
     import marshal
     path = importlib.util.cache_from_source(source)
-    with open(source, "rb") as handle:      # what runs here may be an older text than what is there
+    with open(source, "rb") as handle:
         text, mine = handle.read(), os.fstat(handle.fileno())
     head = importlib.util.MAGIC_NUMBER + b"".join(
         (number & 0xffffffff).to_bytes(4, "little") for number in (0, int(mine.st_mtime),
@@ -72,10 +74,12 @@ def kept_bytecode(source: str) -> str:
             return path
     if sys.dont_write_bytecode:
         return ""
+    if running is None or running.co_filename != source or time.time() - mine.st_mtime < 10:
+        running = compile(text, source, "exec", dont_inherit=True)  # it may be of an older text
     temporary = f"{path}.{os.getpid()}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as handle:
-            handle.write(head + marshal.dumps(compile(text, source, "exec", dont_inherit=True)))
+            handle.write(head + marshal.dumps(running))
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -87,7 +91,8 @@ def start_from_bytecode() -> None:
     """Replaces this process by one that runs the same program from Python's bytecode cache; returns
     where that cannot be.  The interpreter keeps the syntax tree of a script for as long as it runs:
     45 MB here, of 77."""
-    if sys._getframe(1).f_back is not None:
+    program = sys._getframe(1)
+    if program.f_back is not None:
         return      # run by another program: `-m`, a profiler, a debugger
     if hasattr(sys, "orig_argv"):
         options = sys.orig_argv[1:-len(sys.argv)]       # the interpreter's own
@@ -96,7 +101,7 @@ def start_from_bytecode() -> None:
         if sys._xoptions or subprocess._args_from_interpreter_flags():
             return  # Python 3.9 does not tell them as they were given
         options = []
-    path = kept_bytecode(__file__)
+    path = kept_bytecode(__file__, program.f_code)
     if path and sys.executable:
         os.execv(sys.executable, [sys.executable, *options, path, *sys.argv[1:]])
 
@@ -132,7 +137,6 @@ import ssl
 import string
 import subprocess
 import threading
-import time
 import traceback
 import urllib.parse
 import zlib
@@ -222,6 +226,7 @@ THREAD_WAIT_S = 2.0             # a request that no thread takes for so long is 
 LOOKS_PER_S = 20                # at streams in the relay, a share of them each time
 RETURN_MEMORY_S = 10.0          # a millisecond of work without any lock
 MOST_LINES = 10_000             # of the log that wait to be written
+THREAD_IDLE_S = 3.0             # a thread without work ends
 LOG_EVERY_S = 0.05              # lines of that time are written together
 KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
 CLIENT_WINDOW, CLIENT_WIDE_WINDOW = 200_000, 1_000_000     # what Claude Code takes for a window
@@ -15138,44 +15143,66 @@ class Relay:
             self.release(downstream)
 
 
+class Seat:
+    """Where a thread waits for a connection: its lock is freed when one is there."""
+    __slots__ = ("lock", "job")
+
+    def __init__(self):
+        self.lock, self.job = threading.Lock(), None
+        self.lock.acquire()
+
+
 class Workers:
-    """Threads that serve connections: a few wait, more start when needed, at most `limit`.
-    The condition's lock guards jobs and counts."""
+    """Threads that serve connections: a few wait, more start when needed, at most `limit`.  Who
+    worked last works next, so that those of a crowd that is over end.  The lock guards the rest."""
 
     def __init__(self, limit: int, work: Callable[[Downstream], None]):
         self.limit, self.work = limit, work
-        self.threads = self.waiting = 0
-        self._change = threading.Condition()
+        self.threads = 0
+        self._lock = threading.Lock()
+        self._idle: list[Seat] = []         # the newest last
         self._jobs: collections.deque = collections.deque()     # (since monotonic, Downstream)
 
     def submit(self, downstream: Downstream) -> None:
-        with self._change:
-            self._jobs.append((time.monotonic(), downstream))
-            is_needed = self.waiting < len(self._jobs) and self.threads < self.limit
-            self.threads += is_needed
-            self._change.notify()
-        if is_needed:
-            threading.Thread(target=self._run, name="worker", daemon=True).start()
+        with self._lock:
+            if self._idle:
+                seat = self._idle.pop()
+                seat.job = downstream
+                seat.lock.release()
+                return
+            if self.threads >= self.limit:
+                self._jobs.append((time.monotonic(), downstream))
+                return
+            self.threads += 1
+        threading.Thread(target=self._run, args=(downstream,), name="worker", daemon=True).start()
 
     def overdue(self, now: float) -> list[Downstream]:
         """Connections for which no thread was free for two seconds; they are no jobs any more."""
         out = []
-        with self._change:
+        with self._lock:
             while self._jobs and now - self._jobs[0][0] > THREAD_WAIT_S:
                 out.append(self._jobs.popleft()[1])
         return out
 
-    def _run(self) -> None:
-        while True:
-            with self._change:
-                self.waiting += 1
-                self._change.wait_for(lambda: self._jobs, 10)
-                self.waiting -= 1
-                if not self._jobs:
-                    self.threads -= 1
-                    return
-                _, downstream = self._jobs.popleft()
+    def _run(self, downstream: Downstream | None) -> None:
+        while downstream is not None:
             self.work(downstream)
+            downstream = None       # not held while waiting
+            downstream = self._next()
+
+    def _next(self) -> Downstream | None:
+        """The next connection, None where the thread is no longer needed."""
+        with self._lock:
+            if self._jobs:
+                return self._jobs.popleft()[1]
+            seat = Seat()
+            self._idle.append(seat)
+        if not seat.lock.acquire(timeout=THREAD_IDLE_S):
+            with self._lock:
+                if seat.job is None:        # else it came in the last moment
+                    self._idle.remove(seat)
+                    self.threads -= 1
+        return seat.job
 
 
 # Routes

@@ -10104,3 +10104,53 @@ def test_look_turns_reach_every_stream_within_a_second(make_proxy, monkeypatch):
     for _ in range(ag.LOOKS_PER_S):
         lone._look(2.0)
     assert seen[streams[0]] == 1 and sum(seen.values()) == 1999 and not relay.streams
+
+
+def test_who_worked_last_works_next_and_the_others_end(monkeypatch):
+    monkeypatch.setattr(ag, "THREAD_IDLE_S", 0.3)
+    done, at_work, most = [], [], []
+    gate = threading.Event()
+
+    def work(job):
+        at_work.append(job)
+        most.append(len(at_work))
+        if job < 4:
+            gate.wait()
+        done.append((job, threading.current_thread()))
+        at_work.remove(job)
+    workers = ag.Workers(4, work)
+    for job in range(4):
+        workers.submit(job)
+    until(lambda: len(at_work) == 4)
+    assert workers.threads == 4
+    workers.submit(4)           # nobody is free: it waits
+    assert workers.overdue(time.monotonic() + 99) == [4]
+    workers.submit(5)
+    gate.set()
+    until(lambda: len(done) == 5 and len(workers._idle) == 4)
+    for job in range(10, 20):   # one after the other: one thread does them all
+        workers.submit(job)
+        until(lambda: done[-1][0] == job and len(workers._idle) + (4 - workers.threads) == 4)
+    assert len({thread for job, thread in done if job >= 10}) == 1 and max(most) <= 4
+    until(lambda: workers.threads == 0)
+    workers.submit(99)
+    until(lambda: done[-1][0] == 99)
+
+
+def test_no_connection_is_lost_among_workers(monkeypatch):
+    monkeypatch.setattr(ag, "THREAD_IDLE_S", 0.001)         # threads end while connections come
+    done = collections.Counter()
+    lock = threading.Lock()
+
+    def work(job):
+        with lock:
+            done[job] += 1
+    workers = ag.Workers(5, work)
+
+    def submit(number):
+        for n in range(300):
+            workers.submit((number, n))
+            time.sleep(random.Random(n).random() / 400)
+    at_once(6, submit)
+    until(lambda: sum(done.values()) == 1800 and workers.threads == 0)
+    assert set(done.values()) == {1} and not workers._jobs and not workers._idle
