@@ -2546,7 +2546,8 @@ def test_the_state_stays_below_its_ceiling(make_state):
         state.put("requests", f"r{n:05}", time.time() + n, "x" * 500)
     state.flush()
     with state._lock:
-        state._tidy()
+        with state._lock:
+            state._tidy()
     left = [row[0] for row in state.rows("requests", "1 ORDER BY at")]
     assert left and left[-1] == "r02999" and len(left) < 1000
     assert os.path.getsize(state.path) < 800_000
@@ -5629,7 +5630,8 @@ def test_kept_answers_outlive_the_process_a_day_and_stay_within_their_bound(make
     for n in range(40):
         replies.keep(f"x{n}", {"input": [os.urandom(300).hex()]}, 600)
     state.flush()
-    state._tidy()
+    with state._lock:
+        state._tidy()
     assert sum(len(row[1]) for row in state.rows("replies")) <= 5000 and state.rows("replies", "id = ?", "x39")
 
 
