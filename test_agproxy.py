@@ -2546,8 +2546,7 @@ def test_the_state_stays_below_its_ceiling(make_state):
         state.put("requests", f"r{n:05}", time.time() + n, "x" * 500)
     state.flush()
     with state._lock:
-        with state._lock:
-            state._tidy()
+        state._tidy()
     left = [row[0] for row in state.rows("requests", "1 ORDER BY at")]
     assert left and left[-1] == "r02999" and len(left) < 1000
     assert os.path.getsize(state.path) < 800_000
