@@ -13698,8 +13698,8 @@ class UpstreamAnswer:
             self.is_done = True
             self._finish_body()
         elif self.body.done or (not data and self.body.end()):
-            out += self.pipe.end()
-            self.fault = self.pipe.fault
+            out += pipe.end()
+            self.fault = pipe.fault
             self.is_done = self.fault is None
             self.is_reusable = self.keeps_alive and self.body.done and not self.body.rest
         elif not data:
@@ -13984,8 +13984,8 @@ def call_head(candidate: Candidate, provider: Provider, request: Request, token:
 
 
 class Estimate:
-    """Our own count of a request's tokens, asked for where nobody else tells.  An answer that goes
-    on for minutes need not keep its request: what `let_go` was told of is counted no more."""
+    """Our own count of a request's tokens, asked for where nobody else tells.  After `let_go` it is
+    0: an answer that goes on for minutes and is metered need not keep its request."""
 
     def __init__(self, services: Services, request: Request, model: Model):
         self.services, self.model = services, model
