@@ -17890,13 +17890,15 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def live_until(is_over: Callable[[], bool]) -> None:
-    """Returns when `is_over`, which waits half a second, says so; memory is returned meanwhile."""
+def live_until(heard: list[int], alive: Any = None) -> None:
+    """Returns when a signal was `heard` or the file `alive` has ended; memory is returned meanwhile.
+    A handler only appends: an event's lock may be held by the very code that it interrupts."""
     due_at = 0.0
-    while not is_over():
+    while not heard and not (alive and readable([alive], 0)):
         if time.monotonic() > due_at:
             return_memory()
             due_at = time.monotonic() + RETURN_MEMORY_S
+        time.sleep(0.2)
 
 
 # Workers: processes that serve one port
@@ -18008,12 +18010,12 @@ def running_crew(args: argparse.Namespace, log_out: Any, workers: list) -> Itera
 
 def serve_as_worker(args: argparse.Namespace, log_out: Any) -> int:
     """A worker's life: until its parent says so, or is gone."""
-    stopping = threading.Event()
+    heard: list[int] = []
     # several may send it, to this process and to its parent, which sends it on: it means one thing
-    signal.signal(signal.SIGTERM, lambda number, frame: stopping.set())
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     os.set_inheritable(args.as_worker.alive, False)
     with open(args.as_worker.alive, "rb", buffering=0) as alive, running_proxy(args, log_out):
-        live_until(lambda: stopping.is_set() or bool(readable([alive], 0.5)))
+        live_until(heard, alive)
     return 0
 
 
@@ -18119,16 +18121,16 @@ def command_serve(args: argparse.Namespace) -> int:
     if lacks_account(args):
         return 4
     raise_descriptor_limit()
-    stopping = threading.Event()
+    heard: list[int] = []
     workers: list[Worker] = []
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():       # the second signal ends at once
+        if heard:                   # the second signal ends at once
             for process in [w.process for w in workers]:
                 if process is not None:
                     process.kill()
             os._exit(130)
-        stopping.set()
+        heard.append(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
@@ -18137,7 +18139,7 @@ def command_serve(args: argparse.Namespace) -> int:
     with (running_crew(args, out, workers) if args.workers > 1
           else running_proxy(args, out)) as server:
         say_banner(server, args.demo)
-        live_until(lambda: stopping.wait(0.5))
+        live_until(heard)
         say("stopping: running answers are finished first, a second signal ends at once")
     return 0
 
