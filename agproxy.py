@@ -17891,8 +17891,8 @@ def return_memory() -> None:
 
 
 def live_until(heard: list[int], alive: Any = None) -> None:
-    """Returns when a signal was `heard` or the file `alive` has ended; memory is returned meanwhile.
-    A handler only appends: an event's lock may be held by the very code that it interrupts."""
+    """Returns when a signal was `heard` or the file `alive` ended; memory is returned meanwhile.  A
+    handler only appends: an event's lock may be held by the very code that it interrupts."""
     due_at = 0.0
     while not heard and not (alive and readable([alive], 0)):
         if time.monotonic() > due_at:
