@@ -277,6 +277,7 @@ MOST_LISTED = 5000              # models taken over from one upstream's list
 QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
 QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
 QUOTA_POINTS = 200              # remembered per window for the burn rate
+STATE_AGAIN_S = 60              # a state.db that could not be had is tried again
 RECHECK_S = 900                 # a long stated limit is looked at again by a free quota reading
 FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
 ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
@@ -1229,10 +1230,38 @@ def redact(text: str, limit: int = 600) -> str:
 
 # Files
 
+@functools.lru_cache(maxsize=100)
+def warn_once(text: str) -> None:
+    print("agproxy: " + text, file=sys.stderr)
+
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)         # Windows has none
+SHARING_S = 1.0 if os.name == "nt" else 0.0     # there a reader holds up who replaces its file
+
+
+def cause(err: Exception) -> str:
+    """What an error says, for people: the system's without its number."""
+    if not isinstance(err, OSError) or not err.strerror:
+        return str(err)
+    return f"{err.filename}: {err.strerror}" if err.filename else err.strerror
+
+
+def patiently(call: Callable, *values: Any) -> Any:
+    """What a call on a file answers, which another process may have open for a moment."""
+    deadline = time.monotonic() + SHARING_S
+    while True:
+        try:
+            return call(*values)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def file_lock(path: str, wait_s: float = 5) -> Iterator[None]:
     """Exclusive lock on `path`.lock between processes; the system frees it when we die."""
-    handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | _NO_LINK, 0o600)
     deadline = time.monotonic() + wait_s
     try:
         while True:
@@ -1244,8 +1273,10 @@ def file_lock(path: str, wait_s: float = 5) -> Iterator[None]:
                     msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
                 break
             except OSError as err:
+                if err.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                    raise       # a file system without locks: nothing to wait for
                 if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, f"{path} is locked by another process") from err
+                    raise OSError(errno.EBUSY, "it is locked by another process") from err
                 time.sleep(0.02)
         yield
     finally:
@@ -1253,26 +1284,61 @@ def file_lock(path: str, wait_s: float = 5) -> Iterator[None]:
 
 
 def write_atomic(path: str, data: bytes) -> None:
-    """Replaces `path` as a whole or not at all, 0600, on disk when this returns."""
+    """Replaces `path` as a whole, 0600, on disk when this returns; where it raises, the old file
+    is there as it was."""
     path = os.path.realpath(path)       # a symlinked store keeps its link
     temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    try:
-        with open(os.open(temporary, flags, 0o600), "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):      # the first error is the one to hear of
-            os.unlink(temporary)
-        raise
-    if os.name == "posix":
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":          # opened while nothing is changed yet
+            folder = os.open(os.path.dirname(path), os.O_RDONLY)
+            stack.callback(os.close, folder)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600),
+                      "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            patiently(os.replace, temporary, path)
+        except BaseException:                       # Ctrl-C too: it holds secrets
+            with contextlib.suppress(OSError):      # the first error is the one to hear of
+                os.unlink(temporary)
+            raise
+        if os.name == "posix":
+            with contextlib.suppress(OSError):      # not every file system can; the file is there
+                os.fsync(folder)
+
+
+def close_to_others(path: str, handle: int | None = None) -> None:
+    """A file that others may read is closed to them, which is said.  `handle` is of it, if open."""
+    file = path if handle is None else handle
+    if os.name != "posix" or not os.stat(file).st_mode & 0o077:
+        return
+    try:
+        os.chmod(file, 0o600)
+        print(f"agproxy: {path} could be read by others; it is 0600 now", file=sys.stderr)
+    except OSError as err:      # not our file, or a mount that is read only
+        warn_once(f"{path} can be read by others, which cannot be changed: {cause(err)}")
+
+
+def set_aside(path: str) -> str:
+    """Renames a damaged file; its new name, which no other one has."""
+    aside = base = f"{path}.corrupt-{int(time.time())}"
+    for number in itertools.count(2):
+        if not os.path.lexists(aside):
+            break
+        aside = f"{base}-{number}"
+    patiently(os.replace, path, aside)
+    return aside
+
+
+def sweep_temporaries(folder: str, begin: str = "") -> None:
+    """Removes what killed writers left of files that begin so, once it is a minute old."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:   # no folder, nothing of ours
+        for entry in entries:
+            if entry.name.startswith(begin) and entry.name.endswith(".tmp"):
+                with contextlib.suppress(OSError):      # another process swept it
+                    if abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) > 60:
+                        os.unlink(entry.path)
 
 
 def short_trace(err: BaseException) -> str:
@@ -1402,6 +1468,7 @@ ACCOUNT_FIELDS = {          # field -> (types, what is allowed)
     "api_key": (str, "a secret"),
 }
 CREDENTIALS = ("refresh_token", "access_token", "api_key")
+FILE_VERSION = 1            # of the accounts file's form; one of a later form is left alone
 STRATEGY_NAMES = ("hybrid", "sticky", "fill-first", "round-robin", "weighted")
 
 
@@ -1572,11 +1639,6 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
     return value
 
 
-@functools.lru_cache(maxsize=100)
-def warn_once(text: str) -> None:
-    print("agproxy: " + text, file=sys.stderr)
-
-
 def warn_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """Says on stderr which names are not known, with the nearest that is."""
     for name in names:
@@ -1706,55 +1768,68 @@ def _config_account(row: Any, where: str, providers: Mapping[str, Provider]) -> 
     return dict(row)
 
 
+def _each_once(pairs: list[tuple]) -> dict:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name stands twice in one object")   # written back, one would be lost
+    return members
+
+
 def _parse_accounts(raw: bytes) -> dict:
+    raw = raw[3:] if raw.startswith(b"\xef\xbb\xbf") else raw     # editors of Windows begin so
     stored = json_decode(raw)
-    if not isinstance(stored, dict):
-        raise ValueError("an object is required")
+    if not isinstance(stored, dict) or json_depth_exceeds(stored):
+        raise ValueError("an object is required" if not isinstance(stored, dict) else "too deep")
+    json.loads(raw, object_pairs_hook=_each_once)
     return stored
 
 
 def _accounts_bytes(path: str) -> bytes:
-    """The file; one that others may read is closed to them, which is said."""
-    with open(path, "rb") as handle:
-        if os.name == "posix" and os.fstat(handle.fileno()).st_mode & 0o077:
-            with contextlib.suppress(OSError):      # not our file: its owner may want it so
-                os.fchmod(handle.fileno(), 0o600)
-                print(f"agproxy: {path} could be read by others; it is 0600 now", file=sys.stderr)
+    with patiently(open, path, "rb") as handle:
+        close_to_others(path, handle.fileno())
         return handle.read()
+
+
+def _recovered(path: str, why: str) -> dict:
+    """The last good version, which stands in the damaged or lost file's place from now on."""
+    try:
+        good = _accounts_bytes(path + ".bak")
+        stored = _parse_accounts(good)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path} is {why}, and {path}.bak cannot be used: {cause(err)}") from err
+    try:
+        with file_lock(path):
+            with contextlib.suppress(OSError, ValueError):      # mended in the meantime?
+                return _parse_accounts(_accounts_bytes(path))
+            if os.path.lexists(path):
+                why += f", set aside as {set_aside(path)}"
+            write_atomic(path, good)
+    except OSError as err:      # a full disk, a folder that is read only: serving goes on
+        why += f", and cannot be replaced ({cause(err)})"
+    print(f"agproxy: {path} was {why}; the last good version is used", file=sys.stderr)
+    return stored
 
 
 def read_accounts_file(path: str, recovers: bool = False) -> dict:
     """The stored object, {} when there is no file.  A damaged or lost one raises ConfigError, and
     nothing is changed; with `recovers` the last good version is used then, the damaged one set
     aside, and both are named."""
+    path = os.path.realpath(path)       # its neighbours are those of the store, not of a link
+    has_copy = os.path.exists(path + ".bak")
     try:
         return _parse_accounts(_accounts_bytes(path))
     except FileNotFoundError:
-        if not os.path.exists(path + ".bak"):
+        if not has_copy:
             return {}
         why = "missing"
     except OSError as err:
         raise ConfigError(f"{path}: {err.strerror}") from err
     except ValueError as err:
         why = f"damaged ({err})"
-    if not recovers or not os.path.exists(path + ".bak"):
-        raise ConfigError(f"{path} is {why}; mend it, nothing was changed.  The last good version "
-                          f"is kept in {path}.bak")
-    try:
-        with file_lock(path):
-            good = _accounts_bytes(path + ".bak")
-            stored = _parse_accounts(good)
-            with contextlib.suppress(OSError, ValueError):      # mended in the meantime?
-                return _parse_accounts(_accounts_bytes(path))
-            aside = f"{path}.corrupt-{int(time.time())}"
-            with contextlib.suppress(FileNotFoundError):        # it was missing
-                os.replace(path, aside)
-                why += f", set aside as {aside}"
-            write_atomic(path, good)
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"{path} is {why}, and {path}.bak cannot be used: {err}") from err
-    print(f"agproxy: {path} was {why}; the last good version is used", file=sys.stderr)
-    return stored
+    if recovers and has_copy:
+        return _recovered(path, why)
+    raise ConfigError(f"{path} is {why}; mend it, nothing was changed.  " + (
+        f"The last good version is kept in {path}.bak" if has_copy else "There is no copy of it"))
 
 
 def default_name(row: Mapping, position: int) -> str:
@@ -1864,8 +1939,11 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
                 stored: dict | None = None, recovers: bool = False) -> Config:
     """The whole configuration, from `path` or from `stored`; raises ConfigError with a sentence."""
     stored = read_accounts_file(path, recovers) if stored is None else stored
-    warn_unknown(stored, ("settings", "providers", "accounts", "aliases", "groups", "users",
-                          "routes", "rules"), "")
+    warn_unknown(stored, ("version", "settings", "providers", "accounts", "aliases", "groups",
+                          "users", "routes", "rules"), "")
+    if stored.get("version", FILE_VERSION) != FILE_VERSION:
+        raise ConfigError(f"version: this file has the form {stored['version']!r} of a newer "
+                          f"agproxy, this one knows {FILE_VERSION}; nothing was changed")
     if path and "accounts" not in stored:       # an alias or a setting makes a file too
         stored = {**stored, "accounts": environment_accounts(environ)}
     for name, kind in (("settings", dict), ("providers", dict), ("accounts", list),
@@ -1898,45 +1976,57 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
                   api_key)
 
 
+def _accounts_json(stored: dict, path: str) -> bytes:
+    """What is written, which was read back."""
+    try:
+        data = json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if _parse_accounts(data) == stored:
+            return data
+    except (ValueError, TypeError, RecursionError):
+        pass        # as where it reads otherwise
+    raise ConfigError(f"{path}: the change cannot be written as JSON")
+
+
+def _keep_copy(path: str, data: bytes) -> None:
+    """The good version beside the file.  Where that fails the file itself is as it should be, and
+    the older copy stays."""
+    try:
+        write_atomic(path + ".bak", data)
+    except OSError as err:
+        warn_once(f"{path}.bak could not be written: {err.strerror}")
+
+
 def edit_accounts(path: str, change: Callable[[dict], Any], validates: bool = True) -> Any:
     """What `change` answers, after it changed the stored object and the file was replaced: read
     again under the lock, validated, whole or not at all, the good version kept beside it.  Unknown
     keys and the order of keys stay.  Raises ConfigError or OSError, and the old file stays."""
     path = os.path.realpath(path)
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    with file_lock(path):
-        stored = read_accounts_file(path)
-        if validates:
-            load_config(path, {}, {}, stored)
-        result = change(stored)
-        if validates:
-            load_config(path, {}, {}, stored)
-        data = json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        if _parse_accounts(data) != stored:
-            raise ConfigError(f"{path}: the change cannot be written as JSON")
-        write_atomic(path, data)
-        write_atomic(path + ".bak", data)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with file_lock(path):
+            stored = read_accounts_file(path)
+            if validates:
+                load_config(path, {}, {}, stored)
+            result = change(stored)
+            if validates:
+                load_config(path, {}, {}, stored)
+            data = _accounts_json(stored, path)
+            write_atomic(path, data)
+            _keep_copy(path, data)
+    except OSError as err:
+        raise OSError(err.errno, f"{path} was not changed: {err.strerror or err}") from err
     return result
 
 
 def keep_last_good(path: str) -> None:
     """Copies the file, which was found valid, beside itself: a person's edits are worth keeping
-    too.  Where that fails the older copy stays."""
+    too."""
+    path = os.path.realpath(path)
     with contextlib.suppress(OSError, ValueError), file_lock(path):
         raw = _accounts_bytes(path)
         _parse_accounts(raw)
         if not os.path.exists(path + ".bak") or _accounts_bytes(path + ".bak") != raw:
-            write_atomic(path + ".bak", raw)
-
-
-def sweep_temporaries(path: str) -> None:
-    """Removes what a killed writer left beside `path`, once it is a minute old."""
-    folder, name = os.path.split(os.path.realpath(path))
-    with contextlib.suppress(OSError):      # a folder that cannot be read holds nothing of ours
-        for entry in os.scandir(folder):
-            if entry.name.startswith(name) and entry.name.endswith(".tmp") and (
-                    time.time() - entry.stat().st_mtime > 60):
-                os.unlink(entry.path)
+            _keep_copy(path, raw)
 
 
 def free_name(wanted: str, stored: Mapping) -> str:
@@ -1973,10 +2063,11 @@ def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) 
     return edit_accounts(path, change)
 
 
-def save_rotated_token(path: str, account: str, old: str, new: str) -> None:
-    """Writes a rotated refresh token over the old one, on the file as it is now."""
+def save_rotated_token(path: str, account: str, old: Iterable[str], new: str) -> None:
+    """Writes a rotated refresh token over one of the old ones, on the file as it is now."""
     def change(stored: dict) -> None:
-        row = next((r for _, r in stored_accounts(stored) if r.get("refresh_token") == old), None)
+        row = next((r for _, r in stored_accounts(stored)
+                    if r.get("refresh_token") in (new, *old)), None)
         if row is None:
             raise ConfigError(f"{account} is not in {path} with its old token")
         row["refresh_token"] = new
@@ -2104,6 +2195,28 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
 )
 
 
+# an OperationalError is about a disk or a lock, but for these: the tables are other ones
+_OTHER_TABLES = re.compile("unsupported|already exists|no such|has no column|values were supplied")
+
+
+def _is_damage(err: Exception) -> bool:
+    """Whether an error of SQLite says that the file itself is not as it should be."""
+    import sqlite3
+    return type(err) is sqlite3.DatabaseError or (
+        isinstance(err, sqlite3.OperationalError) and bool(_OTHER_TABLES.search(str(err))))
+
+
+def _state_form(db: Any) -> int:
+    """How many of MIGRATIONS a database has."""
+    return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def _columns(db: Any) -> list[tuple]:
+    """(table, column) of all tables, in their order."""
+    return db.execute("SELECT m.name, c.name FROM sqlite_master AS m JOIN pragma_table_info(m.name)"
+                      " AS c WHERE m.type = 'table' ORDER BY m.name, c.cid").fetchall()
+
+
 @functools.lru_cache(maxsize=None)
 def _insertion(table: str, count: int) -> str:
     """The SQL that puts a row of `count` columns.  Of `rests` the newer row holds."""
@@ -2132,8 +2245,10 @@ class State:
         self._wake = threading.Event()
         self._lock = threading.Lock()       # guards the connection
         self._dropping = threading.Lock()       # guards dropped
-        self._told = ""
-        self._db = self._prepare()
+        self._told = ""                 # the trouble that was told last
+        self._retry_at = 0.0            # when what could not be written is tried again
+        self._wanted, self._again_at = path, 0.0        # a file that could not be had, and when
+        self._db = self._prepare()                      # it is tried again
         # from here on a foreign commit is noticed, and another file in its place
         self._seen, self._opened = self._version(), self._file_id()
         self._thread = threading.Thread(target=self._run, name="state", daemon=True)
@@ -2159,7 +2274,10 @@ class State:
             with contextlib.closing(sqlite3.connect(self.path, timeout=5)) as db:
                 return db.execute(query, values).fetchall()
         except sqlite3.Error as err:
-            self.tell(f"state.db cannot be read: {err}")
+            if self.path and _is_damage(err):
+                self._opened = None         # its thread sees to it
+            else:
+                self._say(f"{self._wanted} cannot be read ({err})")
             return []
 
     def news(self, table: str, most: int) -> list[tuple]:
@@ -2217,61 +2335,88 @@ class State:
         with self._dropping:
             self.dropped += 1
 
+    def _say(self, trouble: str) -> None:
+        """Once, until it is over or another one comes."""
+        if trouble != self._told:
+            self._told = trouble
+            self.tell(trouble)
+
     def _prepare(self) -> Any:
         """A connection to the file, sound and migrated; else to a database in memory."""
         import sqlite3
         if self.path:
             try:
-                os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
                 # two processes may find the same damage; many that start at once check in turn
-                with file_lock(self.path, 30):
-                    return self._open_file()
+                return self._open_file(self.path, 30)
             except (OSError, sqlite3.Error) as err:
-                self.tell(f"{self.path} is not used ({err}); limits are kept in memory only")
-            self.path = ""
+                self._say(f"{self.path} is not used ({cause(err)}); limits are kept in memory only")
+            path, self.path, self._again_at = self.path, "", time.monotonic() + STATE_AGAIN_S
+            return self._read_only(path)
         return self._open(":memory:")
 
-    def _open_file(self) -> Any:
+    def _read_only(self, path: str) -> Any:
+        """A database in memory that knows the limits of a file which cannot be written."""
         import sqlite3
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        try:
-            return self._open(self.path)
-        except sqlite3.DatabaseError as err:
-            if isinstance(err, sqlite3.OperationalError) and "unsupported" not in str(err):
-                raise               # locked, full, read-only: not damage
-            self._set_aside(err)
-            return self._open(self.path)
+        db = self._open(":memory:")
+        for how in ("immutable=1", "mode=ro"):      # the second sees the newest, where it can
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
+                    f"file:{urllib.parse.quote(path)}?{how}", timeout=0, uri=True)) as source:
+                for table in ("rests", "facts"):
+                    for row in source.execute(f"SELECT * FROM {table}").fetchall():
+                        marks = ", ".join("?" * len(row))
+                        db.execute(f"INSERT OR REPLACE INTO {table} VALUES({marks})", row)
+        return db
+
+    def _open_file(self, path: str, wait_s: float) -> Any:
+        """The file; a damaged one is begun anew.  What others may read is closed to them."""
+        import sqlite3
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with file_lock(path, wait_s):
+            # not opened where it is there: closing it would free the locks that SQLite has on it
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            for ending in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    close_to_others(path + ending)
+            try:
+                return self._open(path)
+            except sqlite3.Error as err:
+                if not _is_damage(err):
+                    raise
+                aside = set_aside(path)
+                for ending in ("-wal", "-shm"):
+                    with contextlib.suppress(OSError):      # there is none after a clean end
+                        os.replace(path + ending, aside + ending)
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+                self.tell(f"{path} was damaged ({err}); it is {aside} now, a new one is begun")
+                return self._open(path)
 
     def _open(self, target: str) -> Any:
         """Opens and brings to the present form; raises what stands in the way."""
         import sqlite3
         db = sqlite3.connect(target, timeout=5, isolation_level=None, check_same_thread=False)
         try:
+            if _state_form(db) > len(MIGRATIONS):
+                raise OSError("it belongs to a newer version of agproxy")
             if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("its integrity check failed")
-            if db.execute("PRAGMA user_version").fetchone()[0] > len(MIGRATIONS):
-                raise OSError("it belongs to a newer version of agproxy")
             for pragma in ("auto_vacuum=INCREMENTAL", "journal_mode=WAL", "synchronous=NORMAL"):
                 db.execute("PRAGMA " + pragma)
             with db:
                 db.execute("BEGIN IMMEDIATE")
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                for statement in ";".join(MIGRATIONS[version:]).split(";"):
+                for statement in ";".join(MIGRATIONS[_state_form(db):]).split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+            with contextlib.closing(sqlite3.connect(":memory:")) as model:
+                model.executescript("".join(MIGRATIONS))
+                wanted = _columns(model)
+            tables = {table for table, _ in wanted}
+            if [column for column in _columns(db) if column[0] in tables] != wanted:
+                raise sqlite3.DatabaseError("its tables are other ones")
         except BaseException:
             db.close()
             raise
         return db
-
-    def _set_aside(self, err: Exception) -> None:
-        aside = f"{self.path}.corrupt-{int(time.time())}"
-        os.replace(self.path, aside)
-        for ending in ("-wal", "-shm"):
-            with contextlib.suppress(OSError):      # there is none after a clean end
-                os.unlink(self.path + ending)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        self.tell(f"{self.path} was damaged ({err}); it is {aside} now, a new one is begun")
 
     def _version(self) -> int:
         """Changes when another process has committed."""
@@ -2279,7 +2424,7 @@ class State:
 
     def _run(self) -> None:
         pending: list = []
-        look_at = tidy_at = retry_at = 0.0
+        look_at = tidy_at = 0.0
         while True:
             self._wake.wait(0.25)
             self._wake.clear()
@@ -2287,10 +2432,14 @@ class State:
                 pending.append(self._jobs.popleft())
             now, is_end = time.monotonic(), any(sql is None for sql, _ in pending)
             try:
-                if pending and (now >= retry_at or is_end):
-                    retry_at = now + 5          # in case it cannot be written
+                if pending and (now >= self._retry_at or is_end):
+                    self._retry_at = now + 5        # in case it cannot be written
                     self._write(pending)
-                    pending, retry_at, self._told = [], 0.0, ""
+                    pending, self._retry_at = [], 0.0
+                    if self._told and self.path:
+                        self.tell(f"{self.path} is in use again")
+                        self._told = ""
+                self._answer(pending)
                 if is_end:
                     with self._lock:
                         self._db.close()
@@ -2303,28 +2452,66 @@ class State:
                     with self._lock:
                         self._tidy()
             except Exception as err:    # a thread's top: the disk may be back in five seconds
-                if str(err) != self._told:
-                    self._told = str(err)
-                    self.tell(f"state.db: {short_trace(err)}")
+                self._failed(err)
                 if is_end:
+                    self._db.close()
                     return
                 pending = [job for job in pending if isinstance(job[0], str)][-5000:]
 
+    def _failed(self, err: Exception) -> None:
+        import sqlite3
+        if self.path and _is_damage(err):
+            self._opened = None         # looked at, set aside and begun anew
+        elif isinstance(err, (OSError, sqlite3.Error)):
+            self._say(f"{self._wanted} cannot be written ({cause(err)}); what is learned stays in "
+                      "memory until it can")
+        else:
+            self._say(f"state.db: {short_trace(err)}")
+
     def _look(self) -> None:
-        """Notices what other processes wrote, and a file that somebody took away."""
+        """Notices what other processes wrote, and a file that was damaged, taken away, or brought
+        to a newer version's form; tries one again that could not be had."""
         if self.path and self._file_id() != self._opened:
-            self.tell(f"{self.path} was taken away or replaced; it is written anew from memory")
-            with self._lock:        # in memory from now on, it may be read by others
-                self._db.close()
-                self._forget_reader()
-                self._db = self._prepare()
-                self._seen, self._opened = self._version(), self._file_id()
-            self.on_lost()
+            if self._opened is not None:
+                self.tell(f"{self.path} was taken away or replaced; it is written anew from memory")
+            self._go_over(self._prepare)
+        elif self._wanted != self.path and time.monotonic() > self._again_at:
+            self._again_at = time.monotonic() + STATE_AGAIN_S
+            self._try_again()
         with self._lock:
             before, self._seen = self._seen, self._version()
-        if self._seen != before:
+            form = _state_form(self._db) if self._seen != before and self.path else 0
+        if form > len(MIGRATIONS):
+            self._go_over(self._prepare)
+        elif self._seen != before:
             self.is_shared = True
             self.on_foreign_change()
+
+    def _try_again(self) -> None:
+        import sqlite3
+        with contextlib.suppress(OSError, sqlite3.Error):       # which was said at the beginning
+            found = self._open_file(self._wanted, 0)
+            self.path = self._wanted
+            self._go_over(lambda: found)
+
+    def _go_over(self, prepare: Callable[[], Any]) -> None:
+        """Another connection in place of this one, and everything that is known put there."""
+        import sqlite3
+        kept: list = []
+        with self._lock:
+            with contextlib.suppress(sqlite3.Error):        # it may be damaged
+                for table in {table for table, _ in _columns(self._db)} - {"rests"}:
+                    kept += [(table, row) for row in self._db.execute(f"SELECT * FROM {table}")]
+            self._db.close()        # before: it may delete files of that name
+            self._forget_reader()
+            self._db = prepare()
+            counts = collections.Counter(table for table, _ in _columns(self._db))
+            self._seen, self._opened = self._version(), self._file_id()
+            self._retry_at = 0.0
+        self._jobs.extendleft((_insertion(table, len(row)), row) for table, row in reversed(kept)
+                              if len(row) == counts[table])     # not of a newer version
+        self.on_foreign_change()        # what it knows already
+        self.on_lost()
 
     def _file_id(self) -> int:
         try:
@@ -2360,9 +2547,14 @@ class State:
                         rows.setdefault(sql, []).append([v() if callable(v) else v for v in values])
                 self._execute_all(rows)
         finally:
-            for sql, _ in jobs:
-                if isinstance(sql, threading.Event):
-                    sql.set()
+            self._answer(jobs)
+
+    @staticmethod
+    def _answer(jobs: list) -> None:
+        """Lets those go on who wait for a flush."""
+        for sql, _ in jobs:
+            if isinstance(sql, threading.Event):
+                sql.set()
 
     def _tidy(self) -> None:
         """Forgets what is old, and the oldest requests when the file is above its ceiling."""
@@ -10097,6 +10289,11 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
 # `judge`, `score` and `choose` are pure, so a month is simulated in a second.
 
 
+def hash_of_secret(secret: str) -> str:
+    """Tells a credential from another one, where the secret itself must not stand."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:12]
+
+
 @dataclass(eq=False)
 class Account:
     """One credential with its state.  `lock` guards the token fields; the pool's lock the rest."""
@@ -10154,16 +10351,11 @@ class Account:
         return settings.get("soft_limit", 0.0) if self.soft_limit is None else self.soft_limit
 
     @property
-    def secret_hash(self) -> str:
-        """Tells this credential from another one, where the secret itself must not stand."""
-        return hashlib.sha256(self.secret.encode()).hexdigest()[:12]
-
-    @property
     def stop_keys(self) -> tuple:
         """Keys of rests until a person acts: on the vendor's page, or by another credential."""
         secret, (secret_of, keys) = self.secret, self._stops
         if secret_of is not secret:     # hashed once: each judgement asks
-            keys = ("stop", self.name), ("login", self.name, self.secret_hash)
+            keys = ("stop", self.name), ("login", self.name, hash_of_secret(secret))
             self._stops = secret, keys
         return keys
 
@@ -10198,7 +10390,7 @@ class Facts(NamedTuple):
     at: float               # epoch seconds
 
     def is_absent(self, now: float) -> bool:
-        return self.absent not in ("", LOOK_AGAIN) and now - self.at < ABSENT_LASTS_S
+        return self.absent not in ("", LOOK_AGAIN) and abs(now - self.at) < ABSENT_LASTS_S
 
 
 class Window(NamedTuple):
@@ -10434,8 +10626,10 @@ class Rest:
         return self.is_stated and self.kind == "quota"
 
     def holds(self, now: float) -> bool:
-        """Whether it is in force; one from the future (the clock was set back) is void."""
-        return self.until > now and self.failed_at <= now + 60
+        """Whether it is in force.  One that would last noticeably longer than it was made for (the
+        clock was set back), or than any limit does, is void."""
+        return now < self.until <= now + 1.2 * MAX_STATED_DELAY_S and (
+            self.failed_at - now <= max(60.0, 0.2 * (self.until - self.failed_at)))
 
 
 class Verdict(NamedTuple):
@@ -10984,10 +11178,11 @@ class AccountPool:
                 edited.used_at, edited.health, edited.tokens = self._used[edited.name]
                 edited.measured_at = edited.used_at
             return edited
-        if edited.provider != old.provider:     # perhaps with the OAuth client that was missing
-            old.failure = None
+        is_other = edited.provider != old.provider      # perhaps with the client that was missing
+        if is_other:
             self.rests.end(old.stop_keys[1])
         with old.lock:      # a rotation under way must not be undone by the file as it was before
+            old.failure = None if is_other else old.failure
             if edited.secret != old.secret and edited.secret not in old.spent:
                 # rotated by another process, or a new sign-in
                 old.secret, old.access_token, old.failure = edited.secret, "", None
@@ -11846,12 +12041,13 @@ class Tokens:
         """A token with `life_s` left.  `refused` is one that the upstream answered 401: it is not
         handed out again; nor is one from another process without `is_shared`."""
         with account.lock:
-            is_alive = account.access_token and account.access_token != refused
-            if is_alive and not account.token_expires_at and account.credential != "refresh_token":
-                return account.access_token     # a static one
-            left_s = account.token_expires_at - self.clock.now()
+            token, expires_at = account.access_token, account.token_expires_at
+            is_alive = token and token != refused
+            if is_alive and not expires_at and account.credential != "refresh_token":
+                return token        # a static one
+            left_s = expires_at - self.clock.now()
             if is_alive and left_s > life_s:
-                return account.access_token
+                return token
             failed = account.failure
             if failed and self.clock.monotonic() - failed[0] < 5:
                 raise failed[1]
@@ -11860,17 +12056,20 @@ class Tokens:
                                                                  is_shared))
         except ProxyError as err:
             if err.kind == "token_endpoint" and is_alive and left_s > 30:
-                return account.access_token     # short-lived is better than none
+                return token        # short-lived is better than none
             raise
 
     def _renew(self, account: Account, refused: str, life_s: float, is_shared: bool) -> str:
-        """Asks without the account's lock, then publishes token or failure."""
+        """Asks without the account's lock, then publishes failure or token, unless somebody signed
+        in anew meanwhile."""
         failure = None
         try:
             if account.credential == "refresh_token":
-                token, expires_at = self._shared_refresh(account, refused, life_s, is_shared)
+                secret, token, expires_at = self._shared_refresh(account, refused, life_s,
+                                                                 is_shared)
             else:
-                token, expires_at = resolve_secret(account.secret) if account.secret else "", 0.0
+                secret = account.secret
+                token, expires_at = resolve_secret(secret) if secret else "", 0.0
                 if token.startswith("{"):
                     token, expires_at = google_token(json_decode(token.encode()), account,
                                                      self.connections, self.clock.now())
@@ -11878,7 +12077,8 @@ class Tokens:
                     raise ProxyError("revoked", "the credential is not accepted; put a new one "
                                      "into accounts.json")
             with account.lock:
-                account.access_token, account.token_expires_at = token, expires_at
+                if account.secret == secret:
+                    account.access_token, account.token_expires_at = token, expires_at
             return token
         except ConfigError as err:
             raise ProxyError("no_secret", f"its secret cannot be had: {err}") from err
@@ -11891,7 +12091,8 @@ class Tokens:
                 account.failure = failure
 
     def _shared_refresh(self, account: Account, refused: str, life_s: float,
-                        is_shared: bool) -> tuple[str, float]:
+                        is_shared: bool) -> tuple[str, str, float]:
+        """(refresh token as it is stored, access token, epoch seconds of its end)."""
         if not self.path:
             return self._refresh(account)
         kept_path = self.kept_path(account.name)
@@ -11904,34 +12105,37 @@ class Tokens:
                     raise ProxyError("token_endpoint", "another process is refreshing it") from err
                 return self._refresh(account)   # no place for a lock: on our own
             self._take_over_rotation(account)
-            kept = self._kept(kept_path, account) if is_shared else None
-            if kept and kept[0] != refused and kept[1] - self.clock.now() > life_s:
+            kept = self._kept(kept_path, account.secret) if is_shared else None
+            if kept and kept[1] != refused and kept[2] - self.clock.now() > life_s:
                 return kept
+            tried = account.secret
             try:
-                token, expires_at = self._refresh(account)
+                secret, token, expires_at = self._refresh(account)
             except ProxyError as err:
-                if err.kind != "revoked" or not self._take_over_rotation(account):
+                if err.kind != "revoked" or (not self._take_over_rotation(account)
+                                             and account.secret == tried):
                     raise
-                token, expires_at = self._refresh(account)      # rotated while we asked
+                secret, token, expires_at = self._refresh(account)      # rotated while we asked
             with contextlib.suppress(OSError):      # it is only spared the next process
                 write_atomic(kept_path, json_encode({
                     "access_token": token, "expires_at": expires_at,
-                    "of": account.secret_hash}).encode("ascii"))
-            return token, expires_at
+                    "of": hash_of_secret(secret)}).encode("ascii"))
+            return secret, token, expires_at
 
     def kept_path(self, name: str) -> str:
         """Where an account's access token is kept for the next process."""
         return os.path.join(os.path.dirname(os.path.realpath(self.path)), "tokens",
                             hashlib.sha256(name.encode("utf-8")).hexdigest()[:16])
 
-    def _kept(self, path: str, account: Account) -> tuple[str, float] | None:
+    def _kept(self, path: str, secret: str) -> tuple[str, str, float] | None:
         try:
             with open(path, "rb") as handle:
                 kept = json_decode(handle.read())
-            if kept["of"] == account.secret_hash:
+            if kept["of"] == hash_of_secret(secret):
                 remember_secret(kept["access_token"])
-                return str(kept["access_token"]), min(float(kept["expires_at"]),
-                                                      self.clock.now() + 86400)
+                expires_at = float(kept["expires_at"])
+                if expires_at <= self.clock.now() + 86400:      # else the clock was set back
+                    return secret, str(kept["access_token"]), expires_at
         except (OSError, ValueError, LookupError, TypeError):
             pass        # none, or not ours to understand: a refresh replaces it
         return None
@@ -11951,21 +12155,25 @@ class Tokens:
                     return True
         return False
 
-    def _refresh(self, account: Account) -> tuple[str, float]:
-        """(access token, epoch seconds of its end) from the token endpoint."""
-        secret = resolve_secret(account.secret)
+    def _refresh(self, account: Account) -> tuple[str, str, float]:
+        """As `_shared_refresh`, from the token endpoint."""
+        stored = account.secret
+        secret = resolve_secret(stored)
         answer = oauth_refresh(secret, account, self.connections)
         new, lifetime = answer.get("refresh_token"), answer.get("expires_in")
         if isinstance(new, str) and re.fullmatch(r"[!-~]+", new) and new != secret:
             with account.lock:
-                old, account.secret = account.secret, new
-                account.spent.add(old)                  # whatever happens to the new one [O4]
-            self.on_rotate(account, old, new)           # on disk before it is used
+                is_same = account.secret == stored      # nobody signed in anew meanwhile
+                account.secret = new if is_same else account.secret
+                account.spent.add(stored)               # whatever happens to the new one [O4]
+            if is_same:
+                self.on_rotate(account, stored, new)    # on disk before it is used
+            stored = new
         try:
             lifetime = min(86400.0, max(60.0, float(lifetime)))
         except (TypeError, ValueError):
             lifetime = 3600.0
-        return answer["access_token"], self.clock.now() + lifetime
+        return stored, answer["access_token"], self.clock.now() + lifetime
 
 
 # Projects, tiers and quotas of Cloud Code accounts
@@ -12077,7 +12285,7 @@ def pool_facts(pool: AccountPool, tokens: Tokens, account: Account, provider: Pr
     facts = pool.facts((account.name, provider.id))
     lasts_s = ABSENT_LASTS_S if facts and facts.absent else FACTS_LAST_S
     if facts and not again and facts.absent != LOOK_AGAIN and (
-            tokens.clock.now() - facts.at < lasts_s):
+            abs(tokens.clock.now() - facts.at) < lasts_s):
         return facts
 
     def ask() -> Facts:
@@ -12760,25 +12968,28 @@ class AccountsFile:
                  apply: Callable[[Config], None]):
         self.path, self.flags, self.log, self.apply = path, flags, log, apply
         self._lock = threading.Lock()                       # guards _unsaved
-        self._unsaved: dict[str, tuple[str, str]] = {}      # account -> (old, new)
-        self._seen = self._signature()
+        self._unsaved: dict[str, tuple[set, str]] = {}      # account -> (those before, new)
+        self._seen, self._told = self._signature(), ""
 
     def keep_token(self, account: Account, old: str, new: str) -> None:
         """Stores a rotated refresh token before it is used, or as soon as that works."""
         with self._lock:
-            self._unsaved[account.name] = (self._unsaved.get(account.name, (old,))[0], new)
-        self.save_tokens(is_first=True)
+            before = self._unsaved.get(account.name, (set(), ""))[0]
+            self._unsaved[account.name] = before | {old}, new
+        self.save_tokens("is kept in memory until it can be stored", account.name)
 
-    def save_tokens(self, is_first: bool = False) -> None:
+    def save_tokens(self, otherwise: str = "", of: str = "") -> None:
+        """Stores what is not stored yet; `otherwise` says what becomes of it where that fails, for
+        one account or for all."""
         with self._lock:
             for name, (old, new) in list(self._unsaved.items()) if self.path else ():
                 try:
                     save_rotated_token(self.path, name.partition("@")[0], old, new)
                     del self._unsaved[name]
                 except (OSError, ConfigError) as err:
-                    if is_first:
-                        self.log.line("%s: its new refresh token is kept in memory until it can "
-                                      "be stored: %s", name, err)
+                    if otherwise and of in ("", name):
+                        self.log.line("%s: its new refresh token %s: %s", name, otherwise,
+                                      cause(err))
 
     def watch(self) -> None:
         """Once a second: what could not be stored, and what was edited."""
@@ -12786,15 +12997,17 @@ class AccountsFile:
         signature = self._signature()
         if signature == self._seen:
             return
-        self._seen = signature
         try:
             stored = read_accounts_file(self.path)
             if not stored:
                 raise ConfigError(f"{self.path} is gone or empty")
             config = load_config(self.path, self.flags, os.environ, stored)
-        except ConfigError as err:
-            self.log.line("accounts file not taken over, the old settings stay: %s", err)
+        except ConfigError as err:      # looked at again: perhaps it is unreadable for a moment
+            if self._told != str(err):
+                self._told = str(err)
+                self.log.line("accounts file not taken over, the old settings stay: %s", err)
             return
+        self._seen, self._told = signature, ""
         self.apply(config)
         keep_last_good(self.path)
         self.log.line("accounts file taken over: %s accounts", len(config.accounts))
@@ -12804,6 +13017,9 @@ class AccountsFile:
             stat = os.stat(self.path)
             return stat.st_mtime_ns, stat.st_size, stat.st_ino
         return ()
+
+
+LONG_AGO = float("-inf")        # on a clock that began when the machine did
 
 
 class Keeper:
@@ -12816,7 +13032,7 @@ class Keeper:
         self.pool, self.tokens, self.reload, self.log, self.touch = pool, tokens, reload, log, touch
         self.clock, self.connections = tokens.clock, tokens.connections
         self._stop = threading.Event()
-        self._read_at: dict[tuple, float] = {}      # (account, pool) -> wall clock of a reading
+        self._read_at: dict[tuple, float] = {}      # (account, pool) -> monotonic, of a reading
         self._renewed_at: dict[str, float] = {}
         self._jitter: dict[tuple, float] = {}
         self._touched: dict[tuple, float] = {}
@@ -12839,7 +13055,7 @@ class Keeper:
 
     def tick(self) -> None:
         """Whatever is due now, one account after the other."""
-        now = self.clock.now()
+        now = self.clock.monotonic()
         for account in list(self.pool.accounts):
             if self._stop.is_set():
                 return
@@ -12848,22 +13064,26 @@ class Keeper:
             for provider in account.providers if account.provider.envelope else ():
                 key = (account.name, provider.id)
                 # others read only after a refusal of their own
-                read_at = self._read_at.get(key, 0 if self.is_first else float("inf"))
+                read_at = self._read_at.get(key, LONG_AGO if self.is_first else float("inf"))
                 if now >= read_at + self.interval(account, provider):
                     self.read(account, provider)
             if account.provider.catalogue == "as asked" and self.is_first:
                 self.list_models(account)
             if account.provider.quota and self.is_first:
                 self.read_key(account)
-            self._renew(account, now)
+            self._renew(account)
 
-    def _renew(self, account: Account, now: float) -> None:
-        """A token of an account in use is renewed before requests have to wait for it."""
-        ahead_s, left_s = TOKEN_REFRESH_BEFORE_S * 1.5, account.token_expires_at - now
+    def _renew(self, account: Account) -> None:
+        """A token of an account in use is renewed before requests have to wait for it, those that
+        began together not together."""
+        now, at = self.clock.now(), self.clock.monotonic()
+        ahead_s = TOKEN_REFRESH_BEFORE_S * self._jitter.setdefault(("token", account.name),
+                                                                   jitter(1.5))
+        left_s = account.token_expires_at - now
         if (now - account.used_at >= 3600 or not 0 < left_s < ahead_s
-                or now - self._renewed_at.get(account.name, 0) <= 60):
+                or at - self._renewed_at.get(account.name, LONG_AGO) <= 60):
             return
-        self._renewed_at[account.name] = now
+        self._renewed_at[account.name] = at
         try:
             self.tokens.access(account, life_s=ahead_s)
         except ProxyError as err:
@@ -12874,20 +13094,20 @@ class Keeper:
         it is asked waits for it."""
         key = account.name, account.provider.id
         facts, now = self.pool.facts(key), self.clock.now()
-        if facts and now - facts.at < FACTS_LAST_S or not self._may_list(key):
+        if facts and abs(now - facts.at) < FACTS_LAST_S or not self._may_list(key):
             return
         with contextlib.suppress(ProxyError):       # of another's asking, which has said so
             self.tokens.flights.fly(("list", *key), lambda: self._list(account, key))
 
     def _may_list(self, key: tuple) -> bool:
-        return self.clock.now() - self._read_at.get(key, 0) >= 3600 or (
+        return self.clock.monotonic() - self._read_at.get(key, LONG_AGO) >= 3600 or (
             self.tokens.flights.is_under_way(("list", *key)))
 
     def _list(self, account: Account, key: tuple) -> None:
-        now = self.clock.now()
-        if now - self._read_at.get(key, 0) < 3600:
+        now, at = self.clock.now(), self.clock.monotonic()
+        if at - self._read_at.get(key, LONG_AGO) < 3600:
             return
-        self._read_at[key] = now
+        self._read_at[key] = at
         try:
             self.pool.note_facts(key, Facts("", "", "", check_key(account, self.connections), now))
         except (ProxyError, ConfigError) as err:        # what is asked for will tell
@@ -12896,9 +13116,11 @@ class Keeper:
     def read_key(self, account: Account) -> None:
         """What is left to a key, now and then."""
         key, now = (account.name, account.provider.id), self.clock.now()
-        if now < self._read_at.get(("quota", *key), 0) + self.interval(account, account.provider):
+        due_at = self._read_at.get(("quota", *key), LONG_AGO) + self.interval(account,
+                                                                            account.provider)
+        if self.clock.monotonic() < due_at:
             return
-        self._read_at[("quota", *key)] = now
+        self._read_at[("quota", *key)] = self.clock.monotonic()
         try:
             self.pool.note_windows(key, read_key_quota(account, self.connections, now))
         except (ProxyError, ConfigError) as err:        # requests go on without it
@@ -12934,12 +13156,12 @@ class Keeper:
     def after_quota(self, account: Account, provider: Provider) -> None:
         """A quota refusal is looked into by a reading, five seconds later."""
         key = (account.name, provider.id)
-        self._read_at[key] = self.clock.now() + 5 - self.interval(account, provider)
+        self._read_at[key] = self.clock.monotonic() + 5 - self.interval(account, provider)
 
     def read(self, account: Account, provider: Provider) -> ProxyError | None:
         """Reads facts where they are due, then quota; the failure, where there is one."""
         key = (account.name, provider.id)
-        self._read_at[key] = self.clock.now() if self.is_first else float("inf")
+        self._read_at[key] = self.clock.monotonic() if self.is_first else float("inf")
         token = ""
         for is_last in (False, True):
             try:
@@ -12968,12 +13190,12 @@ class Keeper:
 
     def _start_windows(self, account: Account, provider: Provider, windows: list[Window]) -> None:
         """A small request for each group whose 5 h window has not begun: so it ends earlier."""
-        now = self.clock.now()
+        now = self.clock.monotonic()
         for window in windows:
             key = (account.name, provider.id, window.scope)
             model = {"gemini": "gemini-3-flash", "3p": "claude-sonnet-4-6"}.get(window.scope)
             if (model and window.window == "5h" and window.fraction == 1.0
-                    and now - self._touched.get(key, 0) > FIVE_HOURS_S):
+                    and now - self._touched.get(key, LONG_AGO) > FIVE_HOURS_S):
                 self._touched[key] = now
                 self.touch(Candidate(account, provider, MODELS[model], model))
 
@@ -17843,7 +18065,7 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
         yield services
     finally:
         services.keeper.stop()
-        file.save_tokens()
+        file.save_tokens("is lost with this process; sign in anew")
         connections.close()
         state.close()
         if sim:
@@ -17865,7 +18087,9 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
     """A listening server with everything behind it; drained on the way out."""
     flags = {name: getattr(args, name, None) for name in SETTINGS}
     if not args.demo:
-        sweep_temporaries(config_path(args.accounts, os.environ))
+        folder, name = os.path.split(os.path.realpath(config_path(args.accounts, os.environ)))
+        sweep_temporaries(folder, name)
+        sweep_temporaries(os.path.join(folder, "tokens"))
     with services_for(args, Log(log_out), flags, recovers=True) as services:
         config = services.config
         check_bind(config)
@@ -19329,7 +19553,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ProxyError, OSError) as err:
         if args.debug:
             traceback.print_exc()
-        print(f"agproxy: {redact(str(err))}", file=sys.stderr)
+        print(f"agproxy: {redact(cause(err))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -527,11 +527,241 @@ def test_a_damaged_file_is_set_aside_and_the_last_good_one_used(tmp_path):
 def test_a_rotated_token_is_written_beside_unknown_keys(tmp_path):
     path = tmp_path / "accounts.json"
     path.write_text(json.dumps({"zeta": 1, "accounts": [{"refresh_token": "old-1", "x": 2}, {"refresh_token": "o"}]}))
-    ag.save_rotated_token(str(path), "a", "old-1", "new-1")
+    ag.save_rotated_token(str(path), "a", {"older", "old-1"}, "new-1")
     assert json.loads(path.read_text()) == {
         "zeta": 1, "accounts": [{"refresh_token": "new-1", "x": 2}, {"refresh_token": "o"}]}
     with pytest.raises(ag.ConfigError):
-        ag.save_rotated_token(str(path), "a", "old-1", "new-2")
+        ag.save_rotated_token(str(path), "a", {"old-1"}, "new-2")
+
+
+class Cut:
+    """A file of a disk that is full after half of what is written."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        self.file.write(data[:len(data) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        self.file.close()
+
+
+class Faulty:
+    """Calls of the system, of which the one of a number fails."""
+
+    def __init__(self, patch, number, kind):
+        self.left, self.failed, self.kind = number, "", kind
+        for owner, name in ((os, "open"), (os, "fsync"), (os, "replace"), (os, "makedirs"), (ag.fcntl, "flock")):
+            if owner is not None:
+                patch.setattr(owner, name, self.guarded(getattr(owner, name), name))
+        patch.setattr(ag, "open", self.cut, raising=False)
+
+    def fails(self, name):
+        self.left -= 1
+        self.failed = self.failed or name * (self.left == 0)
+        return self.left == 0
+
+    def guarded(self, call, name):
+        def guard(*values, **more):
+            if self.fails(name):
+                raise OSError(self.kind, os.strerror(self.kind))
+            return call(*values, **more)
+        return guard
+
+    def cut(self, path, mode="r", **more):
+        file = open(path, mode, **more)
+        if self.fails("write" if "w" in mode else "read"):
+            if "w" in mode:
+                return Cut(file)
+            file.close()
+            raise OSError(self.kind, os.strerror(self.kind))
+        return file
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE])
+def test_an_error_at_any_step_of_a_write_leaves_a_whole_file_and_says_which(tmp_path, kind, capsys):
+    path = tmp_path / "accounts.json"
+    ag.edit_accounts(str(path), lambda stored: stored.update(aliases={"n": "0"}))
+    failed = []
+    for number in range(1, 100):
+        before, wanted = path.read_bytes(), {"n": str(number)}
+        with pytest.MonkeyPatch.context() as patch:
+            faulty = Faulty(patch, number, kind)
+            told = None
+            try:
+                ag.edit_accounts(str(path), lambda stored: stored.update(aliases=wanted))
+            except (OSError, ag.ConfigError) as err:
+                told = ag.cause(err)
+        if not faulty.failed:
+            break
+        failed.append(faulty.failed)
+        if told is None:        # the change was acknowledged, so it is there
+            assert json_of(path)["aliases"] == wanted
+        else:
+            assert path.read_bytes() == before and str(path) in told and "Errno" not in told
+        assert not list(tmp_path.glob("*.tmp")) and json_of(str(path) + ".bak")
+    assert json_of(path)["aliases"] == json_of(str(path) + ".bak")["aliases"] == wanted
+    assert {"open", "read", "write", "fsync", "replace"} <= set(failed) and len(failed) > 12
+    assert "could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_a_linked_store_stays_a_link_and_its_neighbours_are_the_targets(tmp_path):
+    store, home = tmp_path / "store", tmp_path / "home"
+    store.mkdir()
+    home.mkdir()
+    link, target = home / "accounts.json", store / "mine.json"
+    link.symlink_to(target)
+    ag.edit_accounts(str(link), lambda stored: stored.update(aliases={"a": "b"}))
+    ag.keep_last_good(str(link))
+    target.write_text("{")
+    assert ag.read_accounts_file(str(link), recovers=True) == json_of(target) == {"aliases": {"a": "b"}}
+    assert link.is_symlink() and os.listdir(home) == ["accounts.json"]
+    assert sorted(name.partition("corrupt-")[0] for name in os.listdir(store)) == [
+        "mine.json", "mine.json.", "mine.json.bak", "mine.json.lock"]
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"[]", b"null", b"\0" * 40, b'{"accounts": []', b"\xff\xfe{\0}\0", b'{"a": NaN}', b'{"a": ' * 300 + b"1" + b"}" * 300,
+    b'{"accounts": [{"name": "mine"}], "accounts": []}', b'{"accounts": []} {}'])
+def test_what_is_no_accounts_file_is_never_written_over(tmp_path, raw, capsys):
+    path, backup = tmp_path / "accounts.json", tmp_path / "accounts.json.bak"
+    path.write_bytes(raw)
+    for stands, recovers in ((False, False), (False, True), (True, False)):
+        if stands:
+            backup.write_text('{"aliases": {"x": "y"}}')
+        with pytest.raises(ag.ConfigError) as caught:
+            ag.read_accounts_file(str(path), recovers)
+        assert "damaged" in str(caught.value) and (("accounts.json.bak" in str(caught.value)) == stands)
+        with pytest.raises(ag.ConfigError):
+            ag.edit_accounts(str(path), dict.clear)
+        assert path.read_bytes() == raw
+    for _ in range(2):      # damaged twice within a second: both are kept
+        path.write_bytes(raw)
+        assert ag.read_accounts_file(str(path), recovers=True) == {"aliases": {"x": "y"}}
+    assert [p.read_bytes() for p in tmp_path.glob("*.corrupt-*")] == [raw, raw]
+    assert "set aside as" in capsys.readouterr().err
+
+
+def test_a_damaged_file_that_cannot_be_replaced_does_not_keep_the_last_good_one_from_serving(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "accounts.json"
+    path.write_text("{")
+    (tmp_path / "accounts.json.bak").write_bytes(b'\xef\xbb\xbf{"aliases": {"x": "y"}}')      # as Windows writes it
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(ag.os, "fsync", full)
+    for _ in range(2):
+        assert ag.read_accounts_file(str(path), recovers=True) == {"aliases": {"x": "y"}}
+        assert "No space left" in capsys.readouterr().err
+    assert [p.read_text() for p in tmp_path.glob("*.corrupt-*")] == ["{"]
+
+
+def test_a_file_of_a_later_form_is_left_alone(tmp_path):
+    path = tmp_path / "accounts.json"
+    path.write_text('{"version": 2, "accounts": {"by": "name"}}')
+    for use in (lambda: ag.load_config(str(path), {}, {}, recovers=True),
+                lambda: ag.edit_accounts(str(path), lambda stored: stored.update(aliases={}))):
+        with pytest.raises(ag.ConfigError) as caught:
+            use()
+        assert "newer agproxy" in str(caught.value)
+    assert path.read_text() == '{"version": 2, "accounts": {"by": "name"}}'
+    path.write_text('{"version": 1, "later": {"x": 1}, "accounts": [{"provider": "gemini", "api_key": "k", "more": 2}]}')
+    ag.edit_accounts(str(path), lambda stored: stored.update(aliases={"a": "b"}))
+    assert json_of(path) == {"version": 1, "later": {"x": 1}, "accounts": [
+        {"provider": "gemini", "api_key": "k", "more": 2}], "aliases": {"a": "b"}}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_files_that_others_may_read_are_closed_to_them_which_is_said(tmp_path, make_state, capsys):
+    path, state = tmp_path / "accounts.json", make_state()
+    ag.edit_accounts(str(path), lambda stored: None)
+    files = [tmp_path / name for name in ("accounts.json", "accounts.json.bak", "state.db", "state.db-wal", "state.db-shm")]
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}
+    for file in files:
+        file.chmod(0o644)
+    ag.read_accounts_file(str(path))
+    ag.keep_last_good(str(path))
+    make_state()
+    assert {p.stat().st_mode & 0o777 for p in files} == {0o600}
+    told = capsys.readouterr().err
+    assert all(f"{file} could be read by others" in told for file in files) and state.path
+
+
+def test_what_killed_writers_left_is_swept_once_it_is_old(tmp_path):
+    for name, age_s in (("f.1-a.tmp", 61), ("f.bak.2-b.tmp", -3600), ("f.3-c.tmp", 5), ("g.4-d.tmp", 61), ("f", 61)):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    ag.sweep_temporaries(str(tmp_path), "f")
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.3-c.tmp", "g.4-d.tmp"]
+    ag.sweep_temporaries(str(tmp_path))
+    ag.sweep_temporaries(str(tmp_path / "none"))
+    assert sorted(os.listdir(tmp_path)) == ["f", "f.3-c.tmp"]
+
+
+def test_a_lock_that_cannot_be_had_is_told(tmp_path, monkeypatch):
+    path = str(tmp_path / "accounts.json")
+    monkeypatch.setattr(ag, "file_lock", functools.partial(ag.file_lock, wait_s=0))
+    with ag.file_lock(path), pytest.raises(OSError) as caught:
+        ag.edit_accounts(path, lambda stored: None)
+    assert ag.cause(caught.value) == f"{path} was not changed: it is locked by another process"
+    if ag.fcntl:
+        def none(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+        monkeypatch.setattr(ag.fcntl, "flock", none)
+        with pytest.raises(OSError) as caught:
+            ag.edit_accounts(path, lambda stored: None)
+        assert "No locks available" in str(caught.value)
+
+
+def test_a_reader_of_windows_holds_up_a_write_for_a_moment_only(monkeypatch):
+    calls, refused = [], [2]
+
+    def call(value):
+        calls.append(value)
+        if len(calls) <= refused[0]:
+            raise PermissionError(13, "in use")
+        return value
+    monkeypatch.setattr(ag, "SHARING_S", 30)
+    assert ag.patiently(call, 7) == 7 and len(calls) == 3
+    refused[0] = 1 << 30
+    monkeypatch.setattr(ag, "SHARING_S", 0)
+    with pytest.raises(PermissionError):
+        ag.patiently(call, 7)
+
+
+WRITING = r"""
+import sys
+sys.path.insert(0, sys.argv[1])
+import agproxy as ag
+for n in range(int(sys.argv[4])):
+    ag.store_account(sys.argv[2], {"name": f"{sys.argv[3]}-{n}", "provider": "gemini", "api_key": f"k-{sys.argv[3]}-{n}"})
+    ag.save_rotated_token(sys.argv[2], "r", {f"token-{sys.argv[3]}-{n}"}, f"token-{sys.argv[3]}-{n + 1}")
+"""
+
+
+def test_processes_that_write_at_once_lose_no_change_and_nobody_reads_half_a_file(tmp_path):
+    path = str(tmp_path / "accounts.json")
+    ag.edit_accounts(path, lambda stored: stored.update(accounts=[
+        {"name": f"r{who}", "provider": "antigravity", "refresh_token": f"token-{who}-0"} for who in range(3)]))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITING, HERE, path, str(who), "8"]) for who in range(3)]
+    while any(writer.poll() is None for writer in writers):
+        ag.load_config(path, {}, {})
+        assert ag.read_accounts_file(path)
+        time.sleep(0.005)
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    stored = json_of(path)["accounts"]
+    assert {row["name"] for row in stored[3:]} == {f"{who}-{n}" for who in range(3) for n in range(8)}
+    assert [row["refresh_token"] for row in stored[:3]] == [f"token-{who}-8" for who in range(3)]
 
 
 # ── 6. Wire framing ───────────────────────────────────────────────────────
@@ -2531,6 +2761,125 @@ def test_a_damaged_state_is_set_aside_and_a_newer_one_left_alone(make_state, tmp
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+def torn(db, path):
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    os.truncate(path, 6000)
+
+
+def emptied(db, path):
+    db.close()
+    open(path, "wb").close()
+
+
+@pytest.mark.parametrize("harm, says, runs", [
+    (torn, "malformed", False), (torn, "malformed", True), (emptied, "", False),
+    (lambda db, path: db.execute("PRAGMA user_version=1"), "already exists", False),
+    (lambda db, path: db.execute("DROP TABLE used"), "other ones", False),
+    (lambda db, path: db.execute("DROP TABLE used"), "other ones", True),
+    (lambda db, path: db.execute("ALTER TABLE used ADD COLUMN x"), "other ones", False),
+    (lambda db, path: db.execute("ALTER TABLE used ADD COLUMN x"), "other ones", True),
+    (lambda db, path: db.execute("CREATE TABLE more(x)"), "", False)])
+def test_a_state_that_is_harmed_is_begun_anew_with_one_sentence(make_state, tmp_path, harm, says, runs):
+    import sqlite3
+    path = tmp_path / "state.db"
+    first = make_state()
+    pool = pooled(1, FakeClock(time.time()), first)
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    for n in range(200):
+        first.put("requests", f"r{n}", time.time(), "x" * 100)
+    first.flush()
+    if not runs:
+        first.close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        harm(db, path)
+    if runs and says == "malformed":        # what reads it again does not find it in its memory
+        first._db.execute("PRAGMA cache_size=0")
+    state = first if runs else make_state()
+    if runs and says:
+        def is_found():
+            state.put("used", "b", 6.0, 1.0, 1.0, urgent=True)
+            time.sleep(0.01)
+            return make_state.told
+        until(is_found)
+        until(lambda: len(state.rows("rests")) == 1)        # the limit is there again
+    state.put("used", "c", 7.0, 1.0, 1.0)
+    state.flush()
+    assert ("c", 7.0, 1.0, 1.0) in state.rows("used")
+    aside = [p for p in tmp_path.glob("state.db.corrupt-*") if p.name[-1].isdigit()]
+    if says:
+        assert says in make_state.told[0] and "damaged" in make_state.told[0] and len(aside) == 1
+    assert len(make_state.told) == bool(says) and (says or not aside)
+
+
+def test_a_state_that_an_update_brings_to_its_form_is_left_to_it(make_state, tmp_path):
+    import sqlite3
+    path, pool = tmp_path / "state.db", pooled(1, FakeClock(time.time()), make_state())
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    pool.state.flush()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE used ADD COLUMN more")
+        db.execute(f"PRAGMA user_version={len(ag.MIGRATIONS) + 1}")
+    until(lambda: make_state.told)
+    assert "newer version" in make_state.told[0]
+    pool.state.put("used", "a", 5.0, 1.0, 1.0)
+    pool.state.flush()
+    assert pool.state.rows("used")[-1] == ("a", 5.0, 1.0, 1.0) and len(pool.state.rows("rests")) == 1
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert ("a", 5.0, 1.0, 1.0, None) not in db.execute("SELECT * FROM used").fetchall()
+    assert len(make_state.told) == 1 and not list(tmp_path.glob("*.corrupt-*"))
+
+
+def test_a_full_disk_is_told_once_and_costs_nothing_that_is_known(make_state, monkeypatch):
+    pool = pooled(2, FakeClock(time.time()), make_state())
+    state = pool.state
+    pages = state._db.execute("PRAGMA page_count").fetchone()[0]
+    with state._lock:
+        state._db.execute(f"PRAGMA max_page_count={pages}")
+    state.put("requests", "big", time.time(), "x" * 100_000)
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    until(lambda: make_state.told)
+    assert "full" in make_state.told[0] and "stays in memory" in make_state.told[0]
+    state.flush()           # is not waited for
+    assert [row["state"] for row in pool.report()] == ["limited", "ready"] and state.rows("rests") == []
+    with state._lock:
+        state._db.execute("PRAGMA max_page_count=100000")
+    until(lambda: len(make_state.told) == 2)
+    assert "in use again" in make_state.told[1]
+    assert len(state.rows("rests")) == 1 and state.rows("requests")[0][0] == "big"
+
+
+def test_a_state_that_could_not_be_had_is_tried_again_and_takes_over_what_was_learned(make_state, tmp_path, monkeypatch):
+    monkeypatch.setattr(ag, "STATE_AGAIN_S", 0)
+    (tmp_path / "state.db").mkdir()
+    pool = pooled(1, FakeClock(time.time()), make_state())
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    pool.state.put("signatures", "s", "c", "t", "raw", time.time())
+    pool.state.flush()
+    assert len(make_state.told) == 1 and "in memory only" in make_state.told[0]
+    (tmp_path / "state.db").rmdir()
+    until(lambda: len(make_state.told) == 2)
+    pool.state.close()
+    assert make_state.told[1] == f"{tmp_path / 'state.db'} is in use again"
+    again = pooled(1, FakeClock(time.time()), make_state())
+    assert again.report()[0]["state"] == "limited" and again.state.rows("signatures")[0][0] == "s"
+
+
+def test_limits_of_a_state_that_cannot_be_written_hold_all_the_same(make_state, monkeypatch):
+    pool = pooled(2, FakeClock(time.time()), make_state())
+    lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    pool.state.flush()
+
+    def refused(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(ag.State, "_open_file", refused)
+    for _ in range(2):          # beside one that has it open, and with nobody else
+        again = pooled(2, FakeClock(time.time()), make_state())
+        assert [row["state"] for row in again.report()] == ["limited", "ready"] and again.state.path == ""
+        pool.state.close()
+    assert all("Read-only" in text for text in make_state.told) and len(make_state.told) == 2
+
+
 def test_without_a_writable_folder_the_state_lives_in_memory(make_state, tmp_path):
     (tmp_path / "file").write_text("")
     state = make_state(tmp_path / "file" / "state.db")
@@ -2550,6 +2899,15 @@ def test_the_state_stays_below_its_ceiling(make_state):
     left = [row[0] for row in state.rows("requests", "1 ORDER BY at")]
     assert left and left[-1] == "r02999" and len(left) < 1000
     assert os.path.getsize(state.path) < 800_000
+
+
+@pytest.mark.parametrize("lasts_s, back_s, holds", [
+    (18_000, 0, True), (18_000, 120, True), (18_000, -17_000, True), (18_000, -18_001, False), (18_000, 86_400, False),
+    (6 * 86_400, 86_400, True), (30, 50, True), (30, 600, False), (30 * 86_400, 0, False)])
+def test_a_rest_ends_at_its_time_and_is_void_when_it_would_last_much_longer(lasts_s, back_s, holds):
+    now = 1_800_000_000.0
+    rest = ag.Rest("quota", now + lasts_s, True, 1, now, "m")
+    assert rest.holds(now - back_s) is holds
 
 
 # ── 14. OAuth ─────────────────────────────────────────────────────────────
@@ -2613,7 +2971,7 @@ def test_a_token_rotated_by_another_process_is_taken_over(make_proxy, tmp_path):
     accounts = [ag.Account("antigravity-1", row, "refresh_token", "1//sim-refresh-a") for _ in range(2)]
     for account in accounts:
         desk = ag.Tokens(proxy.services.connections, ag.Clock(), ag.small_call_error, path,
-                         lambda account, old, new: ag.save_rotated_token(path, account.name, old, new))
+                         lambda account, old, new: ag.save_rotated_token(path, account.name, {old}, new))
         assert desk.access(account, is_shared=False).startswith("ya29.sim-a-")
     stored = json.loads((tmp_path / "accounts.json").read_text())
     assert stored["accounts"][0]["refresh_token"] == proxy.sim.accounts["a"].refresh_token == accounts[1].secret
@@ -2817,6 +3175,47 @@ def test_the_keeper_reads_refreshes_and_stops_ahead_of_need(make_proxy):
     keeper._read_at.clear()
     keeper.tick()
     assert proxy.pool.states()[1][1] == "needs login"
+
+
+def test_a_clock_that_is_set_does_not_keep_the_keeper_from_its_work(make_proxy):
+    proxy = google_proxy(make_proxy, {"a": 10})
+    keeper = ag.Keeper(proxy.pool, proxy.services.tokens, lambda: None, proxy.log, lambda _: None)
+    clock = keeper.clock = proxy.services.tokens.clock = proxy.pool.clock = FakeClock(time.time())
+    runs_s = itertools.count(50, 9000)      # the machine began a moment ago
+    clock.monotonic = lambda: now
+    for moved_s in (0, -86_400, 2 * 86_400, -30 * 86_400):
+        now = next(runs_s)
+        reads, clock.at = proxy.sim.quota_reads, clock.at + moved_s
+        keeper.tick()
+        assert proxy.sim.quota_reads > reads, moved_s
+        reads = proxy.sim.quota_reads
+        keeper.tick()
+        assert proxy.sim.quota_reads == reads and proxy.ask()[0] == 200, moved_s
+
+
+@pytest.mark.parametrize("answers", [{"refresh_token": "token-1"}, {}, None])
+def test_a_new_sign_in_during_a_refresh_is_neither_undone_nor_stopped(make_proxy, tmp_path, monkeypatch, answers):
+    proxy = make_proxy({"a": None})
+    path, account = str(tmp_path / "accounts.json"), proxy.pool.accounts[0]
+    row, rotated, asked = {"name": "a", "provider": "antigravity", "refresh_token": "token-0"}, [], []
+    account.secret = "token-0"
+    ag.edit_accounts(path, lambda stored: stored.update(accounts=[row]))
+    desk = ag.Tokens(proxy.services.connections, ag.Clock(), ag.small_call_error, path, lambda *told: rotated.append(told))
+
+    def refresh(secret, *rest):
+        asked.append(secret)
+        if secret == "token-0":
+            ag.edit_accounts(path, lambda stored: stored["accounts"][0].update(refresh_token="signed-in-anew"))
+            proxy.pool.replace([ag.account_from_row({**row, "provider": "sim", "refresh_token": "signed-in-anew"},
+                                                    proxy.services.config.providers)], proxy.pool.settings)
+            if answers is None:
+                raise ag.ProxyError("revoked", "gone")
+        return {"access_token": "of-" + secret, "expires_in": 3599, **(answers or {} if secret == "token-0" else {})}
+    monkeypatch.setattr(ag, "oauth_refresh", refresh)
+    assert desk.access(account).startswith("of-")
+    assert account.secret == "signed-in-anew" and not rotated
+    assert json_of(path)["accounts"][0]["refresh_token"] == "signed-in-anew"
+    assert desk.access(account) == "of-signed-in-anew" and asked == ["token-0", "signed-in-anew"]
 
 
 def test_auto_refresh_starts_a_window_that_has_not_begun(make_proxy):
@@ -6937,12 +7336,56 @@ print(rounds, "kills, nothing lost")
 """
 
 
+# more of them: AGPROXY_TEST_KILLS=600 python3 test_agproxy.py -k kills
+KILLS = os.environ.get("AGPROXY_TEST_KILLS", "60")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_two_hundred_kills_in_the_middle_of_writing_lose_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLING, HERE, str(tmp_path / "accounts.json"), "200"],
+def test_kills_in_the_middle_of_writing_lose_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLING, HERE, str(tmp_path / "accounts.json"), KILLS],
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "200 kills" in done.stdout, done.stderr
-    ag.sweep_temporaries(str(tmp_path / "accounts.json"))
+    assert done.returncode == 0 and f"{KILLS} kills" in done.stdout, done.stderr
+
+
+KILLING_STATE = r"""
+import contextlib, itertools, os, random, signal, sqlite3, sys, time
+sys.path.insert(0, sys.argv[1])
+import agproxy as ag
+path, rounds, draw, first = sys.argv[2], int(sys.argv[3]), random.Random(3), 0
+for number in range(rounds):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        state = ag.State(path, lambda text: os.write(writing, f"! {text}\n".encode()))
+        for n in itertools.count(first):
+            state.put("used", f"a{n}", n, 1.0, 1.0)
+            state.put("replies", f"r{n}", "x" * 5000, time.time(), urgent=True)
+            state.flush()
+            os.write(writing, f"{n}\n".encode())
+    os.close(writing)
+    with os.fdopen(reading) as lines:
+        told = [lines.readline()]
+        time.sleep(draw.random() * 0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told += lines.read().splitlines()
+    assert not any(line.startswith("!") for line in told), told
+    flushed = range(first, int(told[-1]) + 1)
+    first = int(told[-1]) + 2
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        for table, letter in (("used", "a"), ("replies", "r")):
+            kept = {row[0] for row in db.execute("SELECT * FROM " + table)}
+            assert {f"{letter}{n}" for n in flushed} <= kept, (number, table)
+print(rounds, "kills, nothing lost")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+def test_kills_while_the_state_is_written_lose_no_flushed_row(tmp_path):
+    rounds = str(int(KILLS) // 6)
+    done = subprocess.run([sys.executable, "-c", KILLING_STATE, HERE, str(tmp_path / "state.db"), rounds],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and f"{rounds} kills" in done.stdout, done.stderr
 
 
 def test_a_full_disk_keeps_the_old_file_and_the_rotated_token_in_memory(make_proxy, tmp_path, monkeypatch):
@@ -6964,6 +7407,30 @@ def test_a_full_disk_keeps_the_old_file_and_the_rotated_token_in_memory(make_pro
     monkeypatch.setattr(ag.os, "fsync", real)
     file.watch()
     assert json_of(path)["accounts"][0]["refresh_token"] == "newer-token"
+    os.remove(path + ".bak")
+    os.mkdir(path + ".bak")             # a copy that cannot be written is no reason to forget where the file is
+    for old, new in (("newer-token", "third-token"), ("third-token", "fourth-token")):
+        file.keep_token(proxy.pool.accounts[0], old, new)
+        assert json_of(path)["accounts"][0]["refresh_token"] == new and not file._unsaved
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_taken_over_afterwards(make_proxy, tmp_path, monkeypatch):
+    path, taken = tmp_path / "accounts.json", []
+    ag.edit_accounts(str(path), lambda stored: stored.update(aliases={"a": "b"}))
+    proxy = make_proxy({"a": None})
+    file = ag.AccountsFile(str(path), {}, proxy.log, taken.append)
+
+    def none(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+    ag.edit_accounts(str(path), lambda stored: stored.update(aliases={"a": "c"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(ag, "_accounts_bytes", none)
+        for _ in range(3):
+            file.watch()
+    assert not taken and proxy.log_text().count("Too many open files") == 1
+    for _ in range(3):
+        file.watch()
+    assert [config.aliases for config in taken] == [{"a": ("c",)}]
 
 
 # Bench: what is measured by, and the measuring
