@@ -214,6 +214,9 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "max_state_bytes": Setting(64 << 20, "", "state.db; the oldest requests go first"),
     "hosts": Setting((), "", "further Host names that requests may be addressed to"),
     "cors_origins": Setting((), "CORS_ORIGINS", "web origins that may call from a browser"),
+    "tls_cert": Setting("", "", "PEM file of a certificate and its chain: clients are served by "
+                        "TLS"),
+    "tls_key": Setting("", "", "PEM file of its private key, where that is not in `tls_cert`"),
 }
 
 WORKER_LASTS_S = 60             # a worker process that lived longer is begun again after 1 s
@@ -1201,31 +1204,52 @@ def json_splice(text: str, changes: Mapping[str, str | None]) -> str:
 _SECRETS: set[str] = set()
 _SECRET_SHAPES = re.compile(
     r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
-    r"|(?i:bearer\s+)[\w.~+/=-]{8,}|(?i:[?&](?:api_?)?key=)[^&\s\"']+")
+    r"|(?i:(?:bearer|basic)\s+)[\w.~+/=-]{8,}|(?<=//)[^\s/@\"']+:[^\s/@\"']*(?=@)"
+    r"|(?i:[?&](?:(?:api_?)?key|code|state|code_verifier|client_secret|(?:\w+_)?token)=)[^&\s\"']+")
 _EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*\w")
 
 
 def remember_secret(secret: str | None) -> None:
-    """From now on `redact` removes this text wherever it turns up."""
+    """From now on `redact` removes this text wherever it turns up, as a URL, a form or JSON spells
+    it too."""
     if secret and len(secret) >= 6:
-        _SECRETS.add(secret)
+        _SECRETS.update((secret, urllib.parse.quote(secret, ""), urllib.parse.quote(secret),
+                         quote(secret)[1:-1]))
 
 
 def holds_secret(text: str) -> bool:
     return any(secret in text for secret in list(_SECRETS))
 
 
-def redact(text: str, limit: int = 600) -> str:
-    """`text` without secrets, e-mail addresses and control characters, cut at `limit`."""
+def without_secrets(text: str) -> str:
+    """`text` without secrets and e-mail addresses."""
     for secret in list(_SECRETS):
         if secret in text:
             text = text.replace(secret, "[secret]")
     text = _SECRET_SHAPES.sub("[secret]", text)
-    if "@" in text:
-        text = _EMAIL.sub("[e-mail]", text)
+    return _EMAIL.sub("[e-mail]", text) if "@" in text else text
+
+
+def redact(text: str, limit: int = 600) -> str:
+    """`text` without secrets, e-mail addresses and control characters, cut at `limit`."""
+    text = without_secrets(text)
     if not text.isprintable():
         text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def cut(text: str, limit: int) -> str:
+    """The beginning of `text`, which never holds half a secret: that would not be known as one."""
+    return text if len(text) <= limit else without_secrets(text)[:limit]
+
+
+def redact_all(value: Any) -> Any:
+    """A JSON value with each of its texts redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {name: redact_all(item) for name, item in value.items()}
+    return [redact_all(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # Files
@@ -1514,6 +1538,16 @@ CONDITIONS = {      # of a rule: what each looks at -> its type
     "thinks": bool, "streams": bool}
 
 
+class UserKey(NamedTuple):
+    """One of a user's keys, of which only the hash is stored."""
+    user: str
+    key_hash: str           # scrypt:<salt hex>:<hash hex>
+    hint: str = ""          # how the key ends: what ends otherwise is not worth the hashing
+    expires_at: float = 0   # epoch seconds; 0 is never
+    models: tuple[str, ...] = ()        # patterns of the names it may ask for; () is all
+    admin: bool = False
+
+
 @dataclass(frozen=True)
 class Config:
     """The validated accounts file with flags and variables applied.
@@ -1526,7 +1560,8 @@ class Config:
     groups: dict[str, Group] = field(default_factory=dict)
     routes: dict[str, tuple[str, int]] = field(default_factory=dict)    # role -> (name, tokens)
     rules: tuple[Edit, ...] = ()
-    api_key: str = ""           # PROXY_API_KEY; empty serves keyless on loopback
+    api_key: str = ""           # PROXY_API_KEY; without it and users loopback is served keyless
+    users: tuple[UserKey, ...] = ()
 
     def __post_init__(self) -> None:
         vars(self).update(self.settings)    # each setting is an attribute: no look-up by a method
@@ -1583,7 +1618,9 @@ def check_proxy(url: str, where: str) -> None:
         parts = urllib.parse.urlsplit(url)
         is_known = parts.scheme in ("http", "socks5", "socks5h") and parts.hostname and (
             parts.port != 0)
-        for secret in (parts.password or "", urllib.parse.unquote(parts.password or "")):
+        word = urllib.parse.unquote(parts.password or "")
+        pair = f"{urllib.parse.unquote(parts.username or '')}:{word}"
+        for secret in (word, parts.password, word and base64.b64encode(pair.encode()).decode()):
             remember_secret(secret)
     except ValueError:      # brackets that do not match, a port above 65535
         is_known = None
@@ -1591,12 +1628,18 @@ def check_proxy(url: str, where: str) -> None:
         raise ConfigError(f"{where}: direct, http://host:port or socks5://host:port is required")
 
 
+_SECRET_HEADER = re.compile(r"(?i)auth|key|token|secret|cookie|password|credential")
+
+
 def check_headers(rows: Mapping, where: str) -> None:
-    """Raises ConfigError for what cannot stand in a request's head."""
+    """Raises ConfigError for what cannot stand in a request's head; what their names tell to be
+    secret is redacted from now on."""
     for name, value in rows.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or (
                 isinstance(value, (dict, list)) or not str(value).isprintable()):
             raise ConfigError(f"{where}: names and texts of one line are required")
+        if _SECRET_HEADER.search(name):
+            remember_secret(str(value).partition(" ")[2].strip() or str(value))
 
 
 def _setting_value(name: str, value: Any, where: str) -> Any:
@@ -1608,6 +1651,10 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: a list of names is required")
         if name == "small_requests" and not set(value) <= {*SMALL_KINDS, ""}:
             raise ConfigError(f"{where}: of {', '.join(SMALL_KINDS)} only, not {value!r}")
+        if name == "cors_origins" and not all(re.fullmatch(
+                r"[a-z][a-z0-9+.-]*://[^/\s*]+", v.strip()) for v in value if v.strip()):
+            raise ConfigError(f"{where}: whole origins are required, as https://a.example; `*` and "
+                              "`null` would let any page in")
         return tuple(v.strip() for v in value if v.strip())
     if isinstance(default, bool):
         word = str(value).lower()
@@ -1926,6 +1973,34 @@ def _config_rules(stored: Iterable) -> tuple[Edit, ...]:
     return tuple(rules)
 
 
+def _config_users(rows: Any) -> tuple[UserKey, ...]:
+    """A row for each key of each user; `key_hash` on the user is short for one of `keys`."""
+    keys: list[UserKey] = []
+    for position, row in enumerate(rows if isinstance(rows, list) else [None]):
+        where = f"users.{position}"
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
+            raise ConfigError(f"{where}: an object with a `name` is required")
+        warn_unknown(row, ("name", "admin", "models", "key_hash", "keys"), where + ".")
+        given = row.get("keys", [{"key_hash": row["key_hash"]}] if "key_hash" in row else [])
+        for key in given if isinstance(given, list) else [None]:
+            cells = {"hint": "", "expires_at": 0, "models": row.get("models", []),
+                     "admin": row.get("admin", False), **object_of(key)}
+            warn_unknown(cells, ("id", *UserKey._fields), where + ".keys.")
+            if not re.fullmatch(r"scrypt:([0-9a-f]{2}){8,}:[0-9a-f]{64}",
+                                str(cells.get("key_hash"))):
+                raise ConfigError(f"{where}.key_hash: scrypt:<salt hex>:<hash hex> is required")
+            if not isinstance(cells["hint"], str) or type(cells["admin"]) is not bool or (
+                    type(cells["expires_at"]) not in (int, float)) or not (
+                    isinstance(cells["models"], list)
+                    and all(isinstance(m, str) for m in cells["models"])):
+                raise ConfigError(f"{where}: `hint` is a text, `expires_at` epoch seconds, "
+                                  "`models` a list of names, `admin` true or false")
+            keys.append(UserKey(row["name"], cells["key_hash"], cells["hint"],
+                                cells["expires_at"], tuple(m.lower() for m in cells["models"]),
+                                cells["admin"]))
+    return tuple(keys)
+
+
 def environment_accounts(environ: Mapping[str, str]) -> list[dict]:
     """An account for each provider whose key stands in the environment: where there is no file, a
     key is enough."""
@@ -1973,7 +2048,7 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     return Config(path, config_settings(stored.get("settings", {}), flags, environ),
                   providers, tuple(accounts), aliases, _config_groups(stored.get("groups", {})),
                   _config_routes(stored.get("routes", {})), _config_rules(stored.get("rules", [])),
-                  api_key)
+                  api_key, _config_users(stored.get("users", [])))
 
 
 def _accounts_json(stored: dict, path: str) -> bytes:
@@ -2106,6 +2181,7 @@ class Record:
 
     def tell(self, note: str) -> None:
         """One more thing for the log's line; what stands there already stays."""
+        note = redact(note, 200)
         if note not in self.note:
             self.note = f"{self.note}; {note}" if self.note else note
 
@@ -2165,7 +2241,8 @@ class Log:
             while self._lines:
                 at, text, values = self._lines.popleft()
                 stamp = time.strftime("%H:%M:%S", time.localtime(at))
-                out.append(f"{stamp} {redact(text % values if text else request_line(*values))}\n")
+                line = text % values if text else request_line(*values)
+                out.append(f"{stamp} {redact(line, 1000)}\n")
             try:
                 self.out.write("".join(out))
                 self.out.flush()
@@ -3151,28 +3228,49 @@ def media_of_data(data: Any, media_type: Any, path: str, name: str = "") -> Medi
     return Media(media_type, data, name=name, path=path)
 
 
+# what those who fetch read as another host than we do
+_TWO_READINGS = re.compile(r"[\\\x00-\x1f\x7f]|\A[^/]*//[^/?#]*@")
+_PRIVATE_NAMES = (".localhost", ".localdomain", ".local", ".internal", ".intranet", ".lan", ".home",
+                  ".corp", ".home.arpa")
+
+
+def is_public_host(host: str) -> bool:
+    """Whether a lower-case host is neither private, link-local nor a cloud's metadata, by what can
+    be told without asking anybody."""
+    import ipaddress
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        # signs beyond ASCII, and %2e, are read as dots and digits by those who fetch, and so is
+        # what ends in a number: 127.1, 0x7f000001, 0177.0.0.1
+        return bool(re.fullmatch(r"[a-z0-9._-]+\.[a-z0-9_-]*[a-z][a-z0-9_-]*", host)
+                    and not re.search(r"\.0x[0-9a-f]*\Z", host)
+                    and not host.endswith(_PRIVATE_NAMES))
+    if address.version == 6:    # an IPv4 address may be hidden in it: mapped, 6to4, Teredo, NAT64
+        return address.is_global and address in ipaddress.ip_network("2000::/3") and not (
+            address.sixtofour or address.teredo)
+    # the last is Azure's own, in a public range
+    return address.is_global and not address.is_multicast and host != "168.63.129.16"
+
+
 def media_of_url(url: Any, media_type: str, path: str, name: str = "") -> Media:
     """The Media that an upstream is to fetch; nothing here ever does.  Raises ProxyError for what
-    points into a private network."""
-    import ipaddress
-    host = ""
+    points into a private network, or to a file: bad_request, which holds whoever serves."""
+    host = scheme = ""
     with contextlib.suppress(ValueError):       # `http://[`: none at all
         parts = urllib.parse.urlsplit(text_at(url, path))
-        host = (parts.hostname or "").rstrip(".").lower()
-    if not host or parts.scheme not in ("http", "https", "gs"):
-        raise invalid(path, "a data: or http(s) URL is required")
-    with contextlib.suppress(ValueError):       # a name, no address
-        if not ipaddress.ip_address(host).is_global:
-            host = "localhost"
-    # signs beyond ASCII, and %2e, are read as dots and digits by those who fetch
-    is_private = not re.fullmatch(r"[a-z0-9._:-]+", host) or (
-        host in ("localhost", "metadata")) or host.endswith(
-        (".localhost", ".local", ".internal", ".lan"))
-    if is_private or re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)(\.(0x[0-9a-f]+|[0-9]+)){0,3}",
-                                  host) and not re.fullmatch(r"([1-9][0-9]{0,2}|0)"
-                                                             r"(\.([1-9][0-9]{0,2}|0)){3}", host):
-        raise ProxyError("bad_request", f"{path}: addresses of private networks are not passed on")
-    return Media(media_type, "", url, name, path)
+        host, scheme = (parts.hostname or "").rstrip(".").lower(), parts.scheme
+    if not host or scheme not in ("http", "https", "gs"):
+        why = "a data: or http(s) URL is required"
+        if ":" not in url and not url.startswith(("//", "\\")):     # an upstream's own name of it
+            raise invalid(path, why)
+    elif _TWO_READINGS.search(url):
+        why = "a URL without a user's name and without backslashes is required"
+    elif scheme != "gs" and not is_public_host(host):
+        why = "addresses of private networks are not passed on"
+    else:
+        return Media(media_type, "", url, name, path)
+    raise ProxyError("bad_request", f"{path}: {why}")
 
 
 @dataclass(frozen=True)
@@ -3395,6 +3493,23 @@ class Request:
         return hashlib.sha256(seed.encode("utf-8", "replace")).hexdigest()[:32]
 
 
+_FETCHED = frozenset(("image_url", "file_url", "file_data", "fileUri", "file_uri"))
+
+
+def refuse_private_urls(value: Any, holder: str = "") -> None:
+    """Raises ProxyError where a body of whatever form has an upstream fetch what is private.  What
+    tools are called with is fetched by nobody."""
+    if isinstance(value, list):
+        for item in value:
+            refuse_private_urls(item, holder)
+    for name, item in object_of(value).items():
+        is_fetched = name in _FETCHED or name == "url" and holder in ("image_url", "source")
+        if is_fetched and isinstance(item, str) and ":" in item and not item.startswith("data:"):
+            media_of_url(item, "", name)
+        elif name not in ("input", "arguments", "args") or isinstance(item, list):
+            refuse_private_urls(item, name)
+
+
 def fields_for_others(read: Callable[[], dict], raw: bytes) -> dict:
     """The fields of a Request that other dialects need.  A body that `read` refuses may still go as
     it is, where it came `raw`: the reason stands in `refusal` then."""
@@ -3403,6 +3518,7 @@ def fields_for_others(read: Callable[[], dict], raw: bytes) -> dict:
     except ProxyError as err:
         if not raw or err.kind not in ("invalid_request", "no_response"):
             raise
+        refuse_private_urls(json_decode(raw))       # it was not read to its end
         return {"turns": (), "refusal": err}
 
 
@@ -6286,7 +6402,8 @@ def anthropic_render_reply(state: AnthropicAnswer, reply: Reply) -> dict:
 
 def anthropic_path(target: Target, request: Request) -> str:
     query = request.native.query if request.native else ""
-    return "/v1/messages" + ("?" + query if query else "")
+    parts = [p for p in query.split("&") if not re.match(r"(?i).*(key|token|auth)\w*=", p)]
+    return "/v1/messages" + ("?" + "&".join(parts) if query and parts else "")
 
 
 _STOPS = {words.anthropic: stop for stop, words in STOP_WORDS.items()}
@@ -6660,6 +6777,8 @@ def _file_part(row: Mapping, path: str, reading: Any) -> tuple:
     if row.get("file_data") is None:
         raise invalid(path, "a file that was uploaded elsewhere is not known here; send file_data")
     data = text_at(row["file_data"], path + ".file_data")
+    if ":" in data[:20] and not data.startswith("data:"):       # a URL, to those who take one
+        return (media_of_url(data, "application/pdf", path + ".file_data", name),)
     kind = re.match(r"data:text/[^,]*;base64,", data)
     if kind:
         try:
@@ -12566,15 +12685,26 @@ max-width:32rem;margin:20vh auto;padding:0 1rem;color-scheme:light dark}</style>
 <h1>agproxy</h1><p>%s</p></html>"""
 
 
+CALLBACK_HEADERS = (
+    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Content-Security-Policy",
+     "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"))
+
+
 class Login:
     """One browser sign-in: PKCE, a single-use state, a loopback listener that is open only while
-    the sign-in waits, and pasted answers; the first good one wins, a wrong one ends nothing."""
+    the sign-in waits, and pasted answers; the first good one wins, a wrong one ends nothing.
+    Whoever brings the state takes `_turn`; a code that was none gives it back."""
 
     def __init__(self, provider: Provider, clients: list[tuple[str, str]],
                  environ: Mapping[str, str]):
         import secrets
         self.provider, self.clients = provider, clients
         self._verifier, self.state = secrets.token_urlsafe(64), secrets.token_urlsafe(24)
+        self._turn = threading.Lock()
+        for secret in (self._verifier, self.state):
+            remember_secret(secret)
         self._answers: queue.Queue = queue.Queue()      # (code, refusal)
         self._listener = self._listen(environ)
         port = self._listener.server_address[1] if self._listener else provider.ports[0]
@@ -12591,25 +12721,23 @@ class Login:
             **asked, "code_challenge_method": "S256", "code_challenge": challenge})
 
     def take(self, text: str) -> str:
-        """Takes the address of the last page, its query, or a bare code (PKCE binds that to this
-        sign-in).  "" when it was taken, else what is wrong with it."""
+        """Takes the address of the last page, or its query; a bare code could be of anybody's
+        sign-in.  "" when it was taken, else what is wrong with it."""
         text = text.strip().strip("\"'<>")
         try:
             query = urllib.parse.urlsplit(text).query if "://" in text else text.lstrip("?")
         except ValueError:
             return "that is no address"
         fields = dict(urllib.parse.parse_qsl(query)) if "=" in query else {}
-        if re.fullmatch(r"4(/|%2[Ff])[\w.%-]{8,}", text):
-            fields = {"code": urllib.parse.unquote(text), "state": self.state}
         if not hmac.compare_digest(fields.get("state", "").encode("utf-8", "replace"),
                                    self.state.encode()):
             return "that does not belong to this sign-in"
-        if fields.get("error"):
-            self._answers.put(("", fields["error"]))
-        elif fields.get("code"):
-            self._answers.put((fields["code"], ""))
-        else:
+        if not (fields.get("error") or fields.get("code")):
             return "that holds no code"
+        if not self._turn.acquire(blocking=False):
+            return "this sign-in was answered already"
+        remember_secret(fields.get("code"))
+        self._answers.put(("", fields["error"]) if fields.get("error") else (fields["code"], ""))
         return ""
 
     def wait(self, timeout_s: float = LOGIN_WAIT_S) -> str:
@@ -12626,10 +12754,17 @@ class Login:
 
     def exchange(self, code: str, connections: ConnectionCache) -> dict:
         """The token endpoint's answer with its `refresh_token`; the secret that worked comes first
-        in `clients` then.  A refused secret does not use up the code."""
-        if not self.provider.scopes:
-            return self._exchange_for_key(code, connections)
-        error = ""
+        in `clients` then.  Where it raises, another answer may be taken."""
+        try:
+            return (self._exchange_for_token if self.provider.scopes else
+                    self._exchange_for_key)(code, connections)
+        except ProxyError:
+            if self._turn.locked():
+                self._turn.release()
+            raise
+
+    def _exchange_for_token(self, code: str, connections: ConnectionCache) -> dict:
+        error = ""      # a refused secret does not use up the code
         for client_id, secret in [c for c in self.clients if c[0] == self.clients[0][0]]:
             answer, error = oauth_post(self.provider, {
                 "client_id": client_id, "client_secret": secret, "code": code,
@@ -12668,18 +12803,26 @@ class Login:
 
         class Callback(http.server.BaseHTTPRequestHandler):
             """Answers the vendor's redirect; nothing of the query is echoed or logged."""
+            timeout = 10
 
             def do_GET(self) -> None:
                 target, _, query = self.path.partition("?")
-                wrong = "not found" if target != path else login.take("?" + query)
-                text = ("This sign-in is not expected here." if wrong else
-                        "The sign-in was refused." if "error=" in query else
-                        "Signed in: you can close this page and go back to the terminal.")
+                if target != path or login.take("?" + query):
+                    self.send_error(400)
+                else:
+                    self.answer(200, "The sign-in was refused." if "error=" in query else "Signed "
+                                "in: you can close this page and go back to the terminal.")
+
+            def send_error(self, *args: Any) -> None:       # its own would tell the request's line
+                self.answer(400, "This sign-in is not expected here.")
+
+            def answer(self, status: int, text: str) -> None:
                 data = (CALLBACK_PAGE % text).encode("ascii")
-                self.send_response(400 if wrong else 200)
+                self.send_response(status)
                 self.send_header("Content-Type", "text/html; charset=utf-8")
                 self.send_header("Content-Length", str(len(data)))
-                self.send_header("Referrer-Policy", "no-referrer")
+                for name, value in CALLBACK_HEADERS:
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -13561,10 +13704,11 @@ _CLIENTS_WORDS = re.compile(r"prompt is too long: \d+ tokens > \d+|exceed contex
 def relayed_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """What a client of the same language is to see of an upstream's head: limits are passed on,
     never made up."""
-    return {name: value for name, value in headers.items() if re.fullmatch(r"[a-z0-9-]+", name)
+    told = {name: value for name, value in headers.items() if re.fullmatch(r"[a-z0-9-]+", name)
             and not re.search(r"-organi[sz]ation|-project", name)     # whose account it is
             and (name.startswith(("anthropic-", "x-ratelimit-", "openai-", "x-codex-"))
                  or name in ("request-id", "x-request-id", "x-should-retry"))}
+    return {} if holds_secret("\n".join(told.values())) else told
 
 
 def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], raw: Any,
@@ -13579,7 +13723,9 @@ def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], ra
         told = object_of(body.get("error"))
         is_exact = (body.get("type") != "error" or error.kind != "too_long" or status == 413
                     or _CLIENTS_WORDS.search(str(told.get("message"))))
-        if is_error(body) and is_exact and not holds_secret(raw.decode("utf-8")):
+        # its own spelling, and that of its escapes undone
+        if is_error(body) and is_exact and not holds_secret(
+                raw.decode("utf-8") + json.dumps(body, ensure_ascii=False)):
             error.verbatim = status, raw, error.headers
     return error
 
@@ -14655,6 +14801,22 @@ class Downstream:
         sock.setblocking(False)
         self.sock, self.buffer, self.is_closed = sock, b"", False
 
+    def shakes_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
+        """Whether it goes on by TLS; a client that cannot before `deadline` could not be told."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            return True
+        with contextlib.suppress(OSError):
+            self.sock = context.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            while time.monotonic() < deadline:
+                try:
+                    self.sock.do_handshake()
+                    return True
+                except ssl.SSLWantReadError:
+                    readable([self.sock], deadline - time.monotonic())
+                except ssl.SSLWantWriteError:
+                    writable(self.sock, max(0.0, deadline - time.monotonic()))
+        return False
+
     def receive(self, deadline: float, what: str) -> bytes:
         """Some bytes before the monotonic `deadline`, b"" at the end; or ProxyError."""
         while True:
@@ -14678,8 +14840,12 @@ class Downstream:
     def peek(self) -> Peek:
         """What its readable socket holds, without taking it."""
         try:
-            return Peek.MORE if socket.socket.recv(self.sock, 1, socket.MSG_PEEK) else Peek.GONE
-        except (BlockingIOError, InterruptedError):
+            if not isinstance(self.sock, ssl.SSLSocket):
+                return Peek.MORE if self.sock.recv(1, socket.MSG_PEEK) else Peek.GONE
+            more = self.sock.recv(RECV_BYTES)       # only TLS can tell its goodbye from a request
+            self.buffer += more
+            return Peek.MORE if more else Peek.GONE
+        except NOT_YET:
             return Peek.NOTHING
         except OSError:
             return Peek.GONE
@@ -14688,6 +14854,9 @@ class Downstream:
         """Closes; with `linger` unread bytes are drained first, so that the client sees the answer
         instead of a reset."""
         self.is_closed = True
+        with contextlib.suppress(OSError, ValueError):      # no handshake; the client left first
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()      # says goodbye; does not wait for an answer
         with contextlib.suppress(OSError):      # the client may have closed first
             if linger:
                 self.sock.shutdown(socket.SHUT_WR)
@@ -14727,7 +14896,8 @@ def request_row(record: Record, now: float) -> dict:
     row["total_ms"] = round((now - record.started_at) * 1000)
     row["choices"] = [{"at": at, "reason": reason, "sheet": sheet_rows(verdicts, at)}
                       for at, reason, verdicts in record.choices]
-    return row
+    said = " ".join((record.client, record.asked, record.agent, record.parent))
+    return row if without_secrets(said) == said else redact_all(row)      # clients' own words
 
 
 def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
@@ -14755,11 +14925,13 @@ class Exchange:
         self.headers, self.body, self.dialect = headers, body, DIALECTS[
             spoken_at(line.path, headers)]
         self.record = Record(new_id("req_"), started_at=time.monotonic(),
-                             client=headers.get("user-agent", "-").split(" ")[0][:40])
+                             client=cut(headers.get("user-agent", "-").split(" ")[0], 40))
         self.is_http_1_0 = line.is_http_1_0
         wants = headers.get("connection", "").lower()
         self.keeps_alive = "close" not in wants and (not self.is_http_1_0 or "keep-alive" in wants)
         self.cors_origin = ""
+        self.user: UserKey | None = None            # whose key it brought
+        self.is_stranger = False                    # addressed to a name that is not ours
         self.body_bytes = 0                         # also when the body is no longer needed
         self.is_started = self.is_open = False      # head sent; stream opened
         self.is_watching = True                     # the client's socket tells when it leaves
@@ -14812,7 +14984,8 @@ class Exchange:
         if self.is_open:
             self.downstream.send(self.frame(self.fault_event(error)) + self.last_frame())
             return
-        self.record.tell(redact(f"{error.kind}: {error.message}"))
+        error.message = without_secrets(error.message)
+        self.record.tell(f"{error.kind}: {error.message}")
         if self.is_started:
             self.keeps_alive = False
             return
@@ -14844,7 +15017,8 @@ class Exchange:
     def fault_event(self, error: ProxyError) -> bytes:
         """The event that ends a stream by `error`, which is noted.  The connection goes on: its
         framing ends as any other, and a client that was promised to keep it may use it at once."""
-        self.record.tell(redact(f"{error.kind}: {error.message}"))
+        error.message = without_secrets(error.message)
+        self.record.tell(f"{error.kind}: {error.message}")
         if error.rule.step is Step.NEXT:
             error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
                                f"elsewhere: {error.message}")
@@ -14979,7 +15153,7 @@ class Exchange:
             self.services.log.request(record, now)
         elif record.note:       # a wrong path or key: why a client finds nothing here
             self.services.log.line("%s  %s %s  %s  %s", record.client, self.method,
-                                   self.path[:200], record.status, record.note)
+                                   cut(self.path, 200), record.status, record.note)
         if record.asked != "-" and self.services.state is not None:
             self.services.state.put("requests", record.id, self.services.clock.now(),
                                     lambda: json_encode(request_row(record, now)))
@@ -15429,38 +15603,109 @@ class Workers:
 
 # Routes
 
+class Access(NamedTuple):
+    """What a class of routes asks of whoever calls."""
+    needs_key: bool = True      # where there is one
+    by_any_name: bool = False   # a right key is enough under any Host: a rebound page has none
+    is_owners: bool = False     # the owner's key, from this machine; state is changed by JSON only
+
+
+ACCESS = {"public": Access(needs_key=False), "api": Access(by_any_name=True),
+          "admin": Access(is_owners=True)}
+
+
 class Route(NamedTuple):
     methods: str
     pattern: Any            # of the raw path, whole
-    access: str             # public, or api: needs the key
+    access: Any             # the name of a row of ACCESS; in ROUTES that row
     handle: Callable[[Any, Exchange, Any], Any]     # (handler, exchange, match of the path)
 
 
+OWNER = UserKey("", "", admin=True)     # who brings PROXY_API_KEY
+WRONG_KEYS = 20                 # then one a second is looked at
+MOST_KNOWN_KEYS = 1000
+
+
 class KeyGuard:
-    """Slows guessing: after 20 wrong keys one a second is looked at.  A right key always passes."""
+    """Tells whose key a request brings, and slows guessing.  A right key always passes: the
+    owner's is compared first, a user's is hashed where its end fits a hint, and known after
+    that by a keyed hash.  The lock guards what is counted and known; `_slow` admits one hashing
+    at a time."""
 
-    def __init__(self, key: str):
-        self.key = key.encode()
-        self._lock = threading.Lock()       # guards the two below
+    def __init__(self, services: Services):
+        self.services = services        # its configuration may change at any time
+        self._lock, self._slow = threading.Lock(), threading.Lock()
         self._wrong, self._next_at = 0, 0.0
+        self._salt, self._users = os.urandom(16), ()
+        self._known: dict[bytes, UserKey] = {}
 
-    def check(self, headers: Mapping[str, str], now: float) -> None:
-        """Raises ProxyError authentication or locked_out; of several keys one right one will do."""
-        given = [headers.get("x-api-key", ""), headers.get("x-goog-api-key", "")]
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given.append(token.strip() if scheme.lower() == "bearer" else "")
-        if any([hmac.compare_digest(g.encode("utf-8", "replace"), self.key) for g in given]):
-            return
+    def check(self, given: Iterable[str], now: float) -> UserKey | None:
+        """Whose key is among `given`, None where nobody needs one.  Raises ProxyError
+        authentication or locked_out."""
+        config = self.services.config
+        if not (config.api_key or config.users):
+            return None
+        keys = [key.encode("utf-8", "replace") for key in given if key]
+        if config.api_key and any([hmac.compare_digest(k, config.api_key.encode()) for k in keys]):
+            return OWNER
+        for key in keys if config.users else ():
+            user = self._user_of(key, config.users, now)
+            if user is not None:
+                return user
         with self._lock:
-            self._wrong += 1
-            if self._wrong > 20 and now < self._next_at:
-                raise ProxyError("locked_out", "too many wrong keys", 1)
-            self._next_at = now + 1
+            if keys:
+                self._wrong += 1
+                if self._wrong > WRONG_KEYS and now < self._next_at:
+                    raise ProxyError("locked_out", "too many wrong keys", 1)
+                self._next_at = now + 1
         # Claude Code looks for "x-api-key" in it
         raise ProxyError("authentication", "invalid x-api-key: this proxy wants its PROXY_API_KEY, "
                          "as x-api-key, x-goog-api-key or Authorization: Bearer")
 
+    def _user_of(self, key: bytes, users: tuple[UserKey, ...], now: float) -> UserKey | None:
+        mark = hmac.new(self._salt, key, "sha256").digest()
+        with self._lock:
+            if self._users is not users or len(self._known) > MOST_KNOWN_KEYS:
+                self._users, self._known = users, {}
+            user = self._known.get(mark)
+            is_slowed = self._wrong >= WRONG_KEYS and now < self._next_at
+        if user is None:
+            fits = [u for u in users if key.endswith(u.hint.encode()) and (
+                u.hint or not is_slowed)]
+            user = next((u for u in fits if self._is_key_of(key, u)), None)
+            if user is not None:
+                remember_secret(key.decode("utf-8", "replace"))
+                with self._lock:
+                    self._known[mark] = user
+        is_over = user is not None and 0 < user.expires_at < self.services.clock.now()
+        return None if is_over else user
 
+    def _is_key_of(self, key: bytes, user: UserKey) -> bool:
+        _, salt, told = user.key_hash.split(":")
+        with self._slow:
+            made = hashlib.scrypt(key, salt=bytes.fromhex(salt), n=16384, r=8, p=1, dklen=32)
+        return hmac.compare_digest(made.hex(), told)
+
+
+def keys_of(exchange: Exchange) -> list[str]:
+    """Every credential a request brings; a query's only where Google's own API takes it."""
+    headers = exchange.headers
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = [headers.get("x-api-key", ""), headers.get("x-goog-api-key", ""),
+             token.strip() if scheme.lower() == "bearer" else ""]
+    if "key=" in exchange.query and exchange.dialect is DIALECTS["gemini"]:
+        given += [v for name, v in urllib.parse.parse_qsl(exchange.query) if name == "key"]
+    return given
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a peer's address is of this machine, as an IPv6 listener tells it too."""
+    import ipaddress
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _HOST = re.compile(r"(?s)(.*?)(?::([0-9]{1,5}))?")
 
 
@@ -15591,9 +15836,9 @@ class Handler:
         keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
         try:
             route, match = self._find_route(exchange)
-            self._admit(exchange, route)
+            self._admit(exchange, route.access)
             limit = self.services.config.max_body_bytes
-            self._read_body(exchange, limit if route.access == "api"
+            self._read_body(exchange, limit if route.access.needs_key
                             else min(limit, MAX_PUBLIC_BODY_BYTES))
             exchange.keeps_alive = keeps_alive
             return bool(route.handle(self, exchange, match))
@@ -15620,34 +15865,42 @@ class Handler:
             methods = ", ".join(dict.fromkeys(allowed))
             exchange.more_headers["allow"] = methods
             raise ProxyError("method", f"{exchange.method} is not allowed here; {methods} is")
-        raise ProxyError("not_found", f"{exchange.path[:200]} is not a route of this proxy")
+        raise ProxyError("not_found", f"{cut(exchange.path, 200)} is not a route of this proxy")
 
-    def _admit(self, exchange: Exchange, route: Route) -> None:
-        """Key, Host and Origin.  The latter two protect a keyless loopback from web pages: any page
-        can send a simple POST to it, or be rebound to its address."""
+    def _admit(self, exchange: Exchange, access: Access) -> None:
+        """Origin, key, Host.  The first and the last protect a keyless loopback from web pages: any
+        page can send a simple POST to it, or be rebound to its address."""
         headers, config, server = exchange.headers, self.services.config, self.server
         origin = headers.get("origin", "")
-        loopback = ("127.0.0.1", "localhost", "[::1]")
-        if origin and origin not in [f"http://{name}:{server.server_port}" for name in loopback]:
+        if origin and origin not in server.own_origins:
             if origin not in config.cors_origins:
                 raise ProxyError("forbidden", "requests from this web origin are not allowed; add "
                                  "it to settings.cors_origins")
             exchange.cors_origin = origin
-        elif headers.get("sec-fetch-site") == "cross-site":
+        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
-        has_key = route.access == "api" and server.guard is not None
-        if has_key:
-            query = dict(urllib.parse.parse_qsl(exchange.query))
-            in_query = {"x-goog-api-key": query["key"]} if "key" in query and (
-                spoken_at(exchange.path) == "gemini") else {}   # as Google's own API takes it
-            server.guard.check({**in_query, **headers}, time.monotonic())
+        if access.needs_key:
+            exchange.user = server.guard.check(keys_of(exchange), time.monotonic())
         host = headers.get("host", "").lower()
         name, port = _HOST.fullmatch(host).groups()
-        is_own = name in config.hosts or name in loopback and (
-            not port or int(port) == server.server_port)
+        is_own = (name in LOOPBACK_NAMES and (not port or int(port) == server.server_port)
+                  or not host and exchange.is_http_1_0      # no browser speaks it
+                  or name in map(str.lower, config.hosts))
+        exchange.is_stranger = not (is_own or access.by_any_name and exchange.user)
         is_probe = exchange.path == "/health" and not exchange.query
-        if not (is_own or has_key or is_probe or not host):
+        if exchange.is_stranger and not is_probe:
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
+        if access.is_owners:
+            self._admit_owner(exchange)
+
+    def _admit_owner(self, exchange: Exchange) -> None:
+        if not is_loopback(self.downstream.sock.getpeername()[0]):
+            raise ProxyError("forbidden", "this is answered on the proxy's own machine only")
+        if exchange.user is None or not exchange.user.admin:
+            raise ProxyError("authentication", "this needs the owner's key, PROXY_API_KEY")
+        kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if exchange.method not in ("GET", "HEAD") and kind != "application/json":
+            raise ProxyError("media_type", "Content-Type: application/json is required")
 
     # Routes
 
@@ -15748,9 +16001,13 @@ class Handler:
                               or request.small not in config.small_requests):
             request = replace(request, small="")
         exchange.request = request
+        may_ask = exchange.user.models if exchange.user else ()
+        if may_ask and not any(fnmatch.fnmatchcase(request.model.lower(), p) for p in may_ask):
+            raise ProxyError("forbidden", f"this key may not ask for {request.model[:80]}; it may "
+                             f"ask for {', '.join(may_ask)}")
         record = exchange.record
-        record.asked, record.session = request.model[:80], request.conversation[:12]
-        record.agent, record.parent = request.agent[:80], request.parent[:80]
+        record.asked, record.session = cut(request.model, 80), request.conversation[:12]
+        record.agent, record.parent = cut(request.agent, 80), cut(request.parent, 80)
         exchange.state = exchange.dialect.answer_state(request, int(time.time()))
         if config.usage_scaling and exchange.dialect.scale:
             exchange.scale_window = config.client_window_tokens or request.window_tokens
@@ -15902,13 +16159,15 @@ def answer_root(handler: Handler, exchange: Exchange, match: Any) -> None:
 
 def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
     server, services = handler.server, handler.services
+    if exchange.is_stranger:        # a web page may have been rebound to it
+        exchange.send_json(200, {"status": "ok"})
+        return
     report = {"status": "ok", "version": VERSION, "pid": os.getpid(), "workers": services.workers,
               "uptime_s": int(time.monotonic() - server.started_at),
               "streams": len(server.relay.streams), "threads": server.workers.threads,
               **services.meters.snapshot()}
     if "deep=1" in exchange.query.split("&"):
-        if server.guard is not None:
-            server.guard.check(exchange.headers, time.monotonic())
+        server.guard.check(keys_of(exchange), time.monotonic())
         began = time.monotonic()
         limits = account_limits(services.pool)
         took_ms = int((time.monotonic() - began) * 1000)
@@ -15965,7 +16224,7 @@ def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
 
 
 GEMINI_PATH = r"/v1(?:beta\w*)?(?:/publishers/google|/projects/[^/]+/.+)?/(?:models|tunedModels)/.+"
-ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
+ROUTES = tuple(r._replace(pattern=re.compile(r.pattern), access=ACCESS[r.access]) for r in (
     # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
     Route("POST", r"(/v1|/anthropic)?(/v1)?/messages", "api",
           functools.partial(Handler.generate, dialect="anthropic")),
@@ -16001,6 +16260,20 @@ ROUTES = tuple(route._replace(pattern=re.compile(route.pattern)) for route in (
 ))
 
 
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """How clients are served by TLS, None where they are not; raises ConfigError."""
+    if not (config.tls_cert or config.tls_key):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:        # a password would be asked for on the terminal
+        context.load_cert_chain(os.path.expanduser(config.tls_cert),
+                                os.path.expanduser(config.tls_key) or None, password="")
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"tls_cert and tls_key cannot be used: {err}") from err
+    return context
+
+
 def bind_alone(sock: socket.socket, address: tuple) -> None:
     """Binds without http.server's reverse look-up of the host name, which may take seconds."""
     # on Windows SO_REUSEADDR would let two programs share the port
@@ -16019,7 +16292,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                  listener: socket.socket | None = None):
         self.listener = listener        # one that is bound already
         self.services, self.routes = services, ROUTES
-        self.guard = KeyGuard(services.config.api_key) if services.config.api_key else None
+        self.guard = KeyGuard(services)
+        self.tls = tls_context(services.config)
         self.connections: set[Downstream] = set()
         self._lock = threading.Lock()
         self.active = 0         # requests in threads
@@ -16041,6 +16315,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.socket = self.listener
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
+        scheme = "https" if self.tls else "http"
+        self.own_origins = {f"{scheme}://{name}:{self.server_port}" for name in LOOPBACK_NAMES}
 
     def process_request(self, request: Any, client_address: Any) -> None:
         downstream = Downstream(request)
@@ -16078,7 +16354,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _work(self, downstream: Downstream) -> None:
         try:
-            Handler(self, downstream).run()
+            if self.tls is None or downstream.shakes_hands(
+                    self.tls, time.monotonic() + self.services.config.client_head_timeout_s):
+                Handler(self, downstream).run()
+            else:
+                self.release(downstream)
         except Exception as err:        # a thread's top: log, close this connection, go on
             self.services.log.line("worker: %s", short_trace(err))
             self.release(downstream)
@@ -17956,7 +18236,9 @@ def sheet_lines(sheet: Iterable[Mapping]) -> list[str]:
 
 DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
 DEMO_PACE_S = 0.02
-_WEAK_KEYS = ("changeme", "sk-test", "your-api-key", "password", "secret", "example")
+_WEAK_KEYS = (      # words of samples, and of the README's own examples
+    "changeme", "change-me", "sk-test", "your", "password", "secret", "example", "sample", "dummy",
+    "test-", "placeholder", "default", "agproxy", "proxy_api_key", "12345", "abcde", "qwerty")
 
 
 SOURCE = os.path.abspath(__file__)      # also where its bytecode runs
@@ -17993,14 +18275,21 @@ def ask_person(question: str) -> str:
     return line.strip()
 
 
-def check_bind(config: Config) -> None:
-    """No address beyond loopback without a key that is worth the name."""
+def check_bind(config: Config, is_first: bool = True) -> None:
+    """No address beyond loopback without a key that is worth the name; and what is wrong with the
+    certificate is said before anything begins."""
+    is_secure = tls_context(config) is not None
     if config.host in ("127.0.0.1", "localhost", "::1"):
         return
     key = config.api_key
-    if len(key) < 16 or any(word in key.lower() for word in _WEAK_KEYS):
+    is_weak = len(key) < 16 or len(set(key)) < 8 or any(w in key.lower() for w in _WEAK_KEYS) or (
+        key in (key + key)[1:-1])       # one part, over and over
+    if is_weak and (key or not config.users):       # users' keys are known by their hashes only
         raise ConfigError(f"listening on {config.host} needs PROXY_API_KEY: at least 16 "
-                          "characters, not from documentation")
+                          "characters that cannot be guessed, not from documentation")
+    if is_first and not is_secure:
+        warn(f"clients reach {config.host} without TLS: whoever is on the way reads their keys and "
+             "prompts; --tls-cert and --tls-key change that")
 
 
 def touch_account(services: Services, candidate: Candidate) -> None:
@@ -18092,8 +18381,8 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
         sweep_temporaries(os.path.join(folder, "tokens"))
     with services_for(args, Log(log_out), flags, recovers=True) as services:
         config = services.config
-        check_bind(config)
         told = getattr(args, "as_worker", None)
+        check_bind(config, not told)
         with bind_errors(config):
             listener = told and shared_listener(config.host, config.port, told.listener)
             server = ProxyServer(services, config.host, config.port, listener)
@@ -18272,7 +18561,8 @@ def client_options(client: str, url: str) -> list[str]:
 def server_url(server: ProxyServer | Crew) -> str:
     host = server.services.config.host
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{server.server_port}"
+    scheme = "https" if server.services.config.tls_cert else "http"
+    return f"{scheme}://{host}:{server.server_port}"
 
 
 def lacks_account(args: argparse.Namespace) -> bool:
@@ -18315,7 +18605,8 @@ def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
     say(f"agproxy {VERSION} listens on {url}{others}{mode}")
     if services.workers > 1:
         say(f"workers   {services.workers} processes")
-    say("key       " + ("PROXY_API_KEY" if config.api_key else "none needed on this machine"))
+    say("key       " + ("PROXY_API_KEY" if config.api_key else "a user's" if config.users else
+                        "none needed on this machine"))
     say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
                                  for a, state in services.pool.states()))
     policies = {a.provider.policy for a in services.pool.accounts} - {""}
@@ -18379,7 +18670,12 @@ def command_run(args: argparse.Namespace) -> int:
     args.port = 0 if args.port is None else args.port
     with open(args.log_file or os.devnull, "a", encoding="utf-8") as out:
         with running_proxy(args, out) as server:
-            key = server.services.config.api_key
+            config = server.services.config
+            if config.users and not config.api_key:     # the client is none of them
+                import secrets
+                os.environ["PROXY_API_KEY"] = secrets.token_urlsafe(24)     # of a later edit, too
+                vars(config)["api_key"] = os.environ["PROXY_API_KEY"]
+            key = config.api_key
             url = server_url(server)
             environment = {**os.environ, **client_variables(args.client, url, key)}
             options = client_options(args.client, url)
@@ -19421,6 +19717,8 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
 def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", "-p", type=int, help="8080; 0 takes any free port")
     command.add_argument("--host", help="127.0.0.1; others need PROXY_API_KEY")
+    command.add_argument("--tls-cert", metavar="FILE", help="PEM certificate: serve by TLS")
+    command.add_argument("--tls-key", metavar="FILE", help="its key, if that is another file")
     command.add_argument("--strategy", choices=STRATEGY_NAMES, metavar="NAME",
                          help=", ".join(STRATEGY_NAMES))
     command.add_argument("--soft-limit", metavar="FRACTION",
@@ -19539,6 +19837,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def tell_crash(kind: type, err: BaseException, trace: Any, *thread: Any) -> None:
+    """The trace of what nobody expected, without secrets: messages of exceptions hold what they
+    were given."""
+    lines = "".join(traceback.format_exception(kind, err, trace)).splitlines()
+    print(*(redact(line) for line in lines), sep="\n", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -19552,7 +19857,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (ConfigError, ProxyError, OSError) as err:
         if args.debug:
-            traceback.print_exc()
+            tell_crash(type(err), err, err.__traceback__)
         print(f"agproxy: {redact(cause(err))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -19560,4 +19865,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook, threading.excepthook = tell_crash, lambda told: tell_crash(*told)
     sys.exit(main())

@@ -3273,16 +3273,46 @@ def test_a_sign_in_by_browser_ends_with_a_refresh_token(login):
         made.exchange("4/used-already", proxy.services.connections)
 
 
-def test_a_sign_in_by_paste_of_address_or_code_and_a_refusal(login):
+def test_a_sign_in_by_paste_of_an_address_and_a_refusal(login):
     proxy, made = login
-    for wrong in ("nonsense", "http://[x", "http://localhost/?code=4/abc12345&state=other", "4/x", "\udcff" * 20):
+    for wrong in ("nonsense", "http://[x", "http://localhost/?code=4/abc12345&state=other", "4/x", "\udcff" * 20, "4%2Fabcdefgh2",
+                  f"{made.redirect}?state={made.state}"):       # a bare code may be of anybody's sign-in
         assert made.take(wrong)
     assert made.take(f'"{made.redirect}?state={made.state}&code=4/abcdefgh1"') == "" and made.wait(1) == "4/abcdefgh1"
-    assert made.take("4%2Fabcdefgh2") == "" and made.wait(1) == "4/abcdefgh2"
+    with pytest.raises(ag.ProxyError, match="that code"):       # it was none of the vendor's: the next may be right
+        made.exchange("4/abcdefgh1", proxy.services.connections)
     assert "refused" in follow(consent(made, ""))[2]
     with pytest.raises(ag.ProxyError) as caught:
         made.wait(1)
     assert "access_denied" in caught.value.message
+
+
+def test_a_callback_counts_once_and_nothing_of_it_is_told_back(login):
+    _, made = login
+    right = f"state={made.state}&code=4/planted-code-1"
+    path = made.redirect.partition(f":{made.port}")[2]
+
+    def visit(raw):
+        with socket.create_connection(("127.0.0.1", made.port), timeout=30) as sock:
+            sock.sendall(raw + b"\r\nHost: localhost\r\n\r\n")
+            sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    for raw in (f"GET {path}?state=guessed&code=4/planted-code-1 HTTP/1.1", f"GET {path}?code=4/planted-code-1 HTTP/1.1",
+                f"GET {path}?state={made.state[:-1]}&code=4/planted-code-1 HTTP/1.1", f"POST {path}?{right} HTTP/1.1",
+                f"GET /elsewhere?{right} HTTP/1.1", f"GET /%2e{path}?{right} HTTP/1.1", f"GET {path}?{right} x HTTP/1.1",
+                f"GET {path}?{right} HTTP/9.9", f"{right}", f"GET {path}?state={made.state}&state=x&code=4/planted-code-1 HTTP/1.1",
+                f"GET {path}?code=4/planted-code-1&error=denied HTTP/1.1"):
+        out = visit(raw.encode())
+        assert b" 400 " in out[:20] or not raw.endswith("HTTP/1.1"), out
+        assert b"planted" not in out and made.state.encode() not in out and made._answers.empty(), raw
+    assert made.provider.redirect.startswith(("http://localhost", "http://127.0.0.1"))
+    first = visit(f"GET {path}?{right} HTTP/1.1".encode())
+    assert b" 200 " in first[:20] and b"no-store" in first and b"planted" not in first
+    assert b" 400 " in visit(f"GET {path}?state={made.state}&code=4/another HTTP/1.1".encode())[:20]
+    assert made.wait(1) == "4/planted-code-1" and made._answers.empty()
+    assert len(made.state) >= 22 and "code_challenge_method=S256" in made.url and made._verifier not in made.url
+    assert "planted-code-1" not in ag.redact("4/planted-code-1") and made._verifier not in ag.redact(made._verifier)
 
 
 def test_a_busy_callback_port_gives_way_and_the_exchange_uses_the_very_redirect(make_proxy):
@@ -3785,6 +3815,555 @@ def test_no_cors_header_unless_an_origin_is_named(make_proxy):
     assert status == 204 and headers["access-control-allow-origin"] == "https://ok.example"
     status, headers, _ = proxy.call("OPTIONS", "/v1/messages", None, {"Origin": "https://bad.example"})
     assert status == 403 and "access-control-allow-origin" not in headers
+
+
+KEY = "right-key-0123456789"
+# one path for each row of the routes table that needs the key
+GUARDED = [
+    ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"), ("POST", "/v1/responses/input_tokens"), ("GET", "/v1/responses"), ("GET", "/v1/responses/x1"),
+    ("POST", "/v1beta/models/m:generateContent"), ("POST", "/v1beta/models/m:countTokens"), ("POST", "/v1beta/models/m:other"),
+    ("GET", "/v1beta/models"), ("GET", "/v1/models"), ("GET", "/account-limits"), ("POST", "/refresh-token"),
+    ("GET", "/v1/files"), ("POST", "/admin/thing")]
+SPELLINGS = [
+    lambda p: p, str.upper, str.title, lambda p: "/" + p, lambda p: p + "/", lambda p: p + ";a=b", lambda p: p + "?key=wrong&x=1",
+    lambda p: p.replace("/", "//"), lambda p: "/." + p, lambda p: "/x/.." + p, lambda p: "/health/.." + p, lambda p: p + "%00",
+    lambda p: "/%2e%2e" + p, lambda p: p[:2] + "%" + p[2:3].encode().hex() + p[3:], lambda p: p.replace("/", "%2f"),
+    lambda p: p.replace("/", "/%20"), lambda p: "http://evil.example" + p, lambda p: "http://localhost//" + p, lambda p: p + "#/health",
+    lambda p: "/health?" + p, lambda p: p + "?deep=1", lambda p: "\\" + p[1:], lambda p: "/api/oauth/.." + p, lambda p: p + ".json"]
+CREDENTIALS = [
+    b"", b"x-api-key: wrong\r\n", b"x-api-key: \r\n", b"X-API-KEY: RIGHT-KEY-0123456789\r\n", b"x-goog-api-key: wrong\r\n",
+    b"Authorization: Bearer wrong\r\n", b"Authorization: Basic " + base64.b64encode(b"x:" + KEY.encode()) + b"\r\n",
+    b"Authorization: " + KEY.encode() + b"\r\n", b"Authorization: Bearer\r\n", b"authorization: bearer " + KEY.encode() + b"x\r\n",
+    b"x-api-key: " + KEY.encode() + b", " + KEY.encode() + b"\r\n", b"x-api-key: a\r\nx-api-key: " + KEY.encode() + b"\r\n",
+    b"x-goog-api-key: a\r\nx-goog-api-key: " + KEY.encode() + b"\r\n", b"x_api_key: " + KEY.encode() + b"\r\n",
+    b"Proxy-Authorization: Bearer " + KEY.encode() + b"\r\n", b"Cookie: key=" + KEY.encode() + b"\r\n",
+    b"X-Forwarded-For: 127.0.0.1\r\nX-Original-URL: /health\r\nX-HTTP-Method-Override: GET\r\n"]
+
+
+@pytest.fixture
+def guarded(make_proxy):
+    """A proxy with a key whose handlers only note that they were reached."""
+    def make(env, **settings):
+        proxy = make_proxy({"a": None}, env=env, **settings)
+        proxy.reached = []
+
+        def handle(handler, exchange, match):
+            proxy.reached.append((exchange.method, exchange.path))
+            exchange.send_json(200, {"reached": True})
+        proxy.server.routes = tuple(r._replace(handle=handle) for r in (*ag.ROUTES, ag.Route(
+            "GET POST", re.compile("/admin/thing"), ag.ACCESS["admin"], None)) if r.access.needs_key) + tuple(
+                r for r in ag.ROUTES if not r.access.needs_key)
+        return proxy
+    return make
+
+
+def test_no_spelling_of_path_or_credentials_gets_past_the_key(guarded):
+    proxy = guarded({"PROXY_API_KEY": KEY})
+    paths = {spell(path) for _, path in GUARDED for spell in SPELLINGS}
+    statuses = collections.Counter()
+    for number, path in enumerate(sorted(paths)):
+        for method in ("POST", "GET"):
+            # every credential at the plain paths, a few of them at each other spelling
+            for given in CREDENTIALS if ("POST", path) in GUARDED or ("GET", path) in GUARDED else (
+                    CREDENTIALS[number % len(CREDENTIALS)], CREDENTIALS[(number + 5) % len(CREDENTIALS)]):
+                out = proxy.raw(method.encode() + b" " + path.encode() + b" HTTP/1.1\r\nHost: localhost\r\n" + given + b"\r\n")
+                assert not proxy.reached, (method, path, given)
+                status = int(out.split(b" ")[1])
+                statuses[status] += 1
+                body = json.loads(out.partition(b"\r\n\r\n")[2])
+                is_public = path.startswith(("/health?", "/api/oauth/"))
+                assert status in (400, 401, 404, 405, 429) and "error" in body or status == 200 and is_public, (path, given, out)
+                assert KEY.encode() not in out
+    assert statuses[401] >= 20 and statuses[429] > 100 and statuses[404] > 100
+    for method, path in GUARDED:        # ... and a right one always does
+        for given in ("x-api-key", "X-GOOG-API-KEY", "Authorization"):
+            right = ("bearer " if given == "Authorization" else "") + KEY
+            others = {"Authorization": "Bearer wrong", "x-api-key": "wrong"}
+            headers = {**{n: v for n, v in others.items() if n.lower() != given.lower()}, given: right,
+                       "content-type": "application/json"}
+            assert proxy.call(method, path, b"{}", headers)[0] == 200, (method, path)
+    assert len(proxy.reached) == 3 * len(GUARDED)
+
+
+def test_a_query_key_counts_only_where_google_takes_it(guarded):
+    proxy = guarded({"PROXY_API_KEY": KEY})
+    for method, path in GUARDED:
+        got = proxy.call(method, f"{path}?x=1&key={KEY}", b"{}", {"x-goog-api-key": "wrong", "content-type": "application/json"})[0]
+        assert got == (200 if path.startswith("/v1beta/") else 401), path
+    assert KEY not in proxy.log_text()
+
+
+PAGES = dict((
+    ("rebound", ("Host", "evil.example:%d")), ("rebound by address", ("Host", "192.168.1.7:%d")), ("of all addresses", ("Host", "0.0.0.0:%d")),
+    ("trailing dot", ("Host", "localhost.:%d")), ("prefix", ("Host", "localhost.evil.example:%d")), ("other port", ("Host", "localhost:1")),
+    ("user's name", ("Host", "localhost:%d@evil.example")), ("no name", ("Host", "")), ("brackets", ("Host", "[::2]:%d")),
+    ("page", ("Origin", "http://evil.example")), ("file", ("Origin", "null")), ("empty port", ("Origin", "http://localhost:")),
+    ("another port", ("Origin", "http://localhost:1")), ("secure", ("Origin", "https://localhost:%d")),
+    ("like ours", ("Origin", "http://localhost:%d.evil.example")), ("in capitals", ("Origin", "HTTP://EVIL.EXAMPLE")),
+    ("image", ("Sec-Fetch-Site", "cross-site")), ("image of another port", ("Sec-Fetch-Site", "same-site"))))
+
+
+@pytest.mark.parametrize("env", [{}, {"PROXY_API_KEY": KEY}], ids=["keyless", "with a key"])
+def test_a_web_page_can_neither_use_nor_read_anything(guarded, env):
+    proxy = guarded(env)
+    for name, (header, value) in PAGES.items():
+        told = {header: value.replace("%d", str(proxy.port))}
+        for method, path in [*GUARDED, ("GET", "/"), ("GET", "/api/hello"), ("POST", "/api/event_logging/x"), ("OPTIONS", "/v1/messages")]:
+            for more in ({}, {"Content-Type": "text/plain"}, {"Access-Control-Request-Method": "POST",
+                                                               "Access-Control-Request-Headers": "x-api-key"}):
+                status, got, raw = proxy.call(method, path, b"{}", {**told, **more})
+                assert status in (401, 403, 429) and not any(n.startswith("access-control") for n in got), (name, path, raw)
+        status, _, raw = proxy.call("GET", "/health", None, told)
+        assert status == 403 or json.loads(raw) == {"status": "ok"}, name      # ours is told to nobody else
+    assert not proxy.reached
+    if env:     # a rebound page has no key; whoever has it may use any name
+        assert proxy.call("POST", "/v1/messages", b"{}", {"Host": "box.lan", "x-api-key": KEY})[0] == 200
+
+
+def test_own_names_of_the_host_are_served_in_any_case(guarded):
+    proxy = guarded({}, hosts=["Box.Lan"], cors_origins=["https://ok.example"])
+    for host in ("LocalHost:%d", "127.0.0.1:%d", "[::1]:%d", "box.lan", "BOX.LAN:99"):
+        assert proxy.call("POST", "/v1/messages", b"{}", {"Host": host.replace("%d", str(proxy.port))})[0] == 200, host
+    for origin, site in ((f"http://127.0.0.1:{proxy.port}", "same-origin"), ("https://ok.example", "cross-site")):
+        assert proxy.call("POST", "/v1/messages", b"{}", {"Origin": origin, "Sec-Fetch-Site": site})[0] == 200
+
+
+@pytest.mark.parametrize("value", ["*", "null", "evil.example", "https://a.example/"])
+def test_an_origin_that_would_let_any_page_in_is_no_setting(value):
+    with pytest.raises(ag.ConfigError):
+        ag.load_config("", {}, {"CORS_ORIGINS": value}, {})
+
+
+def test_the_admin_class_is_the_owners_on_this_machine_by_json(guarded, monkeypatch):
+    kind, key = {"content-type": "application/json; charset=utf-8"}, {"x-api-key": KEY}
+    keyless = guarded({})
+    assert keyless.call("POST", "/admin/thing", b"{}", kind)[0] == 401 and not keyless.reached
+    proxy = guarded({"PROXY_API_KEY": KEY})
+    vars(proxy.services.config)["users"] = (ag.UserKey("bob", hashed("bobs-key")), ag.UserKey("ann", hashed("anns-key"), admin=True))
+    for status, method, headers in (
+            (401, "GET", {}), (401, "GET", {"x-api-key": "bobs-key"}), (200, "GET", {"x-api-key": "anns-key"}), (200, "GET", key),
+            (200, "POST", {**key, **kind}), (415, "POST", key), (415, "POST", {**key, "content-type": "text/plain"}),
+            (415, "POST", {**key, "content-type": "application/x-www-form-urlencoded"}), (403, "GET", {**key, "host": "evil.example"}),
+            (403, "POST", {**key, **kind, "origin": "http://evil.example"})):
+        assert proxy.call(method, "/admin/thing", b"{}" if method == "POST" else None, headers)[0] == status, headers
+    for address, is_ours in (("::1", True), ("::ffff:127.0.0.1", True), ("127.9.9.9", True), ("192.168.1.7", False), ("fe80::1%eth0", False)):
+        assert ag.is_loopback(address) is is_ours
+    monkeypatch.setattr(ag, "is_loopback", lambda address: False)
+    assert proxy.call("GET", "/admin/thing", None, {**key, "x-forwarded-for": "127.0.0.1"})[0] == 403
+
+
+def hashed(key, salt=b"12345678"):
+    import hashlib
+    return f"scrypt:{salt.hex()}:{hashlib.scrypt(key.encode(), salt=salt, n=16384, r=8, p=1, dklen=32).hex()}"
+
+
+def guard_of(users=(), api_key="", clock=None):
+    config = ag.load_config("", {}, {"PROXY_API_KEY": api_key}, {"users": list(users)})
+    return ag.KeyGuard(type("Services", (), {"config": config, "clock": clock or FakeClock()})())
+
+
+def refusal(guard, given, now=0.0):
+    try:
+        return guard.check(given, now).user
+    except ag.ProxyError as err:
+        return err.rule.status
+
+
+def test_after_twenty_wrong_keys_one_a_second_is_looked_at_and_right_ones_pass(monkeypatch):
+    guard = guard_of([{"name": "ann", "keys": [{"key_hash": hashed("anns-key"), "hint": "-key"}]}], KEY)
+    assert [refusal(guard, ["", ""]) for _ in range(30)] == [401] * 30      # no key is no guess
+    assert [refusal(guard, ["guess"]) for _ in range(22)] == [401] * 20 + [429] * 2
+    assert [refusal(guard, ["guess"], now) for now in (0.9, 1.1, 1.2, 2.2)] == [429, 401, 429, 401]
+    assert refusal(guard, ["guess", KEY], 2.2) == "" and refusal(guard, ["guess", "anns-key"], 2.2) == "ann"
+
+
+def test_a_users_key_is_hashed_once_and_only_where_its_end_fits(monkeypatch):
+    clock, asked, scrypt = FakeClock(), [], ag.hashlib.scrypt
+    monkeypatch.setattr(ag.hashlib, "scrypt", lambda key, **more: asked.append(key) or scrypt(key, **more))
+    users = [{"name": "ann", "keys": [{"key_hash": hashed("ann-1-abcd"), "hint": "abcd"},
+                                      {"key_hash": hashed("ann-2-efgh"), "hint": "efgh", "expires_at": clock.at + 9}]},
+             {"name": "bob", "key_hash": hashed("bobs-key")}]
+    asked.clear()
+    guard = guard_of(users[:1], clock=clock)
+    assert [refusal(guard, [key]) for key in ("ann-1-abcd", "ann-2-efgh", "ann-1-abcd", "wrong", "")] == ["ann"] * 3 + [401] * 2
+    assert asked == [b"ann-1-abcd", b"ann-2-efgh"]
+    clock.at += 10
+    assert refusal(guard, ["ann-2-efgh"]) == 401 and refusal(guard, ["wrong-abcd"]) == 401
+    guard.services.config = guard_of(users[1:]).services.config     # an edit holds at once
+    assert refusal(guard, ["ann-1-abcd"]) == 401 and refusal(guard, ["bobs-key"]) == "bob"
+    assert guard_of().check([], 0) is None
+    count = len(asked)
+    assert refusal(guard, ["x"] * 3) == 401 and len(asked) == count + 3
+    for _ in range(30):
+        refusal(guard, ["x"])
+    assert len(asked) < count + 25 and refusal(guard, ["bobs-key"]) == "bob"       # known already
+
+
+@pytest.mark.parametrize("row", [
+    "x", {}, {"name": ""}, {"name": "a", "key_hash": "plain"}, {"name": "a", "key_hash": "scrypt:zz:aa"}, {"name": "a", "keys": "x"},
+    {"name": "a", "keys": [{}]}, {"name": "a", "key_hash": hashed("x"), "admin": 1}, {"name": "a", "key_hash": hashed("x"), "models": "x"},
+    {"name": "a", "keys": [{"key_hash": hashed("x"), "expires_at": "soon"}]}], ids=str)
+def test_a_wrong_user_is_named(row):
+    with pytest.raises(ag.ConfigError, match=r"users\.0"):
+        ag.load_config("", {}, {}, {"users": [row]})
+
+
+def test_a_user_asks_for_the_models_that_are_theirs(make_proxy):
+    proxy = make_proxy({"a": None})
+    vars(proxy.services.config)["users"] = (ag.UserKey("bob", hashed("bobs-key"), models=("gemini-3-*", "opus")),)
+    for model, status in (("gemini-3-flash", 200), ("OPUS", 200), ("sonnet", 403)):
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            body = {"model": model, "max_tokens": 9, "messages": [U]}
+            got, _, raw = proxy.call("POST", path, body, {"Authorization": "Bearer bobs-key"})
+            assert got == status and (status == 200 or "may not ask" in json.loads(raw)["error"]["message"])
+    assert proxy.call("POST", "/v1/messages", body)[0] == 401       # users make it keyed
+
+
+@pytest.mark.parametrize("key, is_good", [
+    ("", False), ("short", False), ("x" * 40, False), ("abcabcabcabcabcabc", False), ("changeme-changeme", False), ("your-api-key-1-abc", False),
+    ("sk-test-0a9s8d7f6g5h", False), ("1234567890123456", False), ("qp4Z1mVx8qp4Z1mVx8", False), ("the-agproxy-key-of-the-docs", False),
+    ("qp4Z1mVx8tR2uW9e", True), ("0f8b1c9d2e7a4630", True), ("violet tram seldom hums", True)])
+def test_beyond_loopback_the_key_must_be_a_strong_one(key, is_good, capsys):
+    config = ag.load_config("", {"host": "0.0.0.0"}, {"PROXY_API_KEY": key}, {})
+    if is_good:
+        ag.check_bind(config, is_first=False)
+        assert not capsys.readouterr().err
+        ag.check_bind(config)
+        assert capsys.readouterr().err.count("without TLS") == 1
+        return
+    with pytest.raises(ag.ConfigError, match="needs PROXY_API_KEY") as caught:
+        ag.check_bind(config)
+    assert not key or key not in str(caught.value)
+    ag.check_bind(ag.load_config("", {"host": "::1"}, {"PROXY_API_KEY": key}, {}))
+    assert not re.search(r"PROXY_API_KEY=[^$\s]", README)
+
+
+def pictured(client, place, url):
+    """A request of each dialect with a URL somewhere: in a turn, as a document, in a tool's result."""
+    image = {"type": "image", "source": {"type": "url", "url": url}}
+    if client == "anthropic":
+        content = [{"turn": image, "document": {"type": "document", "source": {"type": "url", "url": url}},
+                    "result": {"type": "tool_result", "tool_use_id": "t1", "content": [image]}}[place]]
+        told = [U, answered({"type": "tool_use", "id": "t1", "name": "f", "input": {}})] if place == "result" else []
+        return "/v1/messages", {"max_tokens": 9, "messages": [*told, said(*content)]}
+    if client == "chat":
+        part = {"type": "file", "file": {"file_data": url}} if place == "document" else {"type": "image_url", "image_url": {"url": url}}
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
+    if client == "responses":
+        part = {"type": "input_file", "file_url": url} if place == "document" else {"type": "input_image", "image_url": url}
+        call = {"call_id": "t1", "name": "f", "arguments": "{}", "type": "function_call"}
+        return "/v1/responses", {"input": [call, {"type": "function_call_output", "call_id": "t1", "output": [part]}]
+                                 if place == "result" else [{"role": "user", "content": [part]}]}
+    part = {"fileData": {"fileUri": url, "mimeType": "application/pdf" if place == "document" else "image/png"}}
+    return "/v1beta/models/m-1:generateContent", {"contents": [{"role": "user", "parts": [part]}]}
+
+
+@pytest.mark.parametrize("upstream", ["anthropic", "chat", "responses", "gemini"])
+def test_private_addresses_are_passed_to_no_upstream_and_no_request_names_its_own(make_proxy, upstream):
+    with socket.socket() as aside:
+        aside.bind(("127.0.0.1", 0))
+        aside.listen()
+        proxy = make_proxy({"a": None})
+        stage = Upstream((400, {}, b"{}"))
+        row = ag.load_config("", {}, {}, {"providers": {"p": {"dialect": upstream, "base_url": stage.url}}}).providers["p"]
+        proxy.pool.replace([ag.account_from_row({"name": "a", "provider": "p", "api_key": "key", "models": ["m-1"]}, {"p": row})],
+                           proxy.services.config.settings)
+        other = f"http://127.0.0.1:{aside.getsockname()[1]}"
+        for client, place in itertools.product(ag.DIALECT_IDS, ("turn", "document", "result")):
+            for url in (other + "/x.png", "http://169.254.169.254/latest", "http://[::ffff:10.0.0.1]/x", "http://0x7f.1/x",
+                        "http://me@localhost/x", "file:///etc/passwd"):
+                path, body = pictured(client, place, url)
+                body = body if client == "gemini" else {"model": "m-1", **body}
+                turns = next(body[n] for n in ("messages", "input", "contents") if n in body)
+                for unknown in ([], [{"role": "user", "content": [{"type": "news"}], "parts": [{"news": 1}]}]):
+                    turns[:0] = unknown         # what only an upstream of this dialect could judge is not read to its end
+                    status, _, raw = proxy.call("POST", path, body)
+                    assert status == 400 and not stage.heard, (client, place, url, raw)
+            path, body = pictured(client, place, "data:image/png;base64,iVBORw0KGgo=")
+            own = {"model": "m-1", "api_base": other, "base_url": other, "proxy": other}
+            proxy.call("POST", path + f"?base_url={other}", {**own, **body} if client != "gemini" else body, {
+                "x-base-url": other, "x-forwarded-host": other[7:], "x-original-url": other, "forwarded": "host=" + other[7:]})
+            stage.heard.clear()
+        stage.stop()
+        aside.setblocking(False)
+        with pytest.raises(BlockingIOError):        # nobody came by
+            aside.accept()
+
+
+# TLS towards clients
+
+@pytest.fixture
+def secure(make_proxy, tmp_path):
+    """A proxy that serves by TLS; `connect` gives a client's connection."""
+    import ssl
+    (tmp_path / "pair.pem").write_text(TLS_PAIR)
+    proxy = make_proxy({"a": None}, tls_cert=str(tmp_path / "pair.pem"))
+    context = ssl.create_default_context(cafile=str(tmp_path / "pair.pem"))
+    opened = []
+
+    def connect(context=context):
+        opened.append(context.wrap_socket(socket.create_connection(("127.0.0.1", proxy.port), 60), server_hostname="127.0.0.1"))
+        return opened[-1]
+    proxy.connect = connect
+    yield proxy
+    for sock in opened:
+        sock.close()
+
+
+def test_tls_clients_get_whole_streams_and_keep_their_connection(secure):
+    sock = secure.connect()
+    for pace in (0, 0.002):
+        secure.sim.pace_s = pace
+        body = json.dumps({"model": "gemini-3-flash", "max_tokens": 9000, "stream": True, "messages": [
+            {"role": "user", "content": "count to 400"}]}).encode()
+        request = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        out = b""
+        sock.sendall(request + request)         # the second while the first is answered
+        while out.count(ag.LAST_CHUNK) < 2:
+            more = sock.recv(65536)
+            assert more
+            out += more
+        assert out.count(b"HTTP/1.1 200") == 2 and out.count(b'"message_stop"}') == 2
+    assert sock.version() in ("TLSv1.2", "TLSv1.3")
+    until(lambda: not secure.server.relay.streams)
+
+
+def test_a_tls_client_that_says_goodbye_in_mid_answer_is_noticed(secure):
+    secure.sim.pace_s = 0.01
+    body = json.dumps({"model": "gemini-3-flash", "max_tokens": 65536, "stream": True, "messages": [
+        {"role": "user", "content": "count to 100000"}]}).encode()
+    for goodbye in (True, False):
+        sock = secure.connect()
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: secure.server.relay.streams)
+        with contextlib.suppress(OSError):
+            if goodbye:
+                sock.settimeout(0)
+                sock.unwrap()           # its alert only; the connection stays
+            else:
+                sock.close()
+        until(lambda: not secure.server.relay.streams and not secure.pool.in_flight)
+
+
+def test_who_speaks_no_tls_or_an_old_one_stops_nobody(secure):
+    import ssl
+    import warnings
+    silent = socket.create_connection(("127.0.0.1", secure.port))
+    plain = secure.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", wait=False)
+    assert b"HTTP" not in plain
+    half = socket.create_connection(("127.0.0.1", secure.port))
+    half.sendall(b"\x16\x03\x01")
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(OSError):
+        secure.connect(old)
+    sock = secure.connect()
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nOrigin: https://localhost:%d\r\nConnection: close\r\n\r\n" % secure.port)
+    out = b""
+    while True:
+        more = sock.recv(65536)
+        if not more:        # its goodbye: the answer was not cut
+            break
+        out += more
+    assert out.startswith(b"HTTP/1.1 200 ") and json.loads(out.partition(b"\r\n\r\n")[2])["status"] == "ok"
+    silent.close()
+    half.close()
+    until(lambda: not secure.server.connections)
+    assert not secure.log_text()
+
+
+def test_a_certificate_that_cannot_be_used_is_one_sentence(tmp_path):
+    (tmp_path / "pair.pem").write_text("no certificate")
+    for flags in (("--tls-cert", str(tmp_path / "none.pem")), ("--tls-cert", str(tmp_path / "pair.pem")), ("--tls-key", "x")):
+        done = run_program("serve", "--demo", "--port", "0", *flags)
+        assert done.returncode == 1 and "tls_cert and tls_key" in done.stderr and "Traceback" not in done.stderr
+
+
+# Secrets
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """An upstream that tells back every header, the query and a form's body, by the way `m-WAY` in the model's name says."""
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0)).decode()
+        told = "you sent " + "; ".join([self.path, *(f"{n}: {v}" for n, v in self.headers.items())])
+        if self.path.endswith("/token"):
+            form = dict(ag.urllib.parse.parse_qsl(raw))
+            self.server.forms.append(form)
+            told, way = told + raw + json.dumps(form), "400"
+        else:
+            way = (re.search(r"m-(\w+)", self.path + raw) or ["", "401"])[1]
+        error = {"type": "error", "error": {"type": "invalid_request_error", "code": 400, "status": "INVALID_ARGUMENT", "message": told}}
+        body, kind, status = json.dumps(error).encode(), "application/json", int(way) if way.isdigit() else 200
+        if way == "escaped":        # as PHP and others spell it
+            body, status = json.dumps(error).replace("/", "\\/").replace("Plant", "\\u0050lant").encode(), 400
+        elif way == "html":
+            body, kind, status = f"<html><title>{told}</title></html>".encode(), "text/html", 502
+        elif way == "garbage":
+            body = told.encode()
+        elif way == "event":
+            body, kind = b"event: error\ndata: " + body + b"\n\n", "text/event-stream"
+        self.send_response(400 if way == "reason" else status, told[:200] if way == "reason" else None)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.send_header("x-ratelimit-reset-requests", told[:900])
+        if status == 302:
+            self.send_header("location", "http://127.0.0.1:1/?key=" + told)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+WAYS = ("400", "escaped", "429", "500", "html", "garbage", "event", "302", "reason", "403", "401")
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """An accounts file with a secret wherever one can be, its upstream, and a server that runs by it."""
+    echo = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    echo.daemon_threads, echo.forms = True, []
+    threading.Thread(target=echo.serve_forever, args=(0.005,), daemon=True).start()
+    url = f"http://127.0.0.1:{echo.server_address[1]}"
+    names = "env file cmd odd refresh id client header pass owner wrong query prompt agent".split()
+    secrets = {name: f"Plant-{name}-{os.urandom(9).hex()}" for name in names}
+    secrets["odd"] += '/+="<&%41~'
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "word").write_text(secrets["file"])
+    (tmp_path / "kept" / "other").write_text(secrets["cmd"])
+    code = "import sys; print(open(sys.argv[1]).read())"
+    command = f'"{sys.executable}" -c "{code}" "{tmp_path / "kept" / "other"}"'
+    google = {"base_url": url, "token_url": url + "/token", "client_id": secrets["id"], "client_secret": secrets["client"]}
+    (tmp_path / "kept" / "accounts.json").write_text(json.dumps({
+        "settings": {"max_attempts": 1, "max_wait_s": 0, "max_empty_retries": 0},
+        "providers": {**{f"p{d}": {"dialect": d, "base_url": url} for d in ag.DIALECT_IDS}, "antigravity": google, "gemini-cli": google},
+        "accounts": [
+            {"name": "a", "provider": "panthropic", "api_key": "env:PLANTED"},
+            {"name": "c", "provider": "pchat", "api_key": "cmd:" + command, "headers": {"X-Auth-Team": secrets["header"]}},
+            {"name": "r", "provider": "presponses", "api_key": secrets["odd"]},
+            {"name": "g", "provider": "pgemini", "api_key": f"file:{tmp_path / 'kept' / 'word'}"},
+            {"name": "o", "provider": "antigravity", "refresh_token": secrets["refresh"]},
+            {"name": "p", "provider": "panthropic", "api_key": "x", "proxy": f"http://user:{secrets['pass']}@127.0.0.1:1"}]}))
+    env = {"ACCOUNTS_CONFIG_PATH": str(tmp_path / "kept" / "accounts.json"), "PLANTED": secrets["env"],
+           "PROXY_API_KEY": secrets["owner"], "HTTP_PROXY": "", "http_proxy": ""}
+    log = tmp_path / "log.txt"
+    with open(tmp_path / "out.txt", "wb") as out:
+        server = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--port", "0", "--debug", "--log-file", str(log)],
+                                  stdout=out, stderr=out, env={**os.environ, **env})
+    try:
+        until(lambda: b"connect" in bytes_of(tmp_path / "out.txt") or server.poll() is not None)
+        port = int(re.search(rb":(\d+)", bytes_of(tmp_path / "out.txt"))[1])
+        yield port, secrets, env, server, echo
+    finally:
+        server.terminate()
+        server.wait()
+        echo.shutdown()
+        echo.server_close()
+
+
+def told_to(port, method, path, body, headers):
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.request(method, path, body, headers)
+    answer = client.getresponse()
+    out = str(answer.status).encode() + str(answer.getheaders()).encode() + answer.read()
+    client.close()
+    return out
+
+
+def test_no_planted_secret_is_seen_anywhere(planted, tmp_path):
+    port, secrets, env, server, echo = planted
+    seen = {}
+
+    def ask(model, stream, client):
+        text = [{"role": "user", "content": secrets["prompt"]}]
+        path, body = {
+            "anthropic": ("/v1/messages", {"model": model, "max_tokens": 9, "messages": text}),
+            "chat": ("/v1/chat/completions", {"model": model, "messages": text}),
+            "responses": ("/v1/responses", {"model": model, "input": text, "store": False}),
+            "gemini": (f"/v1beta/models/{model}:{'streamG' if stream else 'g'}enerateContent",
+                       {"contents": [{"role": "user", "parts": [{"text": secrets["prompt"]}]}]})}[client]
+        body = json.dumps({**body, **({} if client == "gemini" else {"stream": stream})})
+        # its own query comes back to nobody but an upstream of its own language
+        query = f"beta=true&key={secrets['owner']}&auth_token={secrets['query']}" if client == "anthropic" else f"x={secrets['query']}"
+        seen[model, stream, client] = told_to(port, "POST", f"{path}?{query}", body, {
+            "Authorization": "Bearer " + secrets["owner"], "x-api-key": secrets["wrong"], "User-Agent": "x/" + secrets["agent"][:9]})
+
+    jobs = [(f"p{upstream}/m-{way}", stream, client) for way in WAYS for upstream in ag.DIALECT_IDS for stream in (True, False)
+            for client in (ag.DIALECT_IDS if way in ("400", "escaped") else (upstream,))]
+    jobs += [("gemini-3-flash", stream, client) for stream in (True, False) for client in ag.DIALECT_IDS]
+    for job in jobs:
+        ask(*job)
+    assert not any(a.startswith(b"200") and b"rror" not in a for a in seen.values())
+    assert echo.forms and echo.forms[0]["client_secret"] == secrets["client"]       # it was there to be told back
+    # wrong doors: paths, keys and lines that hold one
+    for number, (method, path, headers) in enumerate((
+            ("GET", "/v1/" + secrets["owner"], {}), ("POST", "/v1/messages?key=" + secrets["owner"], {}), ("GET", "/x?token=" + secrets["wrong"], {}),
+            ("POST", "/v1/messages", {"Authorization": "Bearer " + secrets["wrong"]}), ("GET", "/v1beta/models?key=" + secrets["wrong"], {}),
+            ("POST", "/refresh-token", {"x-api-key": secrets["owner"]}),
+            ("GET", "/account-limits", {"x-api-key": secrets["owner"]}), ("GET", "/health?deep=1", {"x-api-key": secrets["owner"]}))):
+        seen[number] = told_to(port, method, path, None, headers)
+    told_to(port, "POST", "/v1/messages", json.dumps({"model": secrets["owner"], "max_tokens": 1, "messages": []}), {"x-api-key": secrets["owner"]})
+    for words in ("accounts list --json", "accounts verify --debug", "quota --models", "why last", "why last --json", "explain panthropic/x",
+                  "routes", "models"):
+        done = run_program(*words.split(), env={**env, "DEBUG": "1"})
+        seen[words] = (done.stdout + done.stderr).encode()
+    if os.path.exists("/proc"):
+        seen["cmdline"] = bytes_of(f"/proc/{server.pid}/cmdline")
+    server.terminate()
+    assert server.wait() == 0 or os.name == "nt"
+    for folder, _, files in os.walk(tmp_path):
+        for name in files:
+            if name not in ("word", "other") and not name.startswith("accounts.json"):
+                seen[os.path.join(folder, name)] = bytes_of(os.path.join(folder, name))
+    assert any(name.endswith("state.db") for name in map(str, seen)) and b"m-400" in seen[str(tmp_path / "log.txt")]
+    found = [(where, name) for where, text in seen.items() for name, secret in secrets.items() if name != "agent"
+             for spelt in {secret, ag.urllib.parse.quote(secret, ""), json.dumps(secret)[1:-1]} if spelt.encode() in text]
+    assert found == [], "\n".join(f"{w} {n}: {seen[w][:600]}" for w, n in found)
+    if os.name == "posix":
+        for name in seen:
+            if str(name).startswith(str(tmp_path / "kept")):
+                assert os.stat(name).st_mode & 0o77 == 0, name
+
+
+def test_a_broken_handler_tells_no_secret(make_proxy, capsys):
+    proxy = make_proxy({"a": None})
+    ag.remember_secret("planted-secret-1")
+
+    def fail(handler, exchange, match):
+        raise RuntimeError("http://x/?key=abcdef planted-secret-1 planted%2Dsecret%2D1 me@x.org\n" + "long " * 300)
+    proxy.server.routes = tuple(r._replace(handle=fail) for r in ag.ROUTES)
+    status, _, raw = proxy.call("POST", "/v1/messages", b"{}")
+    assert status == 500 and b"planted" not in raw and b"its log says why" in raw
+    log = proxy.log_text()
+    assert "RuntimeError" in log and "[secret]" in log and len(log.splitlines()) == 2 and not set(("planted-secret-1", "abcdef", "me@x.org")) & set(log.split())
+    try:
+        fail(None, None, None)
+    except RuntimeError as err:
+        ag.tell_crash(type(err), err, err.__traceback__)
+    out = capsys.readouterr().err
+    assert "Traceback" in out and "RuntimeError" in out and not re.search("planted-secret-1|abcdef|x.org", out)
+
+
+def test_what_clients_say_stays_one_short_line_in_the_log(make_proxy):
+    proxy = make_proxy({"a": None})
+    ag.remember_secret("planted-secret-2")
+    name = "x\n12:00:00 forged \x1b[31m\u2028" + "planted-secret-2" + "y" * 900
+    for body in ({"model": name, "max_tokens": 9, "messages": [U]}, {"model": "opus", "max_tokens": name, "messages": [U]},
+                 {"model": "m" * 70 + "planted-secret-2", "max_tokens": 9, "messages": [U]}):
+        proxy.call("POST", "/v1/messages", body, {"user-agent": "a" * 30 + "planted-secret-2"})
+    proxy.call("GET", "/" + "z" * 3000)
+    proxy.call("GET", "/" + "z" * 190 + "planted-secret-2")
+    log = proxy.log_text()
+    assert not re.search("planted-|\x1b|\u2028|y{201}|z{201}", log) and "\n12:00:00 forged" not in log
+    assert len(log.splitlines()) == 5
 
 
 def open_stream(proxy, text="count to 100000"):
@@ -5211,7 +5790,7 @@ def test_a_service_with_models_of_its_own_stands_in_last():
 
 def test_a_pool_of_both_kinds_serves_what_only_one_can_take(make_proxy):
     proxy = mixed(make_proxy)
-    foreign = {"model": "claude-sonnet-4-6", "messages": [said({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})]}
+    foreign = {"model": "claude-sonnet-4-6", "messages": [said({"type": "image", "source": {"type": "url", "url": "https://x.org/y.png"}})]}
     assert proxy.ask(**foreign)[1]["x-agproxy-account"] == "n"
     assert proxy.ask(**{**foreign, "model": "gemini-3-flash"})[0] == 400
     proxy.pool.stop(proxy.pool.accounts[3], ag.ProxyError("revoked", "x"))
@@ -5420,7 +5999,7 @@ def test_a_limit_is_told_in_our_words_with_the_upstreams_limit_headers_only(stag
 def test_a_variant_keeps_what_it_does_not_name(staged):
     good = (200, {}, b'{"type":"message","model":"m","content":[]}')
     proxy = staged(good, provider="anthropic")
-    url = [said({"type": "image", "source": {"type": "url", "url": "https://x/y"}})]
+    url = [said({"type": "image", "source": {"type": "url", "url": "https://x.org/y"}})]
     shape = {"type": "json_schema", "schema": {}}
     proxy.ask(model="claude-opus-4-8-high", messages=url, output_config={"format": shape})
     proxy.ask(model="claude-opus-4-8(9000)", max_tokens=4096)
@@ -6289,14 +6868,25 @@ def test_the_environment_names_a_proxy(environ, url, expected):
     ("http://127.0.0.1/x", False), ("http://localhost:8080/x", False), ("http://169.254.169.254/latest", False), ("http://10.0.0.1/", False),
     ("http://[::1]/", False), ("http://[::ffff:10.0.0.1]/", False), ("http://2130706433/", False), ("http://0x7f000001/", False),
     ("http://0177.0.0.1/", False), ("http://127.1/", False), ("http://metadata.google.internal/", False), ("http://nas.local/", False),
-    ("http://LOCALHOST./", False), ("file:///etc/passwd", None), ("ftp://x.com/a", None))])
+    ("http://LOCALHOST./", False), ("file:///etc/passwd", None), ("ftp://x.com/a", None), ("gs://bucket/a.png", True),
+    ("https://xn--bcher-kva.example/a b.png?u=me@x.org", True), ("https://8.8.8.8.example.com/", True),
+    ("http://router/", False), ("http://nas.home.arpa/", False), ("http://a.localdomain/", False), ("http://100.100.100.200/", False),
+    ("http://168.63.129.16/", False), ("http://224.0.0.1/", False), ("http://0.0.0.0/", False), ("http://0/", False),
+    ("http://127.0.0.0x1/", False), ("http://1.1.1/", False), ("http://1.2.3.4.5/", False), ("http://[fe80::1]/", False),
+    ("http://[fd00:ec2::254]/", False), ("http://[::ffff:7f00:1]/", False), ("http://[::127.0.0.1]/", False),
+    ("http://[64:ff9b::7f00:1]/", False), ("http://[2002:7f00:1::]/", False), ("http://[2001:0:7f00:1::]/", False),
+    ("http://%31%32%37.0.0.1/", False), ("http://127。0。0。1/", False), ("http://①②⑦.0.0.1/", False),
+    ("http://127.0.0.1@example.com/", None), ("http://example.com@127.0.0.1/", None), ("http://127.0.0.1\\@example.com/", None),
+    ("http://example.com\\@127.0.0.1/", None), ("http:\\\\127.0.0.1/", None), ("http://exam\tple.com/", None), ("http:127.0.0.1", None),
+    ("http:///127.0.0.1/", None), ("gopher://127.0.0.1/", None), ("http://", None), ("//127.0.0.1/", None), ("files/abc", None))])
 def test_urls_into_private_networks_are_not_passed_on(url, is_ok):
     if is_ok:
         assert ag.media_of_url(url, "image/*", "p").url == url
         return
     with pytest.raises(ag.ProxyError) as caught:
         ag.media_of_url(url, "image/*", "p")
-    assert caught.value.kind == ("bad_request" if is_ok is False else "invalid_request") and caught.value.message.startswith("p:")
+    assert caught.value.kind == ("bad_request" if ":" in url or "//" in url else "invalid_request")
+    assert caught.value.message.startswith("p:") and ("private" in caught.value.message) is (is_ok is False)
 
 
 # Keys of other kinds
