@@ -124,6 +124,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import itertools
 import json
 import queue
@@ -198,7 +199,7 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "max_empty_retries": Setting(2, "", "repeats after an empty answer"),
     "max_wait_s": Setting(120, "", "longest wait for an account to be released"),
     "connect_timeout_s": Setting(10, "", "TCP and TLS together"),
-    "first_byte_timeout_s": Setting(150, "", "thinking models stay silent for over a minute"),
+    "first_byte_timeout_s": Setting(150, "", "until an answer's body begins; thinking takes time"),
     "idle_timeout_s": Setting(300, "", "silence of the upstream in mid-answer"),
     "unary_timeout_s": Setting(290, "",
                                "non-streaming request in all; Claude Code gives up at 300"),
@@ -220,6 +221,8 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
 }
 
 WORKER_LASTS_S = 60             # a worker process that lived longer is begun again after 1 s
+RETRY_WINDOW_S = 10             # of all requests' tries that begin in such a time, repeats are
+RETRY_SHARE, RETRIES_PER_S = 0.2, 3     # ... at most this part of the requests, and so many more
 LAST_TRY_BEGINS_S = 240         # no try begins later into a request (clients give up at 300)
 HOLD_S = 15                     # the status line waits this long for the first content
 PING_EVERY_S = 10               # silence towards a streaming client before a ping
@@ -265,6 +268,7 @@ GUESSED_REST_S = {              # rests nobody stated, by consecutive failures o
     "capacity": (5, 10, 20, 30, 60), "host": (20,), "token": (5, 20, 60, 300),
     "hour": (3600,), "day": (86400,), "version": (600,),
 }
+PROBE_LASTS_S = 10              # one request tests a guessed rest; after so long another may too
 HOME_WAIT_S = 3                 # a conversation waits so long for its account while that is busy
 HOME_WARM_S = 300               # ... if it was served there so lately: prompt caches live minutes
 RAMP_START, RAMP_END = 8, 64    # requests at a time after a switch, doubled by each success
@@ -682,6 +686,7 @@ class ProxyError(Exception):
         self.verbatim: tuple | None = None
         self.headers: dict = {}     # limits that the upstream told with it
         self.retry_at = 0.0         # epoch seconds of `retry_after_s`, where whoever tells it knows
+        self.clock = ""             # the setting whose time was up
 
 
 class ConfigError(Exception):
@@ -1381,6 +1386,25 @@ def human_s(seconds: float) -> str:
             rest = seconds % size // smaller
             return f"{seconds // size}{unit} {rest}{name}" if rest else f"{seconds // size}{unit}"
     return f"{seconds}s"
+
+
+class Deadline:
+    """Until when something has to happen.  Whoever waits for it raises `error`, which names the
+    clock: what did not happen, within what time, and the setting that says so ("" for none)."""
+    __slots__ = ("at", "seconds", "what", "setting")
+
+    def __init__(self, seconds: float, what: str, setting: str = "", began: float | None = None):
+        self.at = (time.monotonic() if began is None else began) + seconds
+        self.seconds, self.what, self.setting = seconds, what, setting
+
+    def left_s(self) -> float:
+        return max(0.0, self.at - time.monotonic())
+
+    def error(self, kind: str = "stall") -> ProxyError:
+        told = human_s(self.seconds) if self.seconds >= 1 else f"{self.seconds:g}s"
+        error = ProxyError(kind, f"{self.what} {told}" + f" ({self.setting})" * bool(self.setting))
+        error.clock = self.setting
+        return error
 
 
 _DURATION = re.compile(r"(?:(\d+)d)?\s*(?:(\d+)h)?\s*(?:(\d+)m(?!s))?\s*(?:(\d+(?:\.\d+)?)s)?"
@@ -2892,6 +2916,9 @@ def parse_request_line(first: bytes) -> RequestLine:
     return RequestLine(method.decode("ascii"), path, query, version == b"HTTP/1.0")
 
 
+BODY_ENCODINGS = frozenset(("", "identity", "gzip", "x-gzip", "deflate"))
+
+
 class BodyReader:
     """Takes a message body out of raw bytes: by length, chunked, or until the connection closes,
     gzip or deflate undone.  `done` is set when the framing itself says so; what follows is `rest`.
@@ -3084,6 +3111,7 @@ class SseSplitter:
                 self._parts.append(data)
                 self._size += len(data)
             if self._size > MAX_EVENT_BYTES:
+                self._parts, self._size = [], 0
                 raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
             return []
         whole, rest = data[:cut], data[cut:]
@@ -3884,7 +3912,8 @@ class Assembler:
     def end(self) -> list:
         """The upstream's end.  Raises ProxyError `cut` where no finish was seen, `empty` where
         nothing usable came: a truncated answer never looks complete."""
-        if self.stop is None and not self.calls:
+        is_half = bool(self._streamed) and not is_json("".join(self._streamed))  # its last call
+        if self.stop is None and (is_half or not self.calls):
             raise ProxyError("cut", "the upstream ended its answer without a finish")
         out: list = []
         held, self._held = self._held, None
@@ -3901,9 +3930,7 @@ class Assembler:
         if not self.has_text and not self.calls and stop is Stop.END:
             self._switch(Kind.TEXT, out)        # only thinking came: some clients need a text
         self._close(out)
-        is_cut = stop is Stop.LENGTH and bool(self._streamed) and not is_json(
-            "".join(self._streamed))        # in the middle of its last call
-        if (self.calls or stop is Stop.TOOL) and not is_cut:
+        if (self.calls or stop is Stop.TOOL) and not (is_half and stop is Stop.LENGTH):
             stop = Stop.TOOL if self.calls else Stop.END
         out.append(Finish(stop or Stop.END, self.known_usage(), word if is_sequence else None,
                           word if stop is Stop.REFUSAL else ""))
@@ -10099,19 +10126,21 @@ def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
 # account and no dialect.
 
 
-def readable(socks: list, timeout_s: float) -> list:
+def readable(socks: list, timeout_s: float, sending: Any = None) -> list:
     """Those of `socks` with something to read (or an end), after at most `timeout_s`.  Bytes that
-    TLS has already taken off the wire count."""
+    TLS has already taken off the wire count.  `sending`, one of them, also when it takes bytes."""
     ready = [s for s in socks if isinstance(s, ssl.SSLSocket) and s.pending()]
     if ready:
         return ready
     if hasattr(select, "poll"):         # select() cannot watch descriptors above 1,023
         poll = select.poll()
         by_number = {s.fileno(): s for s in socks}
-        for number in by_number:
-            poll.register(number, select.POLLIN)
+        for number, sock in by_number.items():
+            poll.register(number, select.POLLIN | (select.POLLOUT if sock is sending else 0))
         return [by_number[number] for number, _ in poll.poll(max(0.0, timeout_s) * 1000)]
-    return select.select(socks, [], [], max(0.0, timeout_s))[0]
+    takes = [sending] if sending is not None else []
+    found = select.select(socks, takes, [], max(0.0, timeout_s))
+    return [s for s in socks if s in found[0] or s in found[1]]
 
 
 # Sockets on the path of a request never block: a timeout would cost an ioctl whenever it is set,
@@ -10119,12 +10148,11 @@ def readable(socks: list, timeout_s: float) -> list:
 NOT_YET = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-def receive(sock: socket.socket, wait: Callable[[Any, float], None], timeout_s: float) -> bytes:
+def receive(sock: socket.socket, wait: Callable[..., None], deadline: Deadline) -> bytes:
     """One recv.  A readable TLS socket may hold no data (session tickets, half a record): waited on
     again, within the same deadline."""
-    deadline = time.monotonic() + timeout_s
     while True:
-        wait(sock, max(0.0, deadline - time.monotonic()))
+        wait(sock, deadline)
         try:
             return sock.recv(RECV_BYTES)
         except NOT_YET:
@@ -10146,17 +10174,16 @@ def send_all(sock: socket.socket, data: bytes) -> None:
     while left:
         try:
             left = left[sock.send(left):]
-        except ssl.SSLWantReadError:
-            readable([sock], SEND_STALL_S)
-        except NOT_YET:
-            if not writable(sock, SEND_STALL_S):
+        except NOT_YET as err:
+            wants_read = isinstance(err, ssl.SSLWantReadError)      # TLS speaks for itself
+            if not (readable([sock], SEND_STALL_S) if wants_read else writable(sock, SEND_STALL_S)):
                 raise socket.timeout("nothing is taken") from None
 
 
-def network_error(err: BaseException, host: str) -> ProxyError:
+def network_error(err: BaseException, host: str, clock: Deadline | None = None) -> ProxyError:
     """What an OSError or http.client's exception means: one sentence, no URL, no secret."""
     if isinstance(err, (socket.timeout, TimeoutError)):
-        return ProxyError("stall", f"{host} did not answer in time")
+        return clock.error() if clock else ProxyError("stall", f"{host} did not answer in time")
     text = err.strerror if isinstance(err, OSError) and err.strerror else type(err).__name__
     return ProxyError("network", f"{host} cannot be reached: {text}")
 
@@ -10167,11 +10194,42 @@ class Connection:
     def __init__(self, key: tuple, sock: socket.socket):
         self.key, self.sock = key, sock
         self.is_used = False        # has served a request: a failed write may be its age
+        self.is_in_step = True      # all of its last request was sent
         self.idle_since = 0.0
 
     @property
     def host(self) -> str:
         return self.key[1]
+
+    def send(self, message: bytes, wait: Callable[..., None]) -> bytes:
+        """Sends a message, listening: gives what was said before all of it was taken (mostly that
+        it is too big), after which no more of it goes out.  Raises OSError, and as `wait` does."""
+        left, said, sock = memoryview(message), b"", self.sock
+        while left:
+            wants_read = False
+            try:
+                left = left[sock.send(left):]
+                continue
+            except NOT_YET as err:
+                wants_read = isinstance(err, ssl.SSLWantReadError)      # TLS speaks for itself
+            except OSError:         # it hung up: what it said before that counts
+                self.is_in_step = False
+                with contextlib.suppress(OSError):
+                    said += sock.recv(RECV_BYTES)
+                if said:
+                    return said
+                raise
+            wait(sock, Deadline(SEND_STALL_S, f"{self.host} took no more of the request for"),
+                 not wants_read)
+            try:
+                more = sock.recv(RECV_BYTES)
+            except NOT_YET:
+                continue
+            said += more
+            if not more or not said.startswith(b"HTTP/1.1 1"):      # a `continue` is no answer
+                self.is_in_step = False
+                return said
+        return said
 
     def close(self) -> None:
         with contextlib.suppress(OSError):      # it may be gone already
@@ -10315,7 +10373,8 @@ class ConnectionCache:
         try:
             return Connection(key, self._open(key, timeout_s))
         except (OSError, http.client.HTTPException, ValueError) as err:
-            raise network_error(err, str(place[1])) from err
+            raise network_error(err, str(place[1]), Deadline(
+                timeout_s, f"{place[1]} took no connection within", "connect_timeout_s")) from err
 
     def give(self, connection: Connection) -> None:
         """Keeps a connection whose last answer was read to its end, and no byte more."""
@@ -10326,6 +10385,17 @@ class ConnectionCache:
                 kept.append(connection)
                 return
         connection.close()
+
+    def sweep(self) -> None:
+        """Closes what nobody used for so long that nobody will: after a crowd they would stay."""
+        oldest = self.clock.monotonic() - UPSTREAM_IDLE_S
+        with self._lock:
+            late = [c for row in self._idle.values() for c in row if c.idle_since < oldest]
+            if late:
+                self._idle = {key: [c for c in row if c.idle_since >= oldest]
+                              for key, row in self._idle.items()}
+        for connection in late:
+            connection.close()
 
     def close(self) -> None:
         with self._lock:
@@ -10378,16 +10448,41 @@ class ConnectionCache:
         return opener.sock
 
 
+class TimedSocket(io.RawIOBase):
+    """What http.client needs of a socket, all of it before one deadline: a timeout of each read
+    does not stop one byte a second."""
+
+    def __init__(self, sock: socket.socket, clock: Deadline):
+        self.sock, self.clock = sock, clock
+
+    def makefile(self, mode: str) -> Any:
+        return io.BufferedReader(self)
+
+    def sendall(self, data: bytes) -> None:
+        self.sock.settimeout(max(0.001, self.clock.left_s()))
+        self.sock.sendall(data)
+
+    def close(self) -> None:
+        pass            # http.client lets go of it before it is read; who opened it closes it
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.sock.settimeout(max(0.001, self.clock.left_s()))
+        return self.sock.recv_into(buffer)
+
+
 def simple_call(connections: ConnectionCache, method: str, url: str, headers: Mapping[str, str],
                 body: bytes | None = None,
                 proxy: str = "",
                 timeout_s: float = TOKEN_TIMEOUT_S) -> tuple[int, dict, bytes]:
     """(status, lower-case headers, body) of a small call: tokens, projects.  Raises ProxyError."""
     parts = urllib.parse.urlsplit(url)
+    clock = Deadline(timeout_s, f"{parts.hostname} gave no answer within")
     connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, proxy, True)
     client = http.client.HTTPConnection("upstream")     # is connected already
-    client.sock = connection.sock
-    client.sock.settimeout(timeout_s)
+    client.sock = TimedSocket(connection.sock, clock)
     try:
         path = parts.path + ("?" + parts.query if parts.query else "")
         client.request(method, path or "/", body, {
@@ -10396,7 +10491,7 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
         data = response.read(MAX_REPLY_BYTES)
         return response.status, {k.lower(): v for k, v in response.getheaders()}, data
     except (OSError, http.client.HTTPException, ValueError) as err:
-        raise network_error(err, connection.host) from err
+        raise network_error(err, connection.host, clock) from err
     finally:
         connection.close()
 
@@ -11265,7 +11360,7 @@ class AccountPool:
         self._lock = threading.Lock()
         self._last: dict[str, str] = {}                     # model id -> account name
         self.bindings, self.queue = Bindings(), Queue()
-        self._probing: set[tuple] = set()                   # keys of candidates under test
+        self._probing: dict[tuple, float] = {}  # keys of candidates under test, since (monotonic)
         self._virtual = 0.0
         self._turns: dict[tuple, int] = {}                  # (group, conversation) -> first member
         # candidates by model ids, and models by names: as long as accounts and facts stay
@@ -11585,8 +11680,11 @@ class AccountPool:
     def _choose(self, sheet: tuple, ask: Ask, now: float) -> tuple[Verdict | None, str]:
         model = sheet[0].candidate.model.id if sheet else ""
         bound = [pair for pair, _ in self._bound(ask, model, now)]
+        # a test that hangs must not keep everybody from one that would not
+        since = self.clock.monotonic() - PROBE_LASTS_S if self._probing else 0
+        probing = [key for key, began in self._probing.items() if began >= since]
         return choose(sheet, self.settings.get("strategy", "sticky"), self._last.get(model, ""),
-                      bound, self._probing, self._virtual)
+                      bound, probing, self._virtual)
 
     def _bound(self, ask: Ask, model: str, now: float) -> list[tuple[tuple, float]]:
         if self.settings.get("strategy") == "round-robin":
@@ -11621,7 +11719,7 @@ class AccountPool:
         account.served = self._virtual + 1 / max(weight, 1e-3)
         if chosen.state == "guessed":
             lease.is_probe = True
-            self._probing.add(chosen.candidate.key)
+            self._probing[chosen.candidate.key] = self.clock.monotonic()
         if ask.session:
             self.bindings.bind(ask.session, model, chosen.candidate.pair, now,
                                self.settings.get("affinity_s", 3600))
@@ -11642,7 +11740,7 @@ class AccountPool:
             candidate.account.in_flight -= 1
             self.in_flight -= 1
             if lease.is_probe:
-                self._probing.discard(candidate.key)
+                self._probing.pop(candidate.key, None)
             if is_success:
                 self.rests.succeeded(candidate, lease.began_at, now)
                 self._feel(candidate.account, "success", now)
@@ -11656,7 +11754,7 @@ class AccountPool:
         with self._lock:
             if lease.is_probe:
                 lease.is_probe = False
-                self._probing.discard(lease.candidate.key)
+                self._probing.pop(lease.candidate.key, None)
             self.rests.succeeded(lease.candidate, lease.began_at, self.clock.now())
             if account.ramp:
                 account.ramp = account.ramp * 2 if account.ramp < RAMP_END else 0
@@ -13680,7 +13778,8 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, now: float,
                  and (not row.reason.pattern or row.reason.search(reasons))
                  and (not row.text.pattern or row.text.search(facts.message))), "")
     if not kind:
-        kind = "server" if status >= 500 else "bad_request"
+        # what is neither refusal nor answer (a redirect, nothing) is somebody else in between
+        kind = "bad_request" if 400 <= status < 500 or status < 100 else "server"
         if status == 429:
             kind = "soft_429" if facts.delay_s is None else "rate"
     if kind == "too_long":
@@ -13764,7 +13863,12 @@ class Pipe:
         """Whether what was told cannot be taken back; Gemini's clients get calls whole."""
         return self.assembler.begun and self.has_said
 
+    @property
+    def has_finish(self) -> bool:
+        return self.assembler.stop is not None
+
     leaves_whole = False        # where it ends an answer, the upstream has more to say
+    tells_finish = False        # the finish goes out as it comes, not at the end
 
     def usage(self) -> Usage:
         self._read_usages()
@@ -13793,11 +13897,13 @@ class Pipe:
         try:
             work(out, *values)
         except UpstreamFault as err:
-            self.fault = self.understand(err.body)
+            if not (self.tells_finish and self.has_finish):
+                self.fault = self.understand(err.body)
         except ProxyError as err:
             self.fault = err.with_traceback(None)       # whose frames would hold this Pipe
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as err:
-            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
+            if work == self._end or not self.has_finish:    # what comes after it is of no interest
+                self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
         return "".join(out).encode("utf-8")
 
     def _events(self, out: list[str], data: bytes) -> None:
@@ -13901,6 +14007,10 @@ class RelayPipe(Pipe):
     def has_content(self) -> bool:
         return self.is_stream and self.machine.has_content
 
+    @property
+    def has_finish(self) -> bool:
+        return self.is_stream and self.machine.has_finish
+
     def usage(self) -> Usage:
         return self.machine.usage()
 
@@ -13914,7 +14024,7 @@ class RelayPipe(Pipe):
         self._parts.append(data)
         return b""
 
-    leaves_whole = True
+    leaves_whole = tells_finish = True
 
     def _events(self, out: list[str], data: bytes) -> None:
         for event in self.splitter.feed(data):
@@ -13926,9 +14036,10 @@ class RelayPipe(Pipe):
             return
         for event in self.splitter.end():       # without its empty line: perhaps half of one
             data = next((line[5:] for line in event.split("\n") if line[:5] == "data:"), "")
-            if not self.machine.has_finish and data.strip() not in ("", "[DONE]"):
-                json_decode(data.encode("utf-8"))       # raises: the answer was cut
-            self._event(event, out)
+            if data.strip() in ("", "[DONE]") or is_json(data):
+                self._event(event, out)
+            elif not self.machine.has_finish:
+                raise ValueError("it ends within an event")
         if not self.is_done:
             out.append(self.machine.end())
 
@@ -14015,7 +14126,7 @@ class Call(NamedTuple):
     proxy: str
     pipe: Pipe
     understand: Callable[[int, Mapping, Any], ProxyError]      # (status, headers, raw body)
-    first_byte_s: float
+    begins: tuple               # (seconds, setting) until the body's first byte
     max_bytes: int = 1 << 40
 
 
@@ -14038,9 +14149,17 @@ class UpstreamAnswer:
         except NOT_YET:
             return None
         except OSError as err:
-            self.fault = network_error(err, self.connection.host)
-            return b""
+            return self.fail(network_error(err, self.connection.host))
         return self.take(data)
+
+    def fail(self, error: ProxyError) -> bytes:
+        """Its output where something ends it.  One whose finish is told is whole whatever becomes
+        of its connection: no client is to get both a finish and an error."""
+        if self.pipe.tells_finish and self.pipe.has_finish:
+            self.is_done = True
+            return self.pipe.end()
+        self.fault = error
+        return b""
 
     def _finish_body(self) -> None:
         """The answer is over before its body: mostly only the framing's end is left, and the
@@ -14057,8 +14176,7 @@ class UpstreamAnswer:
         try:
             body = self.body.feed(data) if data else b""
         except (ValueError, OverflowError) as err:
-            self.fault = ProxyError("cut", f"the upstream's answer is damaged: {err}")
-            return b""
+            return self.fail(ProxyError("cut", f"the upstream's answer is damaged: {err}"))
         out = pipe.feed(body)
         if pipe.fault is not None:
             self.fault = pipe.fault
@@ -14071,29 +14189,14 @@ class UpstreamAnswer:
             self.is_done = self.fault is None
             self.is_reusable = self.keeps_alive and self.body.done and not self.body.rest
         elif not data:
-            self.fault = ProxyError("cut", "the upstream closed the connection in mid-answer")
+            out += self.fail(
+                ProxyError("cut", "the upstream closed the connection in mid-answer"))
         return out
 
 
-def _early_answer(sock: socket.socket, message: bytes) -> bytes:
-    """Sends all of a message; gives what was said by one who hung up before that: mostly that it is
-    too big.  Raises OSError."""
-    try:
-        send_all(sock, message)
-    except socket.timeout:
-        raise           # it is still there: nothing may follow half a message
-    except OSError as err:
-        with contextlib.suppress(OSError):      # it said nothing: the failure is all there is
-            data = sock.recv(RECV_BYTES)
-            if data:
-                return data
-        raise err
-    return b""
-
-
 def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Config) -> tuple:
-    """(connection, first bytes of the answer).  A kept connection that ends before its first byte
-    is replaced by a fresh one, once."""
+    """(connection, first bytes of the answer, until when its body has to begin).  A kept connection
+    that ends before its first byte is replaced by a fresh one, once."""
     base = urllib.parse.urlsplit(call.base_url)
     lines = [f"POST {base.path.rstrip('/')}{call.path} HTTP/1.1", f"Host: {base.netloc}",
              f"Content-Length: {len(call.body)}"]
@@ -14106,11 +14209,15 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
     while True:
         connection = connections.take(call.base_url, config.connect_timeout_s, call.proxy, fresh)
         try:
-            data = _early_answer(connection.sock, message) or receive(
-                connection.sock, wait, call.first_byte_s)
+            if not connection.is_used:      # the client may have left while it was opened
+                wait(connection.sock, Deadline(config.connect_timeout_s, "", ""), True)
+            data = connection.send(message, wait)
+            begins = Deadline(call.begins[0], f"{connection.host} began no answer within",
+                              call.begins[1])
+            data = data or receive(connection.sock, wait, begins)
             if data:
-                return connection, data
-            raise ConnectionResetError("closed without an answer")
+                return connection, data, begins
+            raise ConnectionResetError(errno.ECONNRESET, "closed without an answer")
         except OSError as err:
             connection.close()
             if not connection.is_used or isinstance(err, socket.timeout):
@@ -14121,53 +14228,74 @@ def _send_call(connections: ConnectionCache, call: Call, wait: Any, config: Conf
             raise
 
 
-def _read_answer_head(connection: Connection, data: bytes, wait: Any, config: Config) -> tuple:
+def _read_answer_head(connection: Connection, data: bytes, wait: Any, begins: Deadline) -> tuple:
     """(status, headers, bytes after the head), informational answers skipped."""
+    said = 0
     while True:
         head, mark, rest = data.partition(b"\r\n\r\n")
-        if not mark:
-            if len(data) > MAX_HEAD_BYTES:
+        if not b"HTTP/1.".startswith(data[:7]):
+            raise ProxyError("network", f"{connection.host} does not speak HTTP/1.1")
+        if not mark or len(head) > MAX_HEAD_BYTES or said > MAX_HEAD_BYTES:
+            if len(data) + said > MAX_HEAD_BYTES:
                 raise ProxyError("network", f"{connection.host} sent an endless head")
-            more = receive(connection.sock, wait, config.idle_timeout_s)
+            more = receive(connection.sock, wait, begins)
             if not more:
                 raise ProxyError("network", f"{connection.host} closed the connection in its head")
             data += more
             continue
-        parsed = parse_head(head, False)
-        words = parsed.first.split(b" ", 2)
-        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
-            raise ProxyError("network", f"{connection.host} does not speak HTTP/1.1")
-        if not words[1].startswith(b"1"):
-            return int(words[1]), parsed.headers, rest
-        data = rest
+        try:
+            parsed = parse_head(head, False)
+        except ProxyError as err:
+            raise ProxyError("network", f"{connection.host}: {err.message}") from err
+        status = re.match(rb"HTTP/1\.\d ([1-9]\d\d)(?: |\Z)", parsed.first)
+        if not status or status[1] == b"101":
+            raise ProxyError("network", f"{connection.host} gave no answer that HTTP/1.1 knows")
+        if status[1] >= b"200":
+            return int(status[1]), parsed.headers, rest
+        data, said = rest, said + len(head)
 
 
 def _read_whole(connection: Connection, body: BodyReader, data: bytes, wait: Any) -> bytes:
-    """The body of an error, for at most ten seconds; what is there counts when it is cut."""
-    parts = [body.feed(data)] if data else []
-    deadline = time.monotonic() + 10
-    while not body.done:
-        data = receive(connection.sock, wait, max(0.0, deadline - time.monotonic()))
-        if not data:
-            break
-        parts.append(body.feed(data))
+    """The body of an error, for at most ten seconds; what is there counts when it is cut, too long
+    or damaged."""
+    parts, deadline = [], Deadline(10, "the body of an error was not there within")
+    try:
+        while True:
+            if data:
+                parts.append(body.feed(data))
+            if body.done:
+                break
+            data = receive(connection.sock, wait, deadline)
+            if not data:
+                break
+    except (ProxyError, OSError, ValueError, OverflowError) as err:
+        if isinstance(err, ProxyError) and err.kind != "stall":
+            raise           # the proxy stops, or the client's time is up
     return b"".join(parts)
+
+
+def idle_deadline(host: str, config: Config) -> Deadline:
+    return Deadline(config.idle_timeout_s, f"{host} was silent for", "idle_timeout_s")
 
 
 def upstream_call(connections: ConnectionCache, call: Call,
                   wait: Callable[[socket.socket, float], None],
                   config: Config) -> tuple[UpstreamAnswer, bytes]:
     """(open answer, its output up to the first content).  Raises ProxyError for everything that is
-    not the beginning of a usable answer.  `wait(sock, seconds)` returns when `sock` is readable,
-    raises ProxyError stall after `seconds` and ClientGone when nobody waits any more."""
-    connection, data = _send_call(connections, call, wait, config)
+    not the beginning of a usable answer.  `wait(sock, deadline, is_sending)` returns when
+    `sock` is readable (or takes bytes), raises that of its deadline, and ClientGone when nobody
+    waits any more."""
+    connection, data, begins = _send_call(connections, call, wait, config)
     host = connection.host
     try:
-        status, headers, rest = _read_answer_head(connection, data, wait, config)
+        status, headers, rest = _read_answer_head(connection, data, wait, begins)
         framing = body_framing(headers, False, status in (204, 304))
+        if status == 200 and headers.get("content-encoding", "").lower() not in BODY_ENCODINGS:
+            raise ProxyError("network", f"{host} answered in an encoding that nobody asked for")
         most = MAX_ERROR_BYTES if status != 200 else call.max_bytes
         body = BodyReader(framing, most, headers.get("content-encoding", "").lower())
-        keeps_alive = framing != "close" and headers.get("connection", "").lower() != "close"
+        keeps_alive = (framing != "close" and headers.get("connection", "").lower() != "close"
+                       and connection.is_in_step)
         if status != 200:
             raw = _read_whole(connection, body, rest, wait)
             if keeps_alive and body.done and not body.rest:
@@ -14177,8 +14305,10 @@ def upstream_call(connections: ConnectionCache, call: Call,
         answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive, headers)
         out = answer.take(rest) if rest or body.done else b""
         while not (call.pipe.has_content or answer.is_done or answer.fault):
-            wait(connection.sock, config.idle_timeout_s)
+            wait(connection.sock, idle_deadline(host, config) if body.total else begins)
             out += answer.read() or b""
+            if len(out) > MAX_EVENT_BYTES:
+                raise ProxyError("cut", f"{host} sends on and on, and nothing that is an answer")
         if answer.fault and not call.pipe.has_content:
             raise answer.fault
         # a refusal told as model text
@@ -14197,6 +14327,49 @@ def upstream_call(connections: ConnectionCache, call: Call,
 # One request's attempts over accounts: choose, call, read the meaning,
 # settle, repeat, wait or finish.  Until the first content goes out a failure
 # is somebody else's turn; after it nothing is ever retried.
+
+
+class RetryShare:
+    """Keeps the tries that repeat others to a small part of the load, so that an outage is not made
+    worse by those who suffer from it: who comes too many waits.  The lock guards the rest."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._begun: collections.deque = collections.deque()    # (second, requests), monotonic
+        self._repeats: collections.deque = collections.deque()  # when; some are still to come
+
+    def note_request(self, now: float) -> None:
+        with self._lock:
+            second, count = self._begun[-1] if self._begun else (-1, 0)
+            if second != int(now):
+                self._begun.append((int(now), 1))
+                while self._begun[0][0] < now - RETRY_WINDOW_S:
+                    self._begun.popleft()
+            else:
+                self._begun[-1] = second, count + 1
+
+    def take(self, now: float, most_s: float) -> float | None:
+        """How long a repeat waits for its turn, which is kept for it; None beyond `most_s`."""
+        with self._lock:
+            while self._repeats and self._repeats[0] <= now - RETRY_WINDOW_S:
+                self._repeats.popleft()
+            requests = sum(count for second, count in self._begun if second >= now - RETRY_WINDOW_S)
+            allowed = int(RETRIES_PER_S * RETRY_WINDOW_S + RETRY_SHARE * requests)
+            # the one that has to be out of the window before this one may begin
+            before = len(self._repeats) - allowed
+            at = max(now, self._repeats[-1]) if self._repeats else now  # who waits already is first
+            if before >= 0:
+                at = max(at, self._repeats[before] + RETRY_WINDOW_S)
+            if at - now > most_s:
+                return None
+            self._repeats.append(at)
+            return at - now
+
+
+def failure_text(candidate: Candidate, error: ProxyError) -> str:
+    """As the log tells it, with the clock that ended it."""
+    return (f"{candidate.account.label}: {error.kind}"
+            + f" by {error.clock}" * bool(error.clock))
 
 
 class OpenStream:
@@ -14220,7 +14393,7 @@ class OpenStream:
         else:
             self.answer.connection.close()
         if error is not None:
-            self.record.failures.append(f"{self.lease.candidate.account.label}: {error.kind}")
+            self.record.failures.append(failure_text(self.lease.candidate, error))
         self.lease.settle(error, is_success=error is None and not is_gone)
 
 
@@ -14241,6 +14414,7 @@ class Services:
     keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
     workers: int = 1            # processes that serve the port
+    retries: RetryShare = field(default_factory=RetryShare)
     learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
     learning: Any = field(default_factory=threading.Lock)       # guards what is added to learned
     # content key -> tokens an upstream counted; whoever asks in between asks the upstream again
@@ -14384,8 +14558,8 @@ OTHERS_MAY = ("form", "too_long", "bad_request", "no_search")  # what another of
 
 class Conducting:
     """One request on its way over the accounts.  `client` is who waits for it: it has
-    `wait(sock, seconds)`, `pause(seconds)`, `wake()`, `aim(model, is_relayed)`, `render(delta)` and
-    its dialect's `state`, and takes `pipe`, `route` and `more_headers`."""
+    `wait(sock, deadline, is_sending)`, `pause(seconds)`, `wake()`, `aim(model, is_relayed)`,
+    `render(delta)` and its dialect's `state`, and takes `pipe`, `route` and `more_headers`."""
 
     def __init__(self, services: Services, request: Request, client: Any, record: Record):
         self.services, self.request, self.client, self.record = services, request, client, record
@@ -14394,6 +14568,7 @@ class Conducting:
         self.tries_left = services.config.max_attempts
         self.empties_left = services.config.max_empty_retries
         self.soft_failures = 0
+        self.is_repeat = False          # the next call asks again what just failed
         self.began = services.clock.monotonic()
         self.waited_s = 0.0
         self.last: ProxyError | None = None
@@ -14404,6 +14579,7 @@ class Conducting:
         as bytes where it came in the client's own language."""
         services, request = self.services, self.request
         ask = Ask(request.conversation, request.agent, self.client.wake)
+        services.retries.note_request(self.began)
         self._aim(services.plan(request.model, request.wanted, request.conversation))
         try:
             while True:
@@ -14422,6 +14598,8 @@ class Conducting:
                         self.last = err
                         lease.settle(err)
                 self._after(lease.candidate, self.last)
+                if not self._takes_turn():
+                    self._refuse(services.pool.verdicts(self.candidates, self.tried))
         finally:
             services.pool.leave(ask)
 
@@ -14562,13 +14740,32 @@ class Conducting:
                 return result
             except ProxyError as err:
                 error = err
-            self.record.failures.append(f"{candidate.account.label}: {error.kind}")
+            self.record.failures.append(failure_text(candidate, error))
             if not (error.kind in LOGIN_KINDS or is_stated(error) or error.rule.rest in LONG_RESTS):
                 self.tries_left -= 1        # what marks its candidate lets the next one have a turn
+                self.is_repeat = error.rule.step is not Step.REPAIR
             if error.rule.scope is Scope.HOST:
                 pool.rest_host(attempt.hosts[0], error)
-            if not self._may_try_again(attempt, error, provider):
+            if not (self._may_try_again(attempt, error, provider) and self._takes_turn()):
                 raise error
+
+    def _takes_turn(self) -> bool:
+        """Before a call that repeats a failed one: waits while there are too many of those.  Not
+        where that would take too long."""
+        began = self._elapsed_s()
+        if not self.is_repeat:
+            return True
+        config, clock = self.services.config, self.services.clock
+        wait_s = self.services.retries.take(clock.monotonic(), min(
+            config.max_wait_s - self.waited_s, LAST_TRY_BEGINS_S - began))
+        if wait_s is None:
+            self.record.tell("not tried again: too many requests are")
+            return False
+        self.is_repeat = False
+        if wait_s > 0:
+            self.client.pause(wait_s)
+            self.waited_s += self._elapsed_s() - began
+        return True
 
     def _learn(self, key: tuple, attempt: Attempt) -> None:
         """A repaired request was accepted: what every request will need is kept, and so is which
@@ -14584,6 +14781,8 @@ class Conducting:
     def _may_try_again(self, attempt: Attempt, error: ProxyError, provider: Provider) -> bool:
         """Whether the same candidate gets one more call, after the pause or change it needs."""
         step, is_first = error.rule.step, error.kind not in attempt.seen
+        if self._elapsed_s() > LAST_TRY_BEGINS_S:
+            return False
         if step is Step.REPAIR:
             repair = next_repair(error.message, self.request.is_native_to(provider),
                                  attempt.repairs)
@@ -14682,8 +14881,9 @@ class Conducting:
         call = Call(vertex_host(attempt.hosts[0], project), dialect.path(target, request),
                     call_head(candidate, provider, request, attempt.token, rendered),
                     rendered.raw, account.proxy, pipe, understand,
-                    config.unary_timeout_s if is_whole else config.first_byte_timeout_s,
-                    MAX_REPLY_BYTES if is_whole else 1 << 40)
+                    (config.unary_timeout_s, "unary_timeout_s") if is_whole else (
+                        config.first_byte_timeout_s, "first_byte_timeout_s"),
+                    MAX_REPLY_BYTES if fold else 1 << 40)
         answer, out = upstream_call(services.connections, call, self.client.wait, config)
         note_limits(answer.headers)
         stream = OpenStream(answer, lease, services.connections, self.record)
@@ -14721,7 +14921,8 @@ class Conducting:
         answer, config = stream.answer, self.services.config
         try:
             while not (answer.is_done or answer.fault):
-                self.client.wait(answer.connection.sock, config.idle_timeout_s)
+                self.client.wait(answer.connection.sock,
+                                 idle_deadline(answer.connection.host, config))
                 answer.read()
             if answer.fault:
                 raise answer.fault
@@ -15066,25 +15267,22 @@ class Exchange:
         if self.scale_window:
             self.state.scale = () if is_relayed else (self.scale_window, model.context_tokens)
 
-    def wait(self, sock: socket.socket, timeout_s: float) -> None:
-        """Returns when `sock` is readable.  Meanwhile opens a held stream, keeps it alive, notices
-        the client's departure (ClientGone) and the deadlines (ProxyError stall or timeout)."""
-        now = time.monotonic()
-        config = self.services.config
+    def wait(self, sock: socket.socket, deadline: Deadline, is_sending: bool = False) -> None:
+        """Returns when `sock` is readable, or takes bytes.  Meanwhile opens a held stream, keeps it
+        alive, notices the client's departure (ClientGone) and both deadlines (their errors)."""
         is_streaming = bool(self.request and self.request.is_streaming)
-        total_s = config.total_timeout_s if is_streaming else config.unary_timeout_s
-        deadline, last = now + timeout_s, self.record.started_at + total_s
-        while True:
-            now = time.monotonic()
+        last = self.last_deadline(is_streaming)
+        now = time.monotonic()
+        while now < last.at:        # also for an upstream that always has something to say
             if self.services.stopping.is_set():
                 raise ProxyError("stopping", "the proxy is stopping")
             held_until = float("inf")
             if is_streaming:
                 held_until = (self.last_out_at + PING_EVERY_S if self.is_open
                               else self.record.started_at + HOLD_S)
-            due = min(deadline, last, held_until, now + 1)      # a stop is noticed within a second
+            due = min(deadline.at, last.at, held_until, now + 1)    # a stop is noticed in a second
             socks = [sock, self.downstream.sock] if self.is_watching else [sock]
-            ready = readable(socks, due - now)
+            ready = readable(socks, due - now, sock if is_sending else None)
             if self.is_watching and self.downstream.sock in ready:
                 seen = self.downstream.peek()
                 if seen is Peek.GONE:
@@ -15093,12 +15291,17 @@ class Exchange:
             if sock in ready:
                 return
             now = time.monotonic()
-            if now >= last:
-                raise ProxyError("timeout", f"no answer within {human_s(total_s)}")
-            if now >= deadline:
-                raise ProxyError("stall", f"the upstream was silent for {human_s(timeout_s)}")
+            if deadline.at <= now < last.at:
+                raise deadline.error()
             if now >= held_until:
                 self._while_held(now)
+        raise last.error("timeout")
+
+    def last_deadline(self, is_streaming: bool) -> Deadline:
+        """Until when the whole answer has to be there."""
+        name = "total_timeout_s" if is_streaming else "unary_timeout_s"
+        return Deadline(getattr(self.services.config, name), "no whole answer within", name,
+                        self.record.started_at)
 
     def pause(self, seconds: float) -> None:
         """Waits, for `wake` at most so long."""
@@ -15108,7 +15311,7 @@ class Exchange:
         try:
             if not is_woken:        # else it was woken before there was somebody to wake
                 pair[0].setblocking(False)
-                self.wait(pair[0], seconds)
+                self.wait(pair[0], Deadline(seconds, "paused for"))
         except ProxyError as err:
             if err.kind != "stall":
                 raise
@@ -15338,6 +15541,9 @@ class RelayedStream:
         """The last bytes: what came, an error event where it failed, the framing's end."""
         if self.is_ending:
             return
+        if error is not None:
+            out += self.stream.answer.fail(error)
+            error = self.stream.answer.fault
         self.is_ending, self.outcome = True, error
         self.exchange.keep_reply()
         if error is not None:
@@ -15357,15 +15563,15 @@ class RelayedStream:
 
     def tick(self, now: float) -> None:
         """Once a second: keep-alives, a dead upstream, a client that takes nothing, total time."""
-        config = self.exchange.services.config
-        if self.pending:
-            if now - self.stalled_at > SEND_STALL_S:
-                self.finish(is_gone=True)
+        config, last = self.exchange.services.config, self.exchange.last_deadline(True)
+        if self.pending and now - self.stalled_at > SEND_STALL_S:
+            self.finish(is_gone=True)
+        elif now > last.at:
+            self.end(last.error("timeout"))
+        elif self.pending:
+            pass            # its upstream waits for it, and so do the keep-alives
         elif now - self.last_in_at > config.idle_timeout_s:
-            self.end(ProxyError("stall",
-                                f"the upstream was silent for {human_s(config.idle_timeout_s)}"))
-        elif now - self.exchange.record.started_at > config.total_timeout_s:
-            self.end(ProxyError("timeout", f"no end within {human_s(config.total_timeout_s)}"))
+            self.end(idle_deadline(self.stream.answer.connection.host, config).error())
         else:
             self.push(self.exchange.keep_alive(now))
 
@@ -15778,7 +15984,7 @@ class Handler:
         """The whole body, within its limits."""
         config, headers, downstream = self.services.config, exchange.headers, self.downstream
         encoding = headers.get("content-encoding", "identity").lower()
-        if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+        if encoding not in BODY_ENCODINGS:
             raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
         too_large = ProxyError("too_large", f"the body is larger than {limit} bytes")
         try:
@@ -16343,6 +16549,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.release(downstream)
 
     def _refuse_overdue(self, now: float) -> None:
+        self.services.connections.sweep()
         for downstream in self.workers.overdue(now):
             self._refuse(downstream)
 
@@ -18298,9 +18505,9 @@ def touch_account(services: Services, candidate: Candidate) -> None:
         """The client of a request that nobody waits for."""
         route, more_headers, headers, state, pipe = "", {}, {}, None, None
 
-        def wait(self, sock: Any, seconds: float) -> None:
-            if not readable([sock], min(seconds, 30)):
-                raise ProxyError("stall", "no answer")
+        def wait(self, sock: Any, deadline: Deadline, is_sending: bool = False) -> None:
+            if not readable([sock], min(deadline.left_s(), 30), sock if is_sending else None):
+                raise deadline.error()
 
         pause = wake = render = aim = lambda *_: ""
 

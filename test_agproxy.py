@@ -61,6 +61,8 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
+import struct
 import threading
 import time
 
@@ -6785,7 +6787,7 @@ def test_upstreams_are_reached_through_socks(staged, user):
 @table("answer, told", [
     ("a refusal", b"HTTP/1.1 407 No\r\n\r\n", "its proxy answered 407"), ("no HTTP", b"SSH-2.0\r\n\r\n", "answered no HTTP"),
     ("a hang-up", b"", "its proxy hung up|reset"), ("an endless head", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40000, "endless head"),
-    ("drops", b"HTTP/1.1 2" * 3000, "in time")])
+    ("drops", b"HTTP/1.1 2" * 3000, "connect_timeout_s")])
 def test_what_an_http_proxy_does_is_told_in_time(answer, told):
     server, asked = socket.create_server(("127.0.0.1", 0)), []
 
@@ -6793,13 +6795,13 @@ def test_what_an_http_proxy_does_is_told_in_time(answer, told):
         sock, _ = server.accept()
         with sock, contextlib.suppress(OSError):
             asked.append(sock.recv(999))
-            for at in range(0, len(answer), 1 if told == "in time" else len(answer) or 1):
-                sock.sendall(answer[at:at + 1] if told == "in time" else answer)
-                time.sleep(0.01 * (told == "in time"))
+            for at in range(0, len(answer), 1 if told == "connect_timeout_s" else len(answer) or 1):
+                sock.sendall(answer[at:at + 1] if told == "connect_timeout_s" else answer)
+                time.sleep(0.01 * (told == "connect_timeout_s"))
     threading.Thread(target=serve, daemon=True).start()
     url = f"http://u:p%40ss@127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ag.ProxyError, match=told) as caught:
-        ag.ConnectionCache(ag.Clock(), {}).take("https://[2001:db8::1]/x", 0.3 if told == "in time" else 60, url)
+        ag.ConnectionCache(ag.Clock(), {}).take("https://[2001:db8::1]/x", 0.3 if told == "connect_timeout_s" else 60, url)
     assert asked[0].startswith(b"CONNECT [2001:db8::1]:443 HTTP/1.1\r\n") and base64.b64encode(b"u:p@ss") in asked[0]
     assert "p@ss" not in str(caught.value) and "p%40ss" not in str(caught.value)
     server.close()
@@ -6834,10 +6836,10 @@ def test_a_small_call_names_its_host_as_the_url_does():
         sock, _ = server.accept()
         with sock:
             asked.append(sock.recv(999))
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{}")
     threading.Thread(target=serve, daemon=True).start()
     place = f"[::1]:{server.getsockname()[1]}"
-    assert ag.simple_call(ag.ConnectionCache(ag.Clock(), {}), "GET", f"http://{place}/x", {})[0] == 200
+    assert ag.simple_call(ag.ConnectionCache(ag.Clock(), {}), "GET", f"http://{place}/x", {})[::2] == (200, b"{}")
     assert f"Host: {place}\r\n".encode() in asked[0]
     server.close()
 
@@ -7069,6 +7071,585 @@ def test_errors_are_told_in_the_language_of_the_path(make_proxy, path, body, sha
     status, _, raw = make_proxy({"a": None}).call("POST", path, body)
     assert status in (400, 404) and shape(json.loads(raw))
     assert make_proxy({"a": None}, env={"PROXY_API_KEY": "k" * 20}).call("POST", path, body)[0] in (401, 404)
+
+
+# Upstreams that fail: faults by clients by languages ------------------------------
+
+LANGUAGES = ("anthropic", "chat", "responses", "gemini")
+GO_ON, RESET, SILENCE = object(), object(), object()       # steps beside bytes: what a connection does next
+Play = collections.namedtuple("Play", "events finish")      # what an upstream would say, how many of them are its finish
+SPOKEN = ("one ", "two ", "€ three ", "end")
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def events_in(language, words):
+    """A whole answer's events as an upstream of that language sends them."""
+    usage = {"input_tokens": 5, "output_tokens": 4, "total_tokens": 9}
+    if language == "anthropic":
+        rows = [{"type": "message_start", "message": {**WHOLE["anthropic"](""), "content": [], "stop_reason": None}},
+                {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+                *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": w}} for w in words),
+                {"type": "content_block_stop", "index": 0},
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 4}},
+                {"type": "message_stop"}]
+    elif language == "responses":
+        done = WHOLE["responses"]("".join(words))
+        place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        rows = [{"type": "response.created", "response": {**done, "status": "in_progress", "output": []}},
+                {"type": "response.output_item.added", "output_index": 0, "item": {**done["output"][0], "content": []}},
+                *({"type": "response.output_text.delta", **place, "delta": w} for w in words),
+                {"type": "response.output_item.done", "output_index": 0, "item": done["output"][0]},
+                {"type": "response.completed", "response": {**done, "usage": usage}}]
+    elif language == "chat":
+        rows = [{"id": "c", "object": "chat.completion.chunk", "model": "m", "choices": [
+            {"index": 0, "delta": d, "finish_reason": f}]} for d, f in (
+                ({"role": "assistant", "content": ""}, None), ({}, None), *(({"content": w}, None) for w in words), ({}, "stop"))]
+    else:
+        rows = [{"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": w}]}}]} for w in words]
+        rows += [{"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": ""}]}, "finishReason": "STOP"}],
+                  "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 4, "totalTokenCount": 9}}]
+    raw = [(b"event: %s\n" % r["type"].encode() if "type" in r else b"") + b"data: " + json.dumps(
+        r, ensure_ascii=False).encode() + b"\n\n" for r in rows]
+    return Play(raw + [b"data: [DONE]\n\n"] * (language == "chat"), {"anthropic": 2, "chat": 2}.get(language, 1))
+
+
+WHOLE = {
+    "anthropic": lambda text: {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [
+        {"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 5, "output_tokens": 4}},
+    "chat": lambda text: {"id": "c", "object": "chat.completion", "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]},
+    "responses": lambda text: {"id": "resp_1", "object": "response", "created_at": 1, "status": "completed", "model": "m", "output": [
+        {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [
+            {"type": "output_text", "text": text, "annotations": []}]}], "usage": {"input_tokens": 5, "output_tokens": 4, "total_tokens": 9}},
+    "gemini": lambda text: {"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": text}]}, "finishReason": "STOP"}],
+                            "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 4, "totalTokenCount": 9}}}
+
+
+def in_chunks(events):
+    return [ag.chunk(event) for event in events]
+
+
+def sized(told, more):
+    """A body whose Content-Length is off by `more`."""
+    raw = b"".join(told.events)
+    return [HEAD + b"Content-Length: %d\r\n\r\n" % (len(raw) + more) + raw]
+
+
+def plain(status, body, *lines):
+    return [b"\r\n".join([b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *lines, b"", body]), GO_ON]
+
+
+def on_and_on(start, piece):
+    yield start
+    while True:
+        yield piece
+        time.sleep(0.01)
+
+
+def in_letters(told):
+    """Cut inside a letter of several bytes, in the middle of the answer."""
+    raw = b"".join(told.events)
+    return [CHUNKED, ag.chunk(raw[:raw.index("€".encode()) + 1])]
+
+
+def zipped(told, data, name=b"gzip"):
+    return [HEAD + b"Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (name, len(data)) + data, GO_ON]
+
+
+def gzip_of(told):
+    import gzip
+    return gzip.compress(b"".join(told.events))
+
+
+BROKEN, FINE, EITHER = "an error", "the answer", "one of both"
+UPSTREAM_FAULTS = {     # sentence -> (what the client gets where nobody else is left, what the upstream says instead)
+    "it resets before its head": (BROKEN, lambda t: [RESET]),
+    "it closes before its head": (BROKEN, lambda t: []),
+    "it resets after its head": (BROKEN, lambda t: [CHUNKED, RESET]),
+    "it resets in mid-answer": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), RESET]),
+    "it cuts its head": (BROKEN, lambda t: [CHUNKED[:40]]),
+    "it cuts between events": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4])]),
+    "it cuts in an event": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:3]), ag.chunk(t.events[3][:-7])]),
+    "it cuts in a letter": (BROKEN, in_letters),
+    "it cuts in a chunk": (BROKEN, lambda t: [CHUNKED, ag.chunk(b"".join(t.events))[:-len(b"".join(t.events[-t.finish:])) - 20]]),
+    "it ends well, without a finish": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:-t.finish]), ag.LAST_CHUNK, GO_ON]),
+    "it ends without its last chunk": (EITHER, lambda t: [CHUNKED, *in_chunks(t.events)]),
+    "its length is too long": (EITHER, lambda t: sized(t, 9)),
+    "its length is too short": (BROKEN, lambda t: sized(t, -len(b"".join(t.events[-t.finish:])) - 3)),
+    "a chunk has no size": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), b"zz\r\nhello\r\n"]),
+    "garbage": (BROKEN, lambda t: [b"\x00\xff][ garbage\r\n\r\n"]),
+    "another protocol": (BROKEN, lambda t: [b"SSH-2.0-OpenSSH_9.9\r\n", SILENCE]),
+    "a page with status 200": (BROKEN, lambda t: plain(b"200 OK", b"<html><p>Hello\n\n<p>data</html>", b"Content-Type: text/html")),
+    "a page with status 502": (BROKEN, lambda t: plain(b"502 Bad", b"<html>Bad Gateway</html>", b"Content-Type: text/html")),
+    "nothing with status 200": (BROKEN, lambda t: plain(b"200 OK", b"")),
+    "nothing with status 503": (BROKEN, lambda t: plain(b"503 No", b"")),
+    "nothing with status 204": (BROKEN, lambda t: [b"HTTP/1.1 204 No\r\n\r\n", GO_ON]),
+    "cut compression": (BROKEN, lambda t: zipped(t, gzip_of(t)[:-20])),
+    "damaged compression": (BROKEN, lambda t: zipped(t, b"no gzip at all")),
+    "an unknown encoding": (BROKEN, lambda t: zipped(t, b"".join(t.events), b"br")),
+    "good compression": (FINE, lambda t: zipped(t, gzip_of(t))),
+    "an endless head": (BROKEN, lambda t: [b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9000, SILENCE]),
+    "too many header lines": (BROKEN, lambda t: [b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 200 + b"\r\n", SILENCE]),
+    "a huge event": (BROKEN, lambda t: on_and_on(b"".join([CHUNKED, *in_chunks(t.events[:3]), b"data: "]), ag.chunk(b"x" * 9000))),
+    "an error in mid-stream": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), ag.chunk(
+        b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"busy","code":503}}\n\n'), ag.LAST_CHUNK, GO_ON]),
+    "garbage after its finish": (EITHER, lambda t: [CHUNKED, *in_chunks([*t.events, b"data: \xff\xfe\n\n"]), ag.LAST_CHUNK, GO_ON]),
+    "another answer after its end": (FINE, lambda t: [CHUNKED, *in_chunks(t.events), ag.LAST_CHUNK + plain(b"200 OK", b"{}")[0], GO_ON]),
+    "a redirect": (BROKEN, lambda t: plain(b"302 Found", b"", b"Location: http://127.0.0.1:9/")),
+    "a 429 without details": (BROKEN, lambda t: plain(b"429 No", b"")),
+    "switching protocols": (BROKEN, lambda t: [b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", SILENCE]),
+    "hints before its answer": (FINE, lambda t: [b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n", CHUNKED, *in_chunks(t.events), ag.LAST_CHUNK, GO_ON]),
+}
+SLOW_FAULTS = {         # those that only a clock ends
+    "it says nothing": (BROKEN, lambda t: [SILENCE]),
+    "a head by drops": (BROKEN, lambda t: on_and_on(b"HTTP/1.1 200 OK\r\nX: ", b"x")),
+    "hints for ever": (BROKEN, lambda t: on_and_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n")),
+    "it says nothing after its head": (BROKEN, lambda t: [CHUNKED, SILENCE]),
+    "it says nothing more": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), SILENCE]),
+    "comments for ever": (BROKEN, lambda t: on_and_on(CHUNKED, ag.chunk(b": wait\n\n"))),
+}
+REFUSED_CONNECTION = "it cannot be reached"
+ALL_FAULTS = {**UPSTREAM_FAULTS, **SLOW_FAULTS, REFUSED_CONNECTION: (BROKEN, None)}
+
+
+class Wrecked(socketserver.BaseRequestHandler):
+    def handle(self):
+        with self.server.lock:
+            self.server.busy += 1
+        try:
+            with contextlib.suppress(OSError):
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while self.one():
+                    pass
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def one(self):
+        """Whether the connection goes on after an answer."""
+        head, _, body = self.heard(b"", lambda d: b"\r\n\r\n" in d).partition(b"\r\n\r\n")
+        if not head:
+            return False
+        length = int(re.search(rb"(?i)\r\ncontent-length: (\d+)", head)[1])
+        body = self.heard(body, lambda d: len(d) >= length)
+        marks = [m.decode() + " " for m in re.findall(rb"mark-\w+", body)]
+        with self.server.lock:
+            self.server.asked.update(marks)
+        language = next((la for la, sign in (("anthropic", b"/v1/messages"), ("chat", b"/chat/"), ("responses", b"/responses"))
+                         if sign in head[:200]), "gemini")
+        is_stream = b'"stream":true' in body.replace(b" ", b"") or b":streamGenerate" in head
+        told = events_in(language, [marks[0], *SPOKEN])
+        if not is_stream:
+            raw = json.dumps(WHOLE[language](marks[0] + "".join(SPOKEN)), ensure_ascii=False).encode()
+            told = Play([raw[at:at + len(raw) // 5] for at in range(0, len(raw), len(raw) // 5)], 1)
+        fault = self.server.fault(marks[0])
+        steps = ALL_FAULTS[fault][1](told) if fault else [CHUNKED, *in_chunks(told.events), ag.LAST_CHUNK, GO_ON]
+        for step in steps:
+            if step is RESET:
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.request.close()
+            elif step is SILENCE:
+                self.heard(b"", lambda d: False)
+            elif step is GO_ON:
+                return True
+            else:
+                self.request.sendall(step)
+        return False
+
+    def heard(self, data, is_enough):
+        while not is_enough(data):
+            more = self.request.recv(65536)
+            if not more:
+                return b""
+            data += more
+        return data
+
+
+class Wreck(socketserver.ThreadingTCPServer):
+    """An upstream of all languages whose answer to a mark suffers what `fault` says ("" is none)."""
+    daemon_threads, request_queue_size, block_on_close = True, 256, False
+
+    def __init__(self, fault):
+        super().__init__(("127.0.0.1", 0), Wrecked)
+        self.fault, self.lock, self.busy, self.asked = fault, threading.Lock(), 0, collections.Counter()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        raise AssertionError("the scripted upstream failed") from sys.exc_info()[1]
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+
+def question(language, model, mark, is_stream):
+    text = f"say {mark}"
+    if language == "gemini":
+        return (f"/v1beta/models/{model}:" + ("streamGenerateContent?alt=sse" if is_stream else "generateContent"),
+                {"contents": [{"role": "user", "parts": [{"text": text}]}]})
+    if language == "responses":
+        return "/v1/responses", {"model": model, "stream": is_stream, "input": text}
+    path = "/v1/messages" if language == "anthropic" else "/v1/chat/completions"
+    return path, {"model": model, "stream": is_stream, "max_tokens": 99, "messages": [{"role": "user", "content": text}]}
+
+
+def text_of_whole(language, value):
+    """(whether it says that it is complete, its text)."""
+    if language == "anthropic":
+        return value["stop_reason"] == "end_turn", "".join(b["text"] for b in value["content"])
+    if language == "chat":
+        return value["choices"][0]["finish_reason"] == "stop", value["choices"][0]["message"]["content"]
+    if language == "responses":
+        return value["status"] == "completed", "".join(c["text"] for o in value["output"] for c in o["content"])
+    row = value["candidates"][0]
+    return row["finishReason"] == "STOP", "".join(p["text"] for p in row["content"]["parts"])
+
+
+def text_of_stream(language, raw):
+    """The same of a stream, which ends with one error or with its finish: never both, never neither."""
+    assert raw.endswith((b"\n\n", b"\r\n\r\n"))
+    if language == "anthropic":
+        events = events_of(raw)
+        blocks, stop = check_anthropic_stream([e for e in events if e[0] != "ping"])
+        return stop == "end_turn", "".join(text for _, text in blocks)
+    values = [json.loads(text) for text in ag.SseSplitter().feed(raw) if text != "[DONE]"]
+    if language == "responses":
+        ends = [v["type"] for v in values if v["type"] in ("response.completed", "response.failed", "error")]
+        assert ends == [values[-1]["type"]]
+        return ends == ["response.completed"], "".join(v["delta"] for v in values if v["type"] == "response.output_text.delta")
+    errors = [v for v in values if "error" in v]
+    if language == "chat":
+        rows = [v["choices"][0] for v in values if v.get("choices")]
+        finishes, text = [r for r in rows if r["finish_reason"]], "".join(r["delta"].get("content") or "" for r in rows)
+        assert raw.endswith(b"data: [DONE]\n\n") or errors
+    else:
+        rows = [v["candidates"][0] for v in values if v.get("candidates")]
+        finishes = [r for r in rows if r.get("finishReason")]
+        text = "".join(p["text"] for r in rows for p in r["content"]["parts"])
+    assert len(finishes) + len(errors) == 1 and (not errors or errors == values[-1:]), raw
+    return bool(finishes), text
+
+
+def outcome(language, is_stream, status, raw, mark):
+    """"complete" or "error", after a look at its form, and that its text is this client's, once."""
+    if status == 200:
+        is_whole, text = text_of_stream(language, raw) if is_stream else text_of_whole(language, json.loads(raw))
+        whole = mark + " " + "".join(SPOKEN)
+        assert whole.startswith(text) and (not is_whole or text == whole), (text, whole)
+        assert is_whole or is_stream
+        return FINE if is_whole else BROKEN
+    value = json.loads(raw)
+    assert status >= 400 and value["error"]["message"] and mark.encode() not in raw, (status, raw)
+    assert (language != "anthropic" or value["type"] == "error" and value["error"]["type"]) and (
+        language != "gemini" or value["error"]["code"] == status)
+    return BROKEN
+
+
+class Siege:
+    """A proxy whose accounts stand in pairs: `bad-LANGUAGE` fails as it is told, `good-LANGUAGE` never.  Models
+    `m-LANGUAGE` are served by both, the bad one first, `alone-LANGUAGE` by the bad one only."""
+
+    def __init__(self, proxy, fault):
+        self.proxy, self.fault = proxy, fault
+        self.bad, self.good = Wreck(lambda mark: self.fault(mark)), Wreck(lambda mark: "")
+        self.nowhere = socket.socket()
+        self.nowhere.bind(("127.0.0.1", 0))         # bound, not listening: connections are refused
+        self.marks = itertools.count()
+
+    def begin(self, is_refused=False, **clocks):
+        """Fresh accounts: no rest of an earlier fault decides about the next."""
+        bad = f"http://127.0.0.1:{self.nowhere.getsockname()[1]}" if is_refused else self.bad.url
+        rows, accounts = {}, []
+        for la in LANGUAGES:
+            for name, url in (("bad", bad), ("good", self.good.url)):
+                rows[f"{name}-{la}"] = {"dialect": la, "base_url": url}
+                accounts.append({"name": f"{name}-{la}", "provider": f"{name}-{la}", "priority": int(name == "good"), "api_key": "k-" + la * 5,
+                                 "models": ["m-" + la] + ["alone-" + la] * (name == "bad")})
+        config = ag.load_config("x", {}, {}, {"settings": {"strategy": "sticky", "max_wait_s": 1, **clocks},
+                                              "providers": rows, "accounts": accounts})
+        self.proxy.services.config = config
+        self.proxy.services.retries = ag.RetryShare()
+        self.proxy.pool.rests.items.clear()
+        self.proxy.pool.replace([ag.account_from_row(r, config.providers) for r in config.accounts], config.settings)
+
+    def ask(self, number, is_stream, is_paired):
+        """One client's question, of a language and to one that its number says; its outcome and mark."""
+        mark = f"mark-{next(self.marks):05}x{number}"
+        language, to = LANGUAGES[number % 4], LANGUAGES[number // 4 % 4]
+        path, body = question(language, ("m-" if is_paired else "alone-") + to, mark, is_stream)
+        status, _, raw = self.proxy.call("POST", path, body)
+        return outcome(language, is_stream, status, raw, mark), (language, to, status, raw)
+
+    def crowd(self, fault, clients, is_stream, at=0):
+        """What all clients get who ask at once: {(whether another is left): [(outcome, what was seen)]}."""
+        got, failures = {True: [], False: []}, []
+
+        def work(number):
+            is_paired = bool((number // 16 + number + number // 4 + at) % 2)
+            try:
+                got[is_paired].append(self.ask(number + at, is_stream, is_paired))
+            except Exception as err:
+                failures.append((fault, number, err))
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures[:3]
+        return got
+
+    def is_quiet(self):
+        """Nothing is under way, and no upstream connection open but those that are kept."""
+        connections = self.proxy.services.connections
+        kept = sum(map(len, connections._idle.values()))
+        return not self.proxy.pool.in_flight and not self.proxy.server.relay.streams and self.bad.busy + self.good.busy <= kept
+
+    def stop(self):
+        self.nowhere.close()
+        self.bad.stop()
+        self.good.stop()
+
+
+@pytest.fixture
+def siege(make_proxy, monkeypatch):
+    made, pause = [], ag.Exchange.pause
+    monkeypatch.setattr(ag, "MAX_EVENT_BYTES", 1 << 16)
+    monkeypatch.setattr(ag, "MAX_REPLY_BYTES", 1 << 17)
+    monkeypatch.setattr(ag, "RETRIES_PER_S", 1000)
+    monkeypatch.setattr(ag.Exchange, "pause", lambda self, seconds: pause(self, seconds / 20))
+
+    def make(fault):
+        made.append(Siege(make_proxy({"a": None}), fault))
+        return made[-1]
+    yield make
+    for one in made:
+        one.stop()
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.mark.parametrize("clients", [1, 16, 64])
+@both
+def test_whatever_an_upstream_does_each_client_gets_its_answer_or_one_error(siege, stream, clients):
+    now = [()]
+    field = siege(lambda mark: random.Random(mark).choice(now[0]))
+    threads, files = threading.active_count(), descriptors()
+    slow = [(name,) for name in SLOW_FAULTS] if clients < 64 else [tuple(SLOW_FAULTS)]      # side by side: they take long
+    for at, now[0] in enumerate([*((name,) for name in (*UPSTREAM_FAULTS, REFUSED_CONNECTION)), *slow]):
+        alone, is_slow = ALL_FAULTS[now[0][0]][0], now[0] in slow
+        clock_s = 0.3 + clients / 100 if is_slow else 30
+        field.begin(now[0] == (REFUSED_CONNECTION,), first_byte_timeout_s=clock_s, idle_timeout_s=clock_s,
+                    unary_timeout_s=2 * clock_s, total_timeout_s=2 * clock_s)
+        got = field.crowd(now[0], clients, stream, at)
+        for outcome, seen in got[False]:
+            assert outcome == alone or alone is EITHER, (now, outcome, seen)
+        for outcome, seen in got[True]:         # healed, unless text was out or the time is up
+            assert outcome is FINE or is_slow or stream and seen[2] == 200, (now, outcome, seen)
+        until(field.is_quiet)
+    field.proxy.services.connections.close()
+    until(lambda: threading.active_count() <= threads + 8 and not field.bad.busy + field.good.busy)
+    assert descriptors() <= files + 10
+    assert max(field.good.asked.values(), default=1) == 1      # each is generated once there
+
+
+def resident_mb():
+    return int(bytes_of("/proc/self/statm").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if descriptors() else 0.0
+
+
+def test_a_mix_of_faults_leaves_nothing_behind(siege, capsys):
+    """AGPROXY_SOAK=2000 makes it that many requests."""
+    total, names = int(os.environ.get("AGPROXY_SOAK", 256)), ["", *UPSTREAM_FAULTS, "it says nothing", "it says nothing more"]
+    field = siege(lambda mark: random.Random(mark).choice(names))
+    rows, outcomes, began, threads = [], collections.Counter(), time.monotonic(), threading.active_count()
+    for at in range(0, total, 64):
+        field.begin(first_byte_timeout_s=0.5, idle_timeout_s=0.5, unary_timeout_s=20, total_timeout_s=20)
+        for is_paired, got in field.crowd("mixed", 64, bool(at // 64 % 2), at).items():
+            outcomes.update((is_paired, outcome) for outcome, _ in got)
+        until(field.is_quiet)
+        field.proxy.services.connections.close()
+        until(lambda: not field.bad.busy + field.good.busy)
+        rows.append((resident_mb(), descriptors()))
+    took_s = time.monotonic() - began
+    until(lambda: threading.active_count() <= threads + 8)
+    half = rows[len(rows) // 2:]
+    with capsys.disabled():
+        if "AGPROXY_SOAK" in os.environ:
+            print(f"\n{total} requests in {took_s:.0f} s: {dict(outcomes)}; MB {rows[0][0]:.1f} -> {half[0][0]:.1f} -> "
+                  f"{rows[-1][0]:.1f}, descriptors {rows[0][1]} -> {rows[-1][1]}, threads {threading.active_count()}")
+    assert sum(outcomes.values()) == len(rows) * 64 and outcomes[True, FINE] > outcomes[True, BROKEN]
+    assert rows[-1][1] <= rows[0][1] + 10 and rows[-1][0] <= rows[0][0] + 60
+
+
+# What only a clock ends -----------------------------------------------------------
+
+CLOCKS = [      # sentence, the upstream's fault, whether streamed, the settings, what the error says
+    ("its first byte", "it says nothing", True, {"first_byte_timeout_s": 0.2}, r"began no answer within 0.2s \(first_byte_timeout_s\)"),
+    ("its head", "a head by drops", True, {"first_byte_timeout_s": 0.2}, r"began no answer within 0.2s \(first_byte_timeout_s\)"),
+    ("its body", "it says nothing after its head", True, {"first_byte_timeout_s": 0.2}, r"within 0.2s \(first_byte_timeout_s\)"),
+    ("a silence", "it says nothing more", True, {"idle_timeout_s": 0.2}, r"was silent for 0.2s \(idle_timeout_s\)"),
+    ("a silence of a whole answer", "it says nothing more", False, {"idle_timeout_s": 0.2, "unary_timeout_s": 0.9}, r"_timeout_s\)"),
+    ("all of a stream", "comments for ever", True, {"total_timeout_s": 0.4}, r"no whole answer within 0.4s \(total_timeout_s\)"),
+    ("all of a whole answer", "comments for ever", False, {"unary_timeout_s": 0.4}, r"no whole answer within 0.4s \(unary_timeout_s\)"),
+]
+
+
+@table("fault, stream, clocks, words", CLOCKS)
+def test_a_clock_names_itself_to_client_and_log(siege, fault, stream, clocks, words):
+    field = siege(lambda mark: fault)
+    field.begin(**clocks)
+    _, (_, _, _, raw) = field.ask(1, stream, False)     # a client of Chat, an upstream of Anthropic
+    assert re.search(words, raw.decode()), raw
+    assert re.search(r"\b(stall|timeout) by \w+_timeout_s|_timeout_s\)", field.proxy.log_text())
+    until(field.is_quiet)
+
+
+def test_a_connection_that_is_not_made_names_its_clock():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0), backlog=1)) as full:     # speaks no TLS
+        with pytest.raises(ag.ProxyError, match=r"took no connection within 0.3s \(connect_timeout_s\)"):
+            ag.ConnectionCache(ag.Clock(), {}).take("https://127.0.0.1:%d" % full.getsockname()[1], 0.3)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n"])
+def test_a_small_call_has_one_clock_for_all_of_it(answer):
+    def serve():
+        with contextlib.suppress(OSError), server.accept()[0] as sock:
+            sock.sendall(answer)
+            while True:
+                time.sleep(0.02)
+                sock.sendall(b"x")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ag.ProxyError, match="gave no answer within 0.3s" if answer else "damaged|reached|0.3s"):
+            ag.simple_call(ag.ConnectionCache(ag.Clock(), {}), "GET", "http://127.0.0.1:%d/" % server.getsockname()[1], {}, timeout_s=0.3)
+        thread.join()
+
+
+def test_an_upstream_that_answers_before_all_was_sent_is_heard_and_not_used_again(siege):
+    field = siege(lambda mark: "")
+    field.begin()
+    listener, asked, opened = socket.create_server(("127.0.0.1", 0)), [], []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()         # stays open, and takes no more
+                opened.append(sock)
+                asked.append(sock.recv(999))
+                sock.sendall(b"HTTP/1.1 413 Too Big\r\nContent-Length: 31\r\n\r\n" + b'{"error":{"message":"too big"}}')
+    threading.Thread(target=serve, daemon=True).start()
+    for account in field.proxy.pool.accounts:
+        account.provider = account.provider._replace(base_urls=(f"http://127.0.0.1:{listener.getsockname()[1]}",))
+    for _ in range(2):
+        status, _, body = field.proxy.ask("x" * (16 << 20), model="alone-chat")
+        assert status == 400 and "too long" in body["error"]["message"], body
+    assert len(opened) == 2 and not any(field.proxy.services.connections._idle.values())
+    listener.close()
+    for sock in opened:
+        sock.close()
+
+
+@both
+def test_a_client_that_leaves_while_its_request_is_still_sent_is_noticed(siege, stream):
+    field = siege(lambda mark: "")
+    field.begin()
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        for account in field.proxy.pool.accounts:
+            account.provider = account.provider._replace(base_urls=(f"http://127.0.0.1:{listener.getsockname()[1]}",))
+        body = json.dumps({"model": "alone-chat", "max_tokens": 9, "stream": stream, "messages": [
+            {"role": "user", "content": "x" * (16 << 20)}]}).encode()
+        with socket.create_connection(("127.0.0.1", field.proxy.port)) as client:
+            client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            until(lambda: field.proxy.pool.in_flight)
+        until(field.is_quiet)
+        assert "client left" in field.proxy.log_text()
+
+
+LEAVES = [(f"{name}, {'streamed' if stream else 'whole'}, as {la}", name, stream, number)
+          for name in ("it says nothing", "it says nothing after its head", "it says nothing more")
+          for stream in (True, False) for la, number in (("chat to anthropic", 1), ("chat to chat", 5))]
+
+
+@table("fault, stream, number", LEAVES)
+def test_a_departure_closes_a_silent_upstream(siege, fault, stream, number):
+    field = siege(lambda mark: fault)
+    field.begin()
+    path, body = question(LANGUAGES[number % 4], "alone-" + LANGUAGES[number // 4 % 4], "mark-1", stream)
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", field.proxy.port)) as client:
+        client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+        until(lambda: field.bad.asked)
+        if stream and fault == "it says nothing more":
+            until(lambda: field.proxy.server.relay.streams)
+    until(field.is_quiet)
+    assert sum(field.bad.asked.values()) == 1       # no further attempt
+
+
+# Retries in a crowd ---------------------------------------------------------------
+
+def test_repeats_stay_a_small_part_of_all_requests():
+    for load in (0, 5, 50):         # requests a second, of which each would be repeated three times
+        share, begun = ag.RetryShare(), []
+        for second in range(60):
+            for at in range(load):
+                now = second + at / load
+                share.note_request(now)
+                for _ in range(3):
+                    wait_s = share.take(now, 120)
+                    begun += [now + wait_s] if wait_s is not None else []
+        for since in range(60):
+            in_window = sum(since <= at < since + 10 for at in begun)
+            assert in_window <= 0.2 * load * 11 + 30, (load, since)
+    share = ag.RetryShare()
+    assert [share.take(100.0, 5) for _ in range(31)] == [0.0] * 30 + [None]
+    assert share.take(100.0, 20) == 10 and share.take(104.0, 20) == 6 and share.take(120.1, 0) == 0
+
+
+def test_who_is_one_repeat_too_many_waits_and_is_told_when_that_is_too_long(siege, monkeypatch):
+    monkeypatch.setattr(ag, "RETRIES_PER_S", 0.2)
+    field = siege(lambda mark: "it cuts between events")
+    field.begin()
+    got = field.crowd("a cut", 16, False)
+    assert sum(field.bad.asked.values()) <= 16 + 5 and {o for o, _ in got[False]} == {BROKEN}
+    assert "not tried again: too many requests are" in field.proxy.log_text()
+
+
+def test_a_test_of_a_resting_candidate_that_hangs_keeps_nobody_for_long(siege, monkeypatch):
+    monkeypatch.setattr(ag, "PROBE_LASTS_S", 0.3)
+    first = []
+    field = siege(lambda mark: "it says nothing" if first == [] and not first.append(mark) else "")
+    field.begin(max_wait_s=120)
+    key = ag.host_key(field.bad.url)
+    field.proxy.pool.rests.items[key] = ag.Rest("network", time.time() + 900, False, 1, time.time(), "down")
+    with socket.create_connection(("127.0.0.1", field.proxy.port)) as client:
+        path, body = question("chat", "alone-chat", "mark-1", True)
+        data = json.dumps(body).encode()
+        client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(data), data))
+        until(lambda: first)
+        assert field.ask(5, True, False)[0] is FINE         # the first still waits
+        until(lambda: field.proxy.pool.in_flight == 1)
+    until(field.is_quiet)
+
+
+def test_no_try_begins_late(siege, monkeypatch):
+    monkeypatch.setattr(ag, "LAST_TRY_BEGINS_S", -1)
+    field = siege(lambda mark: "it closes before its head")
+    field.begin()
+    assert field.ask(1, True, False)[0] is BROKEN and sum(field.bad.asked.values()) == 1
+
+
+def test_a_call_that_is_cut_in_its_arguments_is_no_complete_call():
+    assembler = ag.Assembler(ag.AnswerShape())
+    pieces = ag.ChatParser(target())
+    for delta in ({"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+                  {"tool_calls": [{"index": 0, "function": {"arguments": '{"path": "a'}}]}):
+        assembler.feed(pieces(json.dumps({"choices": [{"index": 0, "delta": delta}]})))
+    with pytest.raises(ag.ProxyError, match="without a finish"):
+        assembler.end()
 
 
 # ── 19. Terminal ──────────────────────────────────────────────────────────
@@ -9989,10 +10570,10 @@ class Woken:
     def __init__(self):
         self.slept = 0
 
-    def wait(self, sock, seconds):
-        if not ag.readable([sock], seconds):
+    def wait(self, sock, deadline):
+        if not ag.readable([sock], deadline.left_s()):
             self.slept += 1
-            raise ag.ProxyError("stall", "nobody woke it")
+            raise deadline.error()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -10204,6 +10785,7 @@ MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18)
            "subprocess": (4, 14, 20), "signal": (17, 20), "random": (3,), "argparse": (20,)}
 
 
+@functools.lru_cache(maxsize=None)
 def room_of(line):
     found = 0
     for at, number, _ in ag.rooms(os.path.join(HERE, "agproxy.py")):
