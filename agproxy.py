@@ -10432,11 +10432,12 @@ class ConnectionCache:
             self._tls.setdefault(file, context)     # one for all who came at once
         return self._tls[file]
 
-    def _open(self, key: tuple, timeout_s: float) -> socket.socket:
+    def _open(self, key: tuple, timeout_s: float,
+              context: ssl.SSLContext | None = None) -> socket.socket:
         scheme, host, port, proxy = key
         if scheme == "https":
             opener: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=timeout_s, context=self._tls_context())
+                host, port, timeout=timeout_s, context=context or self._tls_context())
         else:
             opener = http.client.HTTPConnection(host, port, timeout=timeout_s)
         if proxy:       # where http.client would connect by itself; TLS comes after it
@@ -10494,6 +10495,81 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
         raise network_error(err, connection.host, clock) from err
     finally:
         connection.close()
+
+
+# A look at the way to a host, for a person
+
+TLS_LIBRARY, HAS_TLS_1_3 = ssl.OPENSSL_VERSION, ssl.HAS_TLSv1_3
+_ISSUER = re.compile(rb"\x06\x03\x55\x04([\x03\x0a])[\x0c\x13\x14\x16](.)", re.S)
+
+
+@dataclass
+class Way:
+    """The way to a host, as far as somebody went it.  A thread fills it in: who does not wait for
+    the end reads how far it is."""
+    url: str                    # scheme, host and port
+    own_proxy: str              # the account's
+    used_by: tuple = ()         # labels of accounts
+    stage: str = "name"         # name, proxy, connection, certificate, answer; open at the end
+    failure: str = "there was no answer in time"
+    proxy: str = ""             # in use; may hold a password
+    issuer: str = ""            # of its certificate
+    ahead_s: float | None = None        # its clock before this machine's
+
+
+def certificate_issuer(der: bytes) -> str:
+    """Organisation and name of who signed a certificate, also one that is not trusted.  They stand
+    before its dates (RFC 5280, 4.1), its own names behind them."""
+    head = re.split(rb"\x30.[\x17\x18][\x0d\x0f]\d{8}", der, maxsplit=1, flags=re.S)[0]
+    names = {m[1]: head[m.end():m.end() + m[2][0]].decode("utf-8", "replace")
+             for m in _ISSUER.finditer(head)}
+    return ", ".join(names[kind] for kind in (b"\x0a", b"\x03") if kind in names)
+
+
+def _read_clock(way: Way, sock: socket.socket, clock: Clock, timeout_s: float) -> None:
+    """How far the clock of who answers is ahead, which tells whole seconds."""
+    import email.utils
+    sock.settimeout(timeout_s)
+    client, began = http.client.HTTPConnection("upstream"), clock.now()
+    client.sock = sock
+    client.request("HEAD", "/", headers={"Host": way.url.partition("//")[2]})
+    with client.getresponse() as response:
+        told = email.utils.parsedate_tz(response.getheader("date", ""))
+    if told:
+        way.ahead_s = email.utils.mktime_tz(told) + 0.5 - (began + clock.now()) / 2
+
+
+def explore(way: Way, connections: ConnectionCache, timeout_s: float) -> None:
+    """Goes the way step by step and notes what it meets.  Sends a bare `HEAD /`, and nothing to a
+    host whose certificate is not trusted."""
+    try:
+        scheme, *place = _place(way.url)
+        way.proxy, first = connections._proxy_for(scheme, *place, way.own_proxy), place
+        if way.proxy:
+            via = urllib.parse.urlsplit(way.proxy if "//" in way.proxy else "http://" + way.proxy)
+            first = [via.hostname, via.port or (1080 if "socks" in via.scheme else 8080)]
+        socket.getaddrinfo(*first, type=socket.SOCK_STREAM)
+        if way.proxy:
+            way.stage = "proxy"
+            socket.create_connection(tuple(first), timeout_s).close()
+        way.stage = "connection"
+        try:
+            sock = connections._open((scheme, *place, way.proxy), timeout_s)
+        except ssl.SSLCertVerificationError as err:
+            way.stage, way.failure = "certificate", err.verify_message
+            lenient = ssl.create_default_context()      # to read whose it is
+            lenient.check_hostname, lenient.verify_mode = False, ssl.CERT_NONE
+            sock = connections._open((scheme, *place, way.proxy), timeout_s, lenient)
+        with sock:
+            if isinstance(sock, ssl.SSLSocket):
+                way.issuer = certificate_issuer(sock.getpeercert(True))
+            if way.stage == "connection":
+                way.stage = "answer"
+                _read_clock(way, sock, connections.clock, timeout_s)
+                way.stage = "open"
+    except (OSError, http.client.HTTPException, ValueError) as err:
+        if way.stage != "certificate":
+            way.failure = network_error(err, "it").message
 
 
 # ── 13. Accounts ──────────────────────────────────────────────────────────
@@ -18765,11 +18841,16 @@ def client_options(client: str, url: str) -> list[str]:
     return ["-c", "model_providers.agproxy=" + provider, "-c", 'model_provider="agproxy"']
 
 
-def server_url(server: ProxyServer | Crew) -> str:
-    host = server.services.config.host
+def local_url(config: Config, port: int) -> str:
+    """Where a server is found from this machine."""
+    host = config.host
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    scheme = "https" if server.services.config.tls_cert else "http"
-    return f"{scheme}://{host}:{server.server_port}"
+    scheme = "https" if config.tls_cert else "http"
+    return f"{scheme}://{host}:{port}"
+
+
+def server_url(server: ProxyServer | Crew) -> str:
+    return local_url(server.services.config, server.server_port)
 
 
 def lacks_account(args: argparse.Namespace) -> bool:
@@ -19426,6 +19507,543 @@ def command_groups(args: argparse.Namespace) -> int:
     return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
 
 
+# Doctor: what is wrong on this machine, by what evidence, and what helps.  Everything is gathered
+# first and at once; the checks only read.
+
+LOOK_S = 8                      # all questions to hosts and programs together
+LEAST_DISK_BYTES = 64 << 20
+LEAST_DESCRIPTORS = 1024        # two for each stream
+MOST_SKEW_S = 60                # beyond it signed sign-ins begin to fail
+NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "afs", "ceph", "glusterfs")
+# who certifies the vendors' hosts; anybody else's name on their certificates is worth a look
+PUBLIC_ISSUERS = re.compile(
+    r"(?i)(?!.*gateway).*(google trust|digicert|let's encrypt|amazon|sectigo|globalsign|cloudflare|"
+    r"microsoft|isrg|entrust|ssl corp|godaddy|starfield|zerossl|trustasia|certum|buypass|geotrust)")
+CLIENT_FILES = {                # client -> (variable that moves its folder, the folder, its files)
+    "Claude Code": ("CLAUDE_CONFIG_DIR", ".claude", ("settings.json", "settings.local.json")),
+    "Codex": ("CODEX_HOME", ".codex", ("config.toml", ".env")),
+    "Gemini CLI": ("", ".gemini", ("settings.json", ".env")),
+    "OpenCode": ("XDG_CONFIG_HOME", ".config", ("opencode/opencode.json",
+                                                "opencode/opencode.jsonc"))}
+CLIENT_PROGRAMS = {             # program -> (first version without a known problem, the problem)
+    "claude": ("2.1.181", "its system prompt begins otherwise in each call: no prompt cache of an "
+               "upstream that speaks its language holds"),
+    "codex": ("", ""), "gemini": ("", ""), "opencode": ("", "")}
+SHADOWS = (                     # variables that, when all are set, turn a client away or change it
+    ("CLAUDE_CODE_USE_BEDROCK", "Claude Code speaks to Bedrock, whatever its base URL says"),
+    ("CLAUDE_CODE_USE_VERTEX", "Claude Code speaks to Vertex, whatever its base URL says"),
+    ("CLAUDE_CODE_USE_FOUNDRY", "Claude Code speaks to Foundry, whatever its base URL says"),
+    ("GOOGLE_GENAI_USE_GCA", "Gemini CLI signs in at Google, whatever its base URL says"),
+    ("CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS", "Claude Code leaves its betas out"),
+    ("CLAUDE_CODE_ENABLE_FINE_GRAINED_TOOL_STREAMING", "tools' arguments may come broken"),
+    ("NODE_TLS_REJECT_UNAUTHORIZED", "at 0, clients in Node.js trust any certificate"),
+    ("ANTHROPIC_AUTH_TOKEN ANTHROPIC_API_KEY", "Claude Code sends both, and asks about them"),
+    ("GOOGLE_API_KEY GEMINI_API_KEY", "Google's SDKs and Gemini CLI take the first"))
+_BASE_URL = re.compile(r"(?i)\b((?:[a-z]+_)*base_?url|code_assist_endpoint|openai_api_base)[\"']?"
+                       r"\s*[:=]\s*[\"']?(https?://[^\s\"']+)")
+_LOCAL_URL = re.compile(r"https?://(localhost|127\.[\d.]+|\[::1\]|0\.0\.0\.0)(:\d+)?\Z")
+WAY_ENDS = {                    # where a way ends -> (cause, what helps)
+    "name": ("the name of {first} is not found", "look at this machine's DNS; where only a proxy "
+             "gets out, set HTTPS_PROXY or settings.proxy"),
+    "proxy": ("the proxy {first} does not answer", "start it, or set the right one: `proxy` of the "
+              "account or the settings, else HTTPS_PROXY"),
+    "connection": ("{host} is not reached", "start it if it is yours; else a firewall, or a proxy "
+                   "that must be set"),
+    "certificate": ("the certificate of {host} is not trusted", "where a company or a virus scanner"
+                    " opens TLS, set settings.ca_file to its authority (PEM); else see the clock"),
+    "answer": ("{host} takes connections and does not answer", "a firewall or proxy on the way")}
+VERIFY = "python3 agproxy.py accounts verify {name}"
+ACCOUNT_REMEDIES = {            # state that a person must end -> how
+    "needs login": "python3 agproxy.py accounts add --provider {provider} --name {name}",
+    "needs verification": "open the vendor's link, then " + VERIFY,
+    "banned": "nothing is sent for it; once the vendor has restored it: " + VERIFY,
+    "needs a secret": "set what its secret refers to, then " + VERIFY, "stopped": VERIFY}
+
+
+class Finding(NamedTuple):
+    """What a check found.  `fix` does what `remedy` says; without one a person must act."""
+    check: str                  # of CHECKS
+    state: str                  # ok, warn or fail
+    cause: str                  # of what is ok: what was looked at
+    evidence: str = ""
+    remedy: str = ""
+    fix: Callable[[], Any] | None = None
+
+
+@dataclass
+class Checkup:
+    """All that the checks look at."""
+    path: str                               # of accounts.json
+    environ: Mapping[str, str]
+    home: str
+    config: Config
+    stored: Mapping = field(default_factory=dict)       # the file
+    broken: str = ""                        # why it cannot be used
+    accounts: list = field(default_factory=list)        # (Account, its report)
+    notes: list = field(default_factory=list)           # what state.db had to say
+    ways: list = field(default_factory=list)            # Way to each upstream in use
+    texts: list = field(default_factory=list)           # (client, where, text) of their settings
+    listeners: dict = field(default_factory=dict)       # URL on this machine -> who answers
+    told: dict = field(default_factory=dict)            # program -> what it printed
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(os.path.realpath(self.path))
+
+    @property
+    def url(self) -> str:
+        return local_url(self.config, self.config.port)
+
+
+def bare_url(url: str) -> str:
+    """Scheme, host and port: whatever may be secret is left out."""
+    scheme, rest = re.fullmatch(r"(?is)([a-z][a-z\d+.-]*://)?(.*)", url).groups()
+    place = re.match(r"(\[[^\]]*\]|[^:/?#]*)(:\d+)?", rest.rpartition("@")[2])
+    return (scheme or "http://") + place[0]
+
+
+VENDOR_URLS = {bare_url(url) for row in PROVIDERS.values()
+               for url in (*row.base_urls, row.token_url) if url.startswith("https:")}
+
+
+def is_this_proxy(checkup: Checkup, url: str) -> bool:
+    """Whether a bare URL is this proxy's address."""
+    return url.replace("//localhost", "//127.0.0.1") == checkup.url
+
+
+def client_urls(checkup: Checkup) -> Iterator[tuple[str, str, str, str]]:
+    """(client, where it stands, name, bare URL) of each address that a client is sent to."""
+    for client, where, text in checkup.texts:
+        for line in text.splitlines():
+            if not line.lstrip().startswith(("#", "//")):
+                yield from ((client, where, m[1], bare_url(m[2])) for m in _BASE_URL.finditer(line))
+
+
+# What is gathered
+
+def client_texts(environ: Mapping[str, str], home: str) -> Iterator[tuple[str, str, str]]:
+    """(client, where it stands, text) of what clients are configured by; of Codex's providers only
+    those that something chooses."""
+    yield "a client", "the environment", "\n".join(
+        f"{name}={value}" for name, value in environ.items() if name.startswith((
+            "ANTHROPIC", "OPENAI", "GOOGLE", "GEMINI", "CODE_ASSIST")))
+    for client, (variable, folder, names) in CLIENT_FILES.items():
+        for name in names:
+            path = os.path.join(environ.get(variable) or os.path.join(home, folder), name)
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as handle:
+                text = handle.read(1 << 20)
+                chosen = re.findall(r'(?m)^\s*model_provider\s*=\s*"([^"]+)"', text)
+                yield client, path, "".join(
+                    part for part in re.split(r"(?m)^(?=\s*\[)", text) for named in (
+                        re.match(r'\s*\[model_providers\."?([^"\].]+)', part),)
+                    if not named or named[1] in chosen)
+
+
+def upstream_ways(accounts: Iterable[Account]) -> list[Way]:
+    """The ways to the hosts that these accounts use, and to no others."""
+    used: dict[tuple, dict] = {}
+    for account in accounts:
+        for row in account.providers:
+            urls = [*row.base_urls, *(u for _, ends in row.endpoints for u in ends), row.quota,
+                    row.token_url if row.auth in ("oauth", "google") else ""]
+            for url in filter(None, urls):
+                key = bare_url(vertex_host(url, account.project)), account.proxy
+                used.setdefault(key, {})[account.label] = True
+    return [Way(*key, used_by=tuple(labels)) for key, labels in used.items()]
+
+
+def listener_at(url: str) -> str:
+    """Who answers at an address of this machine: `agproxy VERSION`, `another program` or ""."""
+    try:
+        body = simple_call(ConnectionCache(Clock(), {}), "GET", url + "/health", {},
+                           proxy="direct", timeout_s=LOOK_S / 2)[2]
+        told = object_of(json_decode(body))
+        return f"agproxy {told['version']}" if "streams" in told else "another program"
+    except (ProxyError, ValueError, KeyError) as err:
+        return "" if isinstance(err.__cause__, ConnectionRefusedError) else "another program"
+
+
+def program_output(*words: str) -> str:
+    """What a program prints, "" where it does not run."""
+    import shutil
+    program = shutil.which(words[0])
+    try:
+        return subprocess.check_output(
+            [program, *words[1:]], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            timeout=LOOK_S * 0.75).decode("utf-8", "replace") if program else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def all_at_once(jobs: Mapping[Any, Callable[[], Any]], wait_s: float) -> dict:
+    """What each job answers, of those that do in time; nobody waits for the others."""
+    done: queue.Queue = queue.Queue()
+    for key, job in jobs.items():
+        threading.Thread(target=lambda key=key, job=job: done.put((key, job())),
+                         daemon=True).start()
+    deadline, answers = time.monotonic() + wait_s, {}
+    with contextlib.suppress(queue.Empty):
+        while len(answers) < len(jobs):
+            key, answer = done.get(timeout=max(0.01, deadline - time.monotonic()))
+            answers[key] = answer
+    return answers
+
+
+def look_around(checkup: Checkup, is_offline: bool) -> None:
+    """Asks hosts, ports of this machine and programs, LOOK_S at most."""
+    checkup.texts = list(client_texts(checkup.environ, checkup.home))
+    connections = ConnectionCache(Clock(), checkup.environ, lambda: checkup.config.settings)
+    ways = [] if is_offline else upstream_ways(a for a, _ in checkup.accounts if a.enabled)
+    jobs: dict[Any, Callable] = {number: functools.partial(explore, way, connections, LOOK_S * 0.75)
+                                 for number, way in enumerate(ways)}
+    urls = {checkup.url, *filter(_LOCAL_URL.match, (row[3] for row in client_urls(checkup)))}
+    jobs.update((url, functools.partial(listener_at, url)) for url in urls)
+    jobs.update((name, functools.partial(program_output, name, "--version"))
+                for name in CLIENT_PROGRAMS)
+    if os.name == "nt":
+        jobs["netsh"] = functools.partial(program_output, "netsh", "interface", "ipv4", "show",
+                                          "excludedportrange", "protocol=tcp")
+    checkup.told = all_at_once(jobs, LOOK_S)
+    checkup.listeners = {url: checkup.told.get(url, "another program") for url in urls}
+    checkup.ways = [replace(way) for way in ways]       # late threads go on in their own
+
+
+def read_accounts(checkup: Checkup) -> None:
+    """Takes in the file, which stays as it is, and what state.db knows of its accounts."""
+    try:
+        with contextlib.suppress(FileNotFoundError), open(checkup.path, "rb") as handle:
+            checkup.stored = json_decode(handle.read())
+        if not isinstance(checkup.stored, dict):
+            raise ConfigError("an object is required")
+        if not checkup.stored and os.path.exists(checkup.path + ".bak"):
+            raise ConfigError(f"{checkup.path} is missing or empty, and its .bak is there")
+        checkup.config = load_config(checkup.path, {}, checkup.environ, checkup.stored)
+    except (OSError, ValueError, ConfigError) as err:
+        checkup.stored, checkup.broken = {}, str(err)
+    kept, config = os.path.join(checkup.folder, "state.db"), checkup.config
+    state = State(kept if os.path.exists(kept) else "", checkup.notes.append)
+    rows = [account_from_row(row, config.providers) for row in config.accounts]
+    checkup.accounts = AccountPool(rows, Clock(), config.settings, state).reports()
+    state.close()
+
+
+# The checks: each yields the cells of Findings, without the name
+
+def check_program(checkup: Checkup) -> Iterator[tuple]:
+    from sqlite3 import sqlite_version
+    most = raise_descriptor_limit()
+    yield "ok", (f"agproxy {VERSION}, Python {sys.version.split()[0]}, {TLS_LIBRARY}, "
+                 f"SQLite {sqlite_version}, {most:,} descriptors")
+    if not HAS_TLS_1_3:
+        yield ("warn", "this Python knows no TLS 1.3", TLS_LIBRARY, "use one with OpenSSL 1.1.1 or "
+               "newer")
+    if os.name == "posix" and most < LEAST_DESCRIPTORS:
+        yield ("warn", f"only some {most // 2} streams can run at once", f"a process may hold "
+               f"{most} descriptors", "raise the limit (ulimit -Hn)")
+
+
+def own_files(checkup: Checkup) -> Iterator[tuple[str, os.stat_result]]:
+    """What this program keeps beside the accounts file, tokens included; no links."""
+    name = re.escape(os.path.basename(os.path.realpath(checkup.path)))
+    for folder, names in ((checkup.folder, name + r"(\..+)?|state\.db.*"),
+                          (os.path.join(checkup.folder, "tokens"), r"[0-9a-f]{16}(\..+)?")):
+        with contextlib.suppress(OSError):      # not there yet, or gone again
+            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+                if re.fullmatch(names, entry.name) and entry.is_file(follow_symlinks=False):
+                    yield entry.path, entry.stat()
+
+
+def check_files(checkup: Checkup) -> Iterator[tuple]:
+    """Nobody else may read what holds secrets; nothing should lie about."""
+    files, is_own = dict(own_files(checkup)), os.path.basename(checkup.folder) == "agproxy"
+    yield "ok", f"{len(files)} in {checkup.folder}"
+    rows = [(path, found, 0o077, 0o600) for path, found in files.items()]
+    if os.path.isdir(checkup.folder):   # one that serves other ends too may be read by others
+        rows.append((checkup.folder, os.stat(checkup.folder), 0o077 if is_own else 0o022, 0o700))
+    for path, found, wrong, mode in rows if os.name == "posix" else ():
+        if found.st_uid != os.getuid():
+            yield ("warn", f"{path} is another user's", f"user id {found.st_uid}, here runs "
+                   f"{os.getuid()}", "chown it, or run as that user")
+        elif found.st_mode & wrong:
+            can_fix = is_own or path != checkup.folder
+            yield ("fail" if path in files or found.st_mode & 0o022 else "warn",
+                   f"others on this machine may use {path}",
+                   f"its mode is {found.st_mode & 0o7777:04o}", f"chmod {mode:o} {path}"
+                   if can_fix else "keep the accounts file in a folder of its own",
+                   functools.partial(os.chmod, path, mode) if can_fix else None)
+    for path, found in files.items():
+        if path.endswith(".tmp") and time.time() - found.st_mtime > 60:
+            yield ("warn", "a writer was killed", f"it left {path}", f"rm {path}",
+                   functools.partial(os.unlink, path))
+        if ".corrupt-" in path:
+            yield ("warn", "a damaged file was set aside", path, "take from it what is missing, "
+                   "then delete it: it may hold secrets")
+
+
+def filesystem_of(path: str) -> str:
+    """The kind of filesystem, "" where it is not known: only Linux tells it so simply."""
+    with contextlib.suppress(OSError), open("/proc/mounts", encoding="utf-8") as handle:
+        return max((len(at), kind) for at, kind in (line.split()[1:3] for line in handle)
+                   if (path + "/").startswith(at.rstrip("/") + "/"))[1]
+    return ""
+
+
+def check_disk(checkup: Checkup) -> Iterator[tuple]:
+    import shutil
+    folder = checkup.folder
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    yield "ok", f"{free / 1e9:,.1f} GB free"
+    if free < LEAST_DISK_BYTES:
+        yield "fail", f"the disk of {folder} is full", f"{free >> 20} MB are left", "free some"
+    if not os.access(folder, os.W_OK):
+        yield ("fail", f"{folder} cannot be written", "no permission for it", "keep the accounts "
+               "file elsewhere (--accounts), or take the right to write there")
+    if filesystem_of(folder) in NETWORK_FILESYSTEMS:
+        yield ("warn", f"{folder} is on a network", filesystem_of(folder), "keep the accounts file "
+               "on a local disk: locks and state.db are not safe there")
+
+
+def check_settings(checkup: Checkup) -> Iterator[tuple]:
+    """The file, and variables that win over it, which people forget."""
+    environ, written, taken = checkup.environ, object_of(checkup.stored.get("settings")), []
+    if checkup.broken:
+        yield ("fail", "serve would not start as it should", checkup.broken, "mend it; the last "
+               f"good version of the file is kept in {checkup.path}.bak")
+    for note in checkup.notes:
+        yield "warn", "state.db was not in order", note, "limits may be forgotten, accounts are not"
+    try:
+        check_bind(checkup.config)
+    except ConfigError as err:
+        yield "fail", "serve would not start", str(err), "set the key, or listen on 127.0.0.1"
+    for name, row in SETTINGS.items():
+        for given in [v for v in (row.variable, "AGPROXY_" + name.upper()) if environ.get(v)][:1]:
+            taken.append(given)
+            told = [bare_url(str(value)) if name == "proxy" else str(value)
+                    for value in (environ[given], written.get(name, environ[given]))]
+            if told[0].lower() != told[1].lower():
+                yield ("warn", f"{given} overrides settings.{name}", f"it says {told[0]}, the file "
+                       f"{told[1]}", f"unset {given}")
+    known = {"AGPROXY_KEY", *("AGPROXY_" + name.upper() for name in SETTINGS)}
+    for name in environ:
+        if name.startswith("AGPROXY_") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            yield ("warn", f"{name} is no setting", "nothing reads it",
+                   f"{near[0]} may be meant" if near else f"unset {name}")
+    yield "ok", f"{len(written)} in the file; of the environment: {', '.join(taken) or 'none'}"
+
+
+def lacking_secret(secret: str, environ: Mapping[str, str], own_key: str) -> str:
+    """Why a secret's reference is of no use, "" where it may be; commands are not run."""
+    kind, _, rest = secret.partition(":")
+    if kind == "env" and not environ.get(rest):
+        return f"{rest} is not set here"
+    if kind == "env" and environ[rest] in ("agproxy", own_key):
+        return f"{rest} holds what clients bring to this proxy"
+    try:
+        with contextlib.nullcontext() if kind != "file" else open(os.path.expanduser(rest), "rb"):
+            return ""
+    except OSError as err:
+        return f"{rest} cannot be read: {err.strerror}"
+
+
+def check_accounts(checkup: Checkup) -> Iterator[tuple]:
+    is_empty, now = not checkup.accounts, time.time()
+    if not checkup.broken and not any(account.enabled for account, _ in checkup.accounts):
+        yield ("fail", "no account can serve", f"{checkup.path} has "
+               f"{'none' if is_empty else 'none that is enabled'}, the environment no key",
+               f"python3 agproxy.py accounts {'add' if is_empty else 'enable NAME'}")
+    for account, row in checkup.accounts:
+        name, state = account.label, row["state"]
+        why = lacking_secret(account.secret, checkup.environ, checkup.config.api_key)
+        ends = [limit["until"] for limit in row["limits"] if limit["until"] < 1e12] + [
+            window["reset_at"] for window in row["quotas"] if window["fraction"] == 0]
+        if why and account.enabled:
+            yield "fail", f"{name} has no secret of use", why, "set it where the server starts"
+        elif state in ACCOUNT_REMEDIES:
+            yield ("fail", f"{name} {state}" if "needs" in state else f"{name} is {state}",
+                   row["reason"] or "as the last call told", ACCOUNT_REMEDIES[state].format(
+                       name=name, provider=account.provider.id))
+        elif state in ("limited", "absent"):
+            told = [f"free in {human_s(max(ends) - now)}"] if ends else [
+                pool["absent"] for pool in row["pools"] if pool["absent"]]
+            yield ("warn", f"{name} is {state}", "; ".join(told), "wait, or add another account; "
+                   "python3 agproxy.py quota tells more")
+        else:
+            yield "ok", f"{name} is {state}"
+
+
+def check_port(checkup: Checkup) -> Iterator[tuple]:
+    config, other = checkup.config, "choose another: --port N, or settings.port"
+    who, place = checkup.listeners.get(checkup.url, ""), f"{config.host}:{config.port}"
+    try:
+        if not who or not config.port:
+            shared_listener(config.host, config.port).close()
+            yield "ok", f"{place} is free, no server runs there"
+    except OSError as err:
+        yield "fail", f"{place} cannot be listened on", str(err.strerror), other
+    if who == "another program" and config.port:
+        yield "fail", f"another program has {place}", "its /health is not agproxy's", other
+    elif who.startswith("agproxy"):
+        yield "ok", f"{who} listens on {place}"
+        if who != f"agproxy {VERSION}":
+            yield ("warn", "the server that runs is not of this file's version", f"{who}; this is "
+                   f"{VERSION}", "restart it")
+    wanted = {config.port: "the server's", **{
+        account.provider.ports[0]: "for sign-ins" for account, _ in checkup.accounts
+        if account.provider.ports}}
+    # whatever the language of Windows
+    for first, last in re.findall(r"(?m)^\s*(\d+)\s+(\d+)[\s*]*$", checkup.told.get("netsh", "")):
+        for port in (port for port in wanted if int(first) <= port <= int(last)):
+            yield ("fail", f"Windows keeps port {port}, {wanted[port]}, for itself",
+                   f"{first} to {last}, by netsh interface ipv4 show excludedportrange "
+                   "protocol=tcp", "choose another, or as administrator: net stop winnat")
+
+
+def check_variables(checkup: Checkup) -> Iterator[tuple]:
+    """What would lead a client astray that starts from here."""
+    environ = checkup.environ
+    for names, effect in SHADOWS:
+        if all(environ.get(name) for name in names.split()):
+            yield ("warn", f"{names.replace(' ', ' and ')} {'are' if ' ' in names else 'is'} set",
+                   effect, f"unset {names.split()[-1]}, unless you want that")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"):
+        if environ.get(name) and not os.path.exists(environ[name]):
+            yield ("fail", f"{name} names what is not there", environ[name], f"unset {name}: "
+                   "no certificate is trusted by it")
+    proxies = [f"{name}={bare_url(value)}" for name, value in environ.items() if value
+               and name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+    exempt = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if proxies and not re.search(r"127\.|localhost|\A\s*\*", exempt):
+        yield ("warn", "clients look for agproxy behind another proxy", ", ".join(proxies)
+               + f", NO_PROXY={exempt}", "set NO_PROXY=localhost,127.0.0.1 where clients start")
+    yield "ok", "those of clients, proxies and certificates were looked at"
+
+
+def check_clients(checkup: Checkup) -> Iterator[tuple]:
+    """What clients were told some time ago."""
+    for client, where, name, url in client_urls(checkup):
+        who = checkup.listeners.get(url, "") if _LOCAL_URL.match(url) else "another machine"
+        if who.startswith("agproxy") or is_this_proxy(checkup, url) or url in VENDOR_URLS:
+            yield "ok", f"{client}: {url}"
+        else:
+            yield ("warn", f"{client} is sent to {url}, where {who or 'nobody'} answers",
+                   f"{name} in {where}", f"point it to {checkup.url}, or take it out")
+    for client, where, text in checkup.texts:
+        if client == "Codex" and re.search(r'(?m)^\s*wire_api\s*=\s*"chat"', text):
+            yield ("warn", "Codex does not start with wire_api = \"chat\"", where,
+                   'write wire_api = "responses"')
+        chosen = re.search(r'"selectedType"\s*:\s*"(?!gemini-api-key)([\w-]*)"', text)
+        if client == "Gemini CLI" and chosen and checkup.environ.get("GOOGLE_GEMINI_BASE_URL"):
+            yield ("warn", "Gemini CLI does not use its base URL", f"selectedType is {chosen[1]} "
+                   f"in {where}", 'write "gemini-api-key"')
+    for program, (least, problem) in CLIENT_PROGRAMS.items():
+        for version in re.findall(r"\d+(?:\.\d+)+", checkup.told.get(program, ""))[:1]:
+            if [*map(int, version.split("."))] < [*map(int, (least or "0").split("."))]:
+                yield "warn", f"{program} {version} is old", problem, f"update it to {least}"
+            else:
+                yield "ok", f"{program} {version}"
+
+
+def check_ways(checkup: Checkup) -> Iterator[tuple]:
+    """DNS, proxies, connections, certificates, clock."""
+    for way in checkup.ways:
+        first = bare_url(way.proxy or way.url)
+        if is_this_proxy(checkup, way.url):
+            yield ("fail", f"the upstream of {', '.join(way.used_by)} is this proxy itself",
+                   f"both are {way.url}", "let one of them have another port")
+        elif way.stage != "open":
+            cause, remedy = WAY_ENDS[way.stage]
+            issuer = f", issued by {way.issuer}" if way.issuer else ""
+            yield ("warn" if way.stage == "answer" else "fail",
+                   cause.format(host=way.url, first=first),
+                   f"{way.failure}{issuer}; needed by {', '.join(way.used_by)}", remedy)
+        elif way.url in VENDOR_URLS and not PUBLIC_ISSUERS.match(way.issuer):
+            yield ("warn", f"somebody on the way to {way.url} opens TLS", "its certificate is "
+                   f"issued by {way.issuer}", "who does that reads prompts and keys: ask for an "
+                   "exception, or accept it")
+        else:
+            yield "ok", f"{way.url} answers" + (f" by way of {first}" if way.proxy else "")
+    ahead_s = min((way.ahead_s for way in checkup.ways if way.ahead_s is not None), key=abs,
+                  default=0.0)      # one server may be wrong; this machine is where all disagree
+    if abs(ahead_s) > MOST_SKEW_S:
+        yield ("fail", f"this machine's clock is {human_s(abs(ahead_s))} "
+               f"{'slow' if ahead_s > 0 else 'fast'}", "by the Date of every upstream that answers",
+               "set it by network time (NTP); virtual machines and WSL lose time in sleep")
+
+
+CHECKS = (              # (name, function); those of a name stand together
+    ("program", check_program), ("files", check_files), ("files", check_disk),
+    ("settings", check_settings), ("accounts", check_accounts), ("port", check_port),
+    ("variables", check_variables), ("clients", check_clients), ("network", check_ways))
+
+
+def findings(checkup: Checkup) -> list[Finding]:
+    """What all checks find, without secrets."""
+    return [Finding(name, state, *map(redact, cells[:3]), *cells[3:])
+            for name, check in CHECKS for state, *cells in check(checkup)]
+
+
+def finding_lines(found: Iterable[Finding]) -> list[str]:
+    """What is in order on one line a check; the rest each with its evidence and remedy."""
+    import textwrap
+
+    def cut(head: str, text: str) -> list[str]:
+        return textwrap.wrap(head + text, 100, subsequent_indent=" " * len(head),
+                             break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for check, rows in itertools.groupby(found, lambda row: row.check):
+        rows = list(rows)
+        fine = "; ".join(row.cause for row in rows if row.state == "ok")
+        lines += cut(f"ok    {check:11}", fine) if fine else []
+        for row in (row for row in rows if row.state != "ok"):
+            lines += cut(f"{row.state:6}{check:11}", row.cause)
+            lines += cut(f"{'':17}evidence  ", row.evidence)
+            lines += cut(f"{'':17}remedy    ", row.remedy)
+    return lines
+
+
+def mend(found: Iterable[Finding], tell: Callable[[str], None]) -> list[Finding]:
+    """The findings that are left after the fixes, each of which is told."""
+    left = []
+    for row in found:
+        try:
+            if row.fix is not None:
+                row.fix()
+                tell(f"fixed {row.check:11}{row.remedy}")
+                continue
+        except OSError as err:
+            row = row._replace(fix=None, evidence=f"{row.evidence}; no fix: {err.strerror}")
+        left.append(row)
+    return left
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """1 when something fails."""
+    path = config_path(args.accounts, os.environ)
+    checkup = Checkup(path, os.environ, os.path.expanduser("~"), Config(
+        path, {name: row.default for name, row in SETTINGS.items()}))
+    with offline(args) if args.demo else contextlib.nullcontext() as services:
+        if services:
+            checkup.config, checkup.accounts = services.config, services.pool.reports()
+        else:
+            read_accounts(checkup)
+        look_around(checkup, args.offline)
+    found, done = findings(checkup), []
+    if args.fix:
+        found = mend(found, done.append)
+    counts = {state: sum(row.state == state for row in found) for state in ("fail", "warn", "ok")}
+    fixes = sum(row.fix is not None for row in found)
+    if args.json:
+        say(json.dumps({"version": VERSION, "counts": counts, "fixed": done, "findings": [
+            {**row._asdict(), "fix": row.fix is not None} for row in found]}, indent=2))
+    else:
+        say(*done, *finding_lines(found), "", ", ".join(f"{n} {s}" for s, n in counts.items())
+            + (f"; doctor --fix mends {fixes} of them" if fixes else ""))
+    return 1 if counts["fail"] else 0
+
+
 # Bench: agproxy as a client meets it, beside a direct connection and another proxy
 
 class BenchLoad(NamedTuple):
@@ -19915,6 +20533,7 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
     "groups": (command_groups, "create, add, move, remove, test, list, delete groups", False),
     "alias": (command_alias, "names for models: alias [NAME [MODEL ...]]", False),
     "models": (command_models, "list models and the accounts that serve them", False),
+    "doctor": (command_doctor, "look for what is wrong on this machine, and say what helps", False),
     "bench": (command_bench, "measure this proxy beside a direct connection, or another", False),
     "map": (command_map, "print the rooms of this file with their lines", False),
     "version": (command_version, "print the version", False),
@@ -20026,8 +20645,12 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--models", action="store_true", help="single models too")
         if name == "bench":
             _add_bench_options(command)
-        if name in ("quota", "why"):
+        if name in ("quota", "why", "doctor"):
             command.add_argument("--json", action="store_true")
+        if name == "doctor":
+            command.add_argument("--fix", action="store_true",
+                                 help="close files to others, remove what killed writers left")
+            command.add_argument("--offline", action="store_true", help="ask no upstream")
         if name == "why":
             command.add_argument("id", metavar="REQUEST-ID", help="or `last`")
         if name == "explain":

@@ -8604,6 +8604,318 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_taken_over_afterwards(make_p
     assert [config.aliases for config in taken] == [{"a": ("c",)}]
 
 
+# Doctor
+
+def checkup_of(tmp_path, stored=None, environ=None, listeners=None, told=None, ways=()):
+    """What the checks look at, handed in: the file, variables, who listens, what programs print."""
+    path, environ, stored = str(tmp_path / "agproxy" / "accounts.json"), environ or {}, stored or {}
+    config = ag.load_config(path, {}, environ, stored)
+    pool = ag.AccountPool([ag.account_from_row(row, config.providers) for row in config.accounts], ag.Clock(), config.settings)
+    return ag.Checkup(path, environ, str(tmp_path), config, stored, accounts=pool.reports(), listeners=listeners or {},
+                      told=told or {}, ways=list(ways), texts=list(ag.client_texts(environ, str(tmp_path))))
+
+
+def cells_of(check, checkup):
+    """The findings of a check that are not ok, one text each."""
+    return [" | ".join(map(str, row[:4])) for row in check(checkup) if row[0] != "ok"]
+
+
+def a_way(url="https://api.openai.com", **cells):
+    return ag.Way(url, "", ("a", "b"), **{"stage": "open", "issuer": "Google Trust Services, WR2", **cells})
+
+
+KEYED = {"providers": {"mine": {"dialect": "chat", "base_url": "http://127.0.0.1:9"}}, "accounts": [
+    {"name": "k", "provider": "mine", "api_key": "env:MY_KEY"}]}
+OWN = "http://127.0.0.1:8080"
+NETSH = """
+Protocol tcp Port Exclusion Ranges
+
+Start Port    End Port
+----------    --------
+      8000        8099
+     51000       51200     *
+"""
+DOCTOR_CASES = [      # (check, facts, what each finding says in order)
+    ("check_settings", {}, []),
+    ("check_settings", {"stored": {"settings": {"port": 9000}}, "environ": {"PORT": "9000"}}, []),
+    ("check_settings", {"stored": {"settings": {"port": 9000}}, "environ": {"PORT": "8081"}},
+     ["warn | PORT overrides settings.port | it says 8081, the file 9000 | unset PORT"]),
+    ("check_settings", {"stored": {"settings": {"proxy": "http://me:hunter2@a:1"}}, "environ": {"AGPROXY_PROXY": "socks5://me:hunter2@b:2"}},
+     ["warn | AGPROXY_PROXY overrides settings.proxy | it says socks5://b:2, the file http://a:1 |"]),
+    ("check_settings", {"environ": {"AGPROXY_SOFT_LIMTI": "1", "AGPROXY_KEY": "x"}}, ["AGPROXY_SOFT_LIMTI is no setting | nothing reads it | AGPROXY_SOFT_LIMIT may"]),
+    ("check_settings", {"environ": {"BIND_ADDRESS": "0.0.0.0"}}, ["fail | serve would not start | listening on 0.0.0.0 needs PROXY_API_KEY"]),
+    ("check_accounts", {}, ["fail | no account can serve | "]),
+    ("check_accounts", {"stored": {**KEYED, "accounts": [{**KEYED["accounts"][0], "enabled": False}]}},
+     ["none that is enabled, the environment no key | python3 agproxy.py accounts enable NAME"]),
+    ("check_accounts", {"stored": KEYED, "environ": {"MY_KEY": "x"}}, []),
+    ("check_accounts", {"stored": KEYED}, ["fail | k has no secret of use | MY_KEY is not set here | set it where"]),
+    ("check_accounts", {"environ": {"OPENAI_API_KEY": "agproxy"}}, ["fail | openai has no secret of use | OPENAI_API_KEY holds what clients bring"]),
+    ("check_accounts", {"stored": KEYED, "environ": {"MY_KEY": "k" * 20, "PROXY_API_KEY": "k" * 20}}, ["MY_KEY holds what clients bring"]),
+    ("check_accounts", {"stored": {**KEYED, "accounts": [{"name": "f", "provider": "mine", "api_key": "file:/nowhere/key"}]}},
+     ["fail | f has no secret of use | /nowhere/key cannot be read: No such file"]),
+    ("check_accounts", {"stored": {**KEYED, "accounts": [{"name": "c", "provider": "mine", "api_key": "cmd:exit 1"}]}}, []),
+    ("check_port", {"listeners": {OWN: "agproxy " + ag.VERSION}}, []),
+    ("check_port", {"listeners": {OWN: "agproxy 0.0.9"}}, ["warn | the server that runs is not of this file's version | agproxy 0.0.9; this is " + ag.VERSION]),
+    ("check_port", {"listeners": {OWN: "another program"}}, ["fail | another program has 127.0.0.1:8080 | "]),
+    ("check_port", {"stored": {"accounts": [{"provider": "antigravity", "refresh_token": "1//x"}]}, "listeners": {OWN: "agproxy " + ag.VERSION},
+                    "told": {"netsh": NETSH}}, ["fail | Windows keeps port 8080, the server's, for itself | 8000 to 8099, by netsh", "51121, for sign-ins"]),
+    ("check_variables", {"environ": {"ANTHROPIC_API_KEY": "x"}}, []),
+    ("check_variables", {"environ": {"ANTHROPIC_API_KEY": "x", "ANTHROPIC_AUTH_TOKEN": "y"}}, ["ANTHROPIC_AUTH_TOKEN and ANTHROPIC_API_KEY are set | Claude Code sends both"]),
+    ("check_variables", {"environ": {"CLAUDE_CODE_USE_VERTEX": "1"}}, ["warn | CLAUDE_CODE_USE_VERTEX is set | Claude Code speaks to Vertex"]),
+    ("check_variables", {"environ": {"SSL_CERT_FILE": "/nowhere.pem"}}, ["fail | SSL_CERT_FILE names what is not there | /nowhere.pem |"]),
+    ("check_variables", {"environ": {"HTTP_PROXY": "http://me:hunter2@corp:3128", "NO_PROXY": "corp"}},
+     ["warn | clients look for agproxy behind another proxy | HTTP_PROXY=http://corp:3128, NO_PROXY=corp | set NO_PROXY=localhost,127.0.0.1"]),
+    ("check_variables", {"environ": {"https_proxy": "http://corp:3128", "no_proxy": "localhost"}}, []),
+    ("check_clients", {"told": {"claude": "2.1.197 (Claude Code)", "codex": "codex-cli 0.169.0", "gemini": ""}}, []),
+    ("check_clients", {"told": {"claude": "2.1.99 (Claude Code)"}}, ["warn | claude 2.1.99 is old | "]),
+    ("check_clients", {"environ": {"ANTHROPIC_BASE_URL": OWN, "OPENAI_BASE_URL": "https://api.openai.com/v1", "SHOP_BASE_URL": "http://127.0.0.1:3"}}, []),
+    ("check_clients", {"environ": {"OPENAI_BASE_URL": "http://localhost:8080/v1", "GOOGLE_GEMINI_BASE_URL": "http://localhost:11434"}},
+     ["a client is sent to http://localhost:11434, where nobody answers | GOOGLE_GEMINI_BASE_URL in"]),
+    ("check_settings", {"environ": {}, "stored": {"settings": {"fallback": True}}}, []),
+    ("check_settings", {"environ": {"ENABLE_FALLBACK": "true"}, "stored": {"settings": {"fallback": True}}}, []),
+    ("check_clients", {"environ": {"ANTHROPIC_BASE_URL": "http://u:hunter2,;}@gate.example/x?key=hunter2"}},
+     ["warn | a client is sent to http://gate.example, where another machine answers | ANTHROPIC_BASE_URL in the environment | point it to " + OWN]),
+    ("check_ways", {"ways": [a_way(), a_way("http://127.0.0.1:9", issuer="")]}, []),
+    ("check_ways", {"ways": [a_way("http://localhost:8080", issuer="")]}, ["fail | the upstream of a, b is this proxy itself | both are http://localhost:8080"]),
+    ("check_ways", {"ways": [a_way(stage="answer", failure="it did not answer in time")]}, ["warn | https://api.openai.com takes connections and does not answer"]),
+    ("check_ways", {"ways": [a_way(issuer="Zscaler Inc., Zscaler Root CA")]}, ["warn | somebody on the way to https://api.openai.com opens TLS | its certificate is issued by Zscaler"]),
+    ("check_ways", {"ways": [a_way(issuer="Cloudflare, Inc., Gateway CA - Cloudflare Managed G1")]}, ["opens TLS"]),
+    ("check_ways", {"ways": [a_way("https://vllm.corp", issuer="Corp CA"), a_way(issuer="Let's Encrypt, E7")]}, []),
+    ("check_ways", {"ways": [a_way(stage="name", issuer="", failure="it cannot be reached: Name or service not known")]},
+     ["fail | the name of https://api.openai.com is not found | it cannot be reached: Name or service not known; needed by a, b | look at this machine's DNS"]),
+    ("check_ways", {"ways": [a_way(ahead_s=900.0), a_way(ahead_s=-3600.0)]}, ["fail | this machine's clock is 15m slow | "]),
+    ("check_ways", {"ways": [a_way(ahead_s=-3600.0)]}, ["fail | this machine's clock is 1h fast | "]),
+    ("check_ways", {"ways": [a_way(ahead_s=-3600.0), a_way(ahead_s=1.0)]}, []),
+]
+
+
+@pytest.mark.parametrize("check, facts, expected", DOCTOR_CASES, ids=[f"{n}-{row[0]}" for n, row in enumerate(DOCTOR_CASES)])
+def test_the_doctor_finds_what_is_wrong_and_nothing_else(tmp_path, check, facts, expected):
+    found = cells_of(getattr(ag, check), checkup_of(tmp_path, **facts))
+    assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found)), found
+    assert "hunter2" not in str(found)
+
+
+CLIENT_LEFTOVERS = [        # (file, text, what is found)
+    (".claude/settings.json", '{"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:3456", "MCP": "http://127.0.0.1:1"}}',
+     ["Claude Code is sent to http://127.0.0.1:3456, where nobody answers | ANTHROPIC_BASE_URL in "]),
+    (".claude/settings.json", '{"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:7777/"}}', ["where another program answers"]),
+    (".codex/config.toml", 'model_provider = "a"\n[model_providers.a]\nbase_url = "http://localhost:1/v1"\nwire_api = "chat"\n'
+     '[model_providers.b]\nbase_url = "http://localhost:2/v1"\nwire_api = "chat"\n[mcp_servers.x]\nurl = "http://127.0.0.1:3"\n',
+     ["Codex is sent to http://localhost:1, where nobody", 'Codex does not start with wire_api = "chat"']),
+    (".gemini/.env", "# GOOGLE_GEMINI_BASE_URL=http://127.0.0.1:1\nGOOGLE_GEMINI_BASE_URL=http://127.0.0.1:2\n", ["Gemini CLI is sent to http://127.0.0.1:2,"]),
+    (".gemini/settings.json", '{"security": {"auth": {"selectedType": "oauth-personal"}}}', ["Gemini CLI does not use its base URL | selectedType is oauth-personal in"]),
+    (".gemini/settings.json", '{"security": {"auth": {"selectedType": "gemini-api-key"}}}', []),
+    (".config/opencode/opencode.jsonc", '{// a comment\n"provider": {"x": {"options": {"baseURL": "http://127.0.0.1:5/v1"}}}}', ["OpenCode is sent to http://127.0.0.1:5,"]),
+]
+
+
+@pytest.mark.parametrize("file, text, expected", CLIENT_LEFTOVERS, ids=[f"{n}-{row[0]}" for n, row in enumerate(CLIENT_LEFTOVERS)])
+def test_leftovers_in_clients_files_are_found_and_left_alone(tmp_path, file, text, expected):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    environ = {"GOOGLE_GEMINI_BASE_URL": OWN} if "settings" in file else {}
+    checkup = checkup_of(tmp_path, environ=environ, listeners={"http://127.0.0.1:7777": "another program"})
+    found = cells_of(ag.check_clients, checkup)
+    assert len(found) == len(expected) and all(e in f for e, f in zip(expected, found)), found
+    assert path.read_text() == text
+
+
+def doctored(capsys, *arguments):
+    code = ag.main(["doctor", *arguments])
+    return code, capsys.readouterr().out
+
+
+@pytest.fixture
+def patient(tmp_path, monkeypatch):
+    """A machine of its own without clients and variables: a folder that main() finds by itself."""
+    monkeypatch.setattr(ag, "CLIENT_PROGRAMS", {})
+    for name in [*os.environ]:
+        if re.match(r"(?i).*(_proxy|_base_url|api_key)$|AGPROXY_|SSL_CERT|NODE_|CLAUDE_|ANTHROPIC_|GOOGLE_|GEMINI_|PORT$|BIND_", name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "conf"))
+    monkeypatch.delenv("ACCOUNTS_CONFIG_PATH", raising=False)
+    folder = tmp_path / "conf" / "agproxy"
+
+    def write(stored):
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        path = folder / "accounts.json"
+        path.write_text(json.dumps({**stored, "settings": {"port": 0, **stored.get("settings", {})}}))
+        path.chmod(0o600)
+        return folder
+    return write
+
+
+def test_the_doctor_changes_nothing_and_on_a_fresh_home_says_what_to_do_first(patient, tmp_path, capsys):
+    code, out = doctored(capsys, "--offline")
+    assert code == 1 and "fail  accounts   no account can serve" in out and "remedy    python3 agproxy.py accounts add" in out
+    assert "1 fail, " in out.splitlines()[-1] and os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_fix_closes_files_and_removes_what_killed_writers_left_and_nothing_else(patient, capsys):
+    folder = patient({**KEYED, "accounts": [{"name": "k", "provider": "mine", "api_key": "sk-hunter2hunter2"}]})
+    names = ["accounts.json", "accounts.json.bak", "state.db-wal", "accounts.json.corrupt-17", "accounts.json.9-ab.tmp", "accounts.json.8-cd.tmp"]
+    (folder / "tokens").mkdir()
+    for name in [*names[1:], "tokens/" + "a" * 16, "mine.txt"]:
+        (folder / name).write_text("x")
+    for name in [*names, "tokens/" + "a" * 16, "mine.txt"]:
+        (folder / name).chmod(0o644)
+    folder.chmod(0o755)
+    os.utime(folder / "accounts.json.9-ab.tmp", (1, 1))
+    (folder / "state.db-link").symlink_to(folder / "mine.txt")
+
+    def modes():
+        return {name: (folder / name).stat().st_mode & 0o777 for name in [*os.listdir(folder), "tokens/" + "a" * 16]}
+    before = modes()
+    code, out = doctored(capsys, "--offline")
+    assert code == 1 and modes() == before and out.splitlines()[-1].endswith("doctor --fix mends 9 of them") and "hunter2" not in out
+    code, out = doctored(capsys, "--offline", "--fix")
+    after = modes()
+    assert f"fixed files      chmod 600 {folder}/accounts.json\n" in out and f"fixed files      rm {folder}/accounts.json.9-ab.tmp\n" in out
+    assert code == 0 and "a damaged file was set aside" in out and folder.stat().st_mode & 0o777 == 0o700
+    assert after.pop("mine.txt") == after.pop("state.db-link") == 0o644 and after.pop("tokens") and "accounts.json.9-ab.tmp" not in after
+    assert set(after.values()) == {0o600} and "accounts.json.8-cd.tmp" in after
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_a_folder_that_serves_other_ends_is_not_closed_and_a_fix_that_fails_is_told(tmp_path, monkeypatch):
+    checkup = checkup_of(tmp_path)
+    checkup.path = str(tmp_path / "accounts.json")
+    tmp_path.chmod(0o777)
+    cause, _, remedy, fix = next(row for row in ag.check_files(checkup) if row[0] == "fail")[1:]
+    assert str(tmp_path) in cause and "folder of its own" in remedy and fix is None
+    tmp_path.chmod(0o755)
+    assert cells_of(ag.check_files, checkup) == []
+
+    def refuse():
+        raise PermissionError(errno.EACCES, "Permission denied")
+    rows = [ag.Finding("files", "fail", "c", "e", "r", refuse)]
+    assert ag.mend(rows, lines_of_nobody) == [ag.Finding("files", "fail", "c", "e; no fix: Permission denied", "r")]
+
+
+def test_a_damaged_file_is_told_and_stays(patient, capsys):
+    folder = patient({})
+    for text, why in (('{"a', "Unterminated"), ("[]", "an object is required"), ('{"accounts": 1}', "accounts: a list is required")):
+        (folder / "accounts.json").write_text(text)
+        code, out = doctored(capsys, "--offline")
+        assert code == 1 and "serve would not start as it should" in out and why in out and (folder / "accounts.json").read_text() == text
+    os.replace(folder / "accounts.json", folder / "accounts.json.bak")
+    assert "is missing or empty, and its .bak is there" in re.sub(r"\s+", " ", doctored(capsys, "--offline")[1])
+
+
+def test_stops_and_limits_that_the_server_learned_are_told_by_the_doctor(patient, capsys):
+    folder = patient({**KEYED, "accounts": [{"name": n, "provider": "mine", "api_key": "sk-" + n * 9} for n in ("fine", "stopped", "spent")]})
+    stored = json.loads((folder / "accounts.json").read_text())
+    config = ag.load_config(str(folder / "accounts.json"), {}, {}, stored)
+    state = ag.State(str(folder / "state.db"), lines_of_nobody)
+    pool = ag.AccountPool([ag.account_from_row(row, config.providers) for row in config.accounts], ag.Clock(), config.settings, state)
+    pool.stop(pool.accounts[1], ag.ProxyError("validation", "verify at https://vendor.example"))
+    lease = pool.borrow(ag.Candidate(pool.accounts[2], pool.accounts[2].provider, ag.MODELS["gemini-3-flash"], "x"))
+    lease.settle(ag.ProxyError("quota", "spent", delay_s=7200))
+    state.close()
+    code, out = doctored(capsys, "--offline")
+    assert code == 1 and "ok    accounts   fine is ready" in out and "fail  accounts   stopped needs verification" in out
+    assert "evidence  verify at https://vendor.example" in out and "accounts verify stopped" in out
+    assert "warn  accounts   spent is limited" in out and "evidence  free in 2h" in out
+
+
+def test_the_doctor_asks_the_hosts_that_are_used_at_once_and_tells_all_as_json(patient, make_proxy, capsys, monkeypatch):
+    sim = make_proxy().sim
+    monkeypatch.setattr(ag.SimHandler, "date_time_string", lambda self, at=None: time.strftime(
+        "%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 3600)))
+    asked = []
+    monkeypatch.setattr(ag.SimHandler, "do_HEAD", lambda self: asked.append((self.path, dict(self.headers))) or self._json(404, {}), raising=False)
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))     # nobody listens
+        port = dead.getsockname()[1]
+        patient({"providers": {"up": {"dialect": "chat", "base_url": sim.url}, "down": {"dialect": "chat", "base_url": f"http://127.0.0.1:{port}"}},
+                 "accounts": [{"name": "a", "provider": "up", "api_key": "sk-hunter2hunter2"}, {"name": "b", "provider": "down", "api_key": "sk-b-hunter2"},
+                              {"name": "c", "provider": "up", "api_key": "sk-c-hunter2", "proxy": f"http://me:hunter2@127.0.0.1:{port}"},
+                              {"name": "off", "provider": "openai", "api_key": "sk-off-hunter2", "enabled": False}]})
+        code, out = doctored(capsys, "--json")
+        told = json.loads(out)
+        rows = [row for row in told["findings"] if row["check"] == "network"]
+        assert code == 1 and "hunter2" not in out and {tuple(row) for row in told["findings"]} == {tuple(ag.Finding._fields)}
+        assert told["counts"]["fail"] == sum(row["state"] == "fail" for row in told["findings"]) == 3 and told["fixed"] == []
+        assert [row["cause"] for row in rows] == [
+            f"{sim.url} answers", f"http://127.0.0.1:{port} is not reached", f"the proxy http://127.0.0.1:{port} does not answer",
+            "this machine's clock is 1h slow"]
+        assert rows[1]["evidence"] == "it cannot be reached: Connection refused; needed by b" and not rows[1]["fix"]
+    assert [path for path, _ in asked] == ["/"] and not any(name.lower() in ("authorization", "x-api-key") for name in asked[0][1])
+    assert [row for row in json.loads(doctored(capsys, "--json", "--offline")[1])["findings"] if row["check"] == "network"] == []
+
+
+def test_a_certificate_that_is_not_trusted_is_named_by_its_issuer(tls_proxy, tmp_path):
+    connections, url = tls_proxy.services.connections, tls_proxy.sim.url.replace("http:", "https:")
+    url = url.replace("127.0.0.1", "localhost")
+    way = ag.Way(url, "")
+    ag.explore(way, connections, 20)
+    assert (way.stage, way.issuer) == ("open", "localhost") and abs(way.ahead_s) < 60
+    del connections._tls[""]
+    way = ag.Way(url, "")
+    ag.explore(way, connections, 20)
+    assert way.stage == "certificate" and way.issuer == "localhost" and "self" in way.failure and way.ahead_s is None
+    assert "is not trusted | self" in cells_of(ag.check_ways, checkup_of(tmp_path, ways=[way]))[0]
+
+
+@pytest.mark.parametrize("dates", [b"0\x1e\x17\r261121154807Z", b"0 \x17\r261121154807Z\x18\x0f21261028154807Z"])
+def test_the_issuer_of_a_certificate_is_not_its_subject(dates):
+    issuer = b"1\x0f0\r\x06\x03U\x04\n\x0c\x06Corp X1\x0e0\x0c\x06\x03U\x04\x03\x13\x05CA \xc3\xa9"
+    subject = b"1\x0f0\r\x06\x03U\x04\n\x0c\x06Vendor"
+    assert ag.certificate_issuer(issuer + dates + subject) == "Corp X, CA é" and ag.certificate_issuer(dates + subject) == ""
+
+
+def test_a_name_server_that_says_nothing_keeps_the_doctor_for_so_long_and_no_longer(patient, capsys, monkeypatch):
+    over, real = threading.Event(), socket.getaddrinfo
+
+    def silent(host, *more, **options):
+        if "example" in host:
+            over.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real(host, *more, **options)
+    patient({"providers": {"far": {"dialect": "chat", "base_url": "https://far.example"}},
+             "accounts": [{"name": "a", "provider": "far", "api_key": "sk-hunter2hunter2"}]})
+    monkeypatch.setattr(ag.socket, "getaddrinfo", silent)
+    monkeypatch.setattr(ag, "LOOK_S", 0.5)
+    try:
+        out = doctored(capsys)[1]
+        assert not over.is_set() and "the name of https://far.example is not found" in out and "there was no answer in time; needed by a" in out
+    finally:
+        over.set()
+
+
+def test_who_listens_on_a_port_is_known_by_its_health(make_proxy):
+    proxy = make_proxy()
+    assert ag.listener_at(f"http://127.0.0.1:{proxy.port}") == f"agproxy {ag.VERSION}"
+    assert ag.listener_at(proxy.sim.url) == "another program"
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        assert ag.listener_at(f"http://127.0.0.1:{nobody.getsockname()[1]}") == ""
+
+
+def test_the_doctor_knows_what_programs_print_and_that_some_do_not_run(tmp_path, monkeypatch):
+    assert "Python" in ag.program_output(sys.executable, "--version") and ag.program_output("no-such-program") == ""
+    assert ag.program_output(sys.executable, "-c", "raise SystemExit(3)") == ""
+    monkeypatch.setattr(ag, "raise_descriptor_limit", lambda: 256)
+    monkeypatch.setattr(ag, "HAS_TLS_1_3", False)
+    found = cells_of(ag.check_program, checkup_of(tmp_path))
+    assert found[0].startswith("warn | this Python knows no TLS 1.3") and ("only some 128 streams" in found[-1]) == (os.name == "posix")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 5 << 20))
+    monkeypatch.setattr(ag, "filesystem_of", lambda path: "nfs4")
+    assert [row.split(" | ")[2] for row in cells_of(ag.check_disk, checkup_of(tmp_path))] == ["5 MB are left", "nfs4"]
+
+
+def test_addresses_are_told_without_what_may_be_secret():
+    for url in ("http://me:p@ss/w@corp:3128/x", "me:pass@corp:3128", "http://corp:3128?key=pass#pass", "http://me:pass@corp:3128/?to=http://x",
+                "me:p://ss@corp:3128"):
+        assert ag.bare_url(url) == "http://corp:3128"
+    assert ag.bare_url("socks5://me:pass@[::1]:1080/") == "socks5://[::1]:1080" and ag.bare_url("http://me:pa") == "http://me"
+
+
 # Bench: what is measured by, and the measuring
 
 @pytest.mark.parametrize("size, turns, tools", [(1000, 0, 0), (32_000, 10, 7), (ag.BENCH_LARGE_BYTES, 40, 30), (1_000_000, 40, 30)])
