@@ -209,6 +209,8 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "client_idle_timeout_s": Setting(65, "", "a kept connection without a request"),
     "drain_s": Setting(30, "", "grace for running answers at shutdown"),
     "max_connections": Setting(2048, "", "client connections"),
+    "max_connections_per_address": Setting(512, "", "... of one address (an IPv6 /64), this "
+                                           "machine's own not counted; 0 is no limit"),
     "max_threads": Setting(256, "", "threads that serve requests"),
     "max_upstream_calls": Setting(1536, "", "upstream calls in flight"),
     "max_body_bytes": Setting(32 << 20, "", "request body; the Messages API's own limit"),
@@ -229,6 +231,10 @@ PING_EVERY_S = 10               # silence towards a streaming client before a pi
 BEAT_EVERY_S = 45               # ... before an empty delta: Claude Code 2.1.197 ignores pings
 SEND_STALL_S = 30               # a client that reads nothing for so long is dropped
 THREAD_WAIT_S = 2.0             # a request that no thread takes for so long is answered 503
+CROWDED = 0.8                   # of connections, threads or calls: from here on none is kept
+MOST_REFUSED = 256              # connections beyond the limit that are still told why
+LINGER_S = 1.0                  # after an error, for its client to read it
+BODY_BY_THREAD_S = 0.5          # a thread waits so long for 64 KiB, the relay for the rest
 LOOKS_PER_S = 20                # at streams in the relay, a share of them each time
 RETURN_MEMORY_S = 10.0          # a millisecond of work without any lock
 MOST_LINES = 10_000             # of the log that wait to be written
@@ -242,6 +248,7 @@ ROOM_LEFT = 80_000              # of the true window when it compacts, with usag
 MAX_HEAD_BYTES = 32 << 10       # all header lines together
 MAX_LINE_BYTES = 8 << 10        # request line, or one header line
 MAX_HEADERS = 100
+MAX_PATH = 1000                 # of a route, in bytes
 MAX_MODEL_NAME = 200
 MAX_JSON_DEPTH = 200
 MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic time
@@ -250,6 +257,7 @@ MAX_UNREAD_USAGES = 1000        # of a stream, kept as they came until somebody 
 MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
 MAX_ERROR_BYTES = 1 << 20       # the body of an upstream's error
 MAX_ERROR_LETTERS = 4000        # of its message: patterns look for its meaning
+MAX_TOLD_LETTERS = 400          # of a header that says what was left out, by its client's names
 MAX_PUBLIC_BODY_BYTES = 1 << 20     # a request body on a route that needs no key
 MAX_STATED_DELAY_S = 8 * 86400  # Google's windows are a week at most; more is void
 RECV_BYTES = 64 << 10
@@ -1486,11 +1494,22 @@ def number_at(body: Mapping, name: str, low: float, high: float) -> float | None
     return value
 
 
-def flag_at(body: Mapping, name: str) -> bool:
+def flag_at(body: Mapping, name: str, path: str = "") -> bool | None:
+    """None where it is not given.  `path` is that of `body`, with its dot, here and below."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
-        raise invalid(name, "true or false is required")
-    return value is True
+        raise invalid(path + name, "true or false is required")
+    return value
+
+
+def maybe_text_at(body: Mapping, name: str, path: str = "") -> str:
+    value = body.get(name)
+    return "" if value is None else text_at(value, path + name)
+
+
+def maybe_dict_at(body: Mapping, name: str, path: str = "") -> dict:
+    value = body.get(name)
+    return {} if value is None else dict_at(value, path + name)
 
 
 def model_at(body: Mapping) -> str:
@@ -2855,8 +2874,9 @@ class Replies:
 # HTTP heads, bodies and server-sent events as machines that are fed bytes and
 # answer; they own no socket and know no dialect.  Anything doubtful is refused.
 
-_HEADER_LINES = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)*")
-_TARGET = re.compile(rb"(?:http://[^/\s?#]+(?=[/?]|\Z))?(/[!-~]*)?\Z")
+_HEADER_LINES = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\0-\x08\n-\x1f\x7f]*)*")
+_TARGET = re.compile(rb"(?:(?i:http)://[!\"$-.0->@-~]+(?=[/?]|\Z))?(/[!-~]*)?\Z")
+_CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,8})(?:[ \t]*;[^\0-\x08\n-\x1f\x7f]*)?")
 _CHUNK_SIZE = re.compile(rb"(?=[0-9a-fA-F]*[1-9a-fA-F])([0-9a-fA-F]{1,8})\r\n")
 _ONCE = frozenset("content-length transfer-encoding content-type authorization x-api-key origin "
                   "content-encoding expect host".split())
@@ -2951,6 +2971,8 @@ class BodyReader:
                 body = self._unzip.decompress(body, self.limit + 1)
             except zlib.error as err:
                 raise ValueError(f"damaged compression: {err}") from err
+            if self.is_request and self._unzip.unused_data:
+                raise ValueError("something follows the compressed body")
         self.total += len(body)
         if self.total > self.limit:
             raise OverflowError(f"body of more than {self.limit} bytes")
@@ -3011,10 +3033,11 @@ class BodyReader:
                 raise ValueError("trailers are not accepted")
             self.done = not line
         else:
-            size = line.partition(b";")[0].rstrip(b" \t")
-            if not 1 <= len(size) <= 8 or size.strip(b"0123456789abcdefABCDEF"):
+            # some upstreams fill a size up with blanks
+            match = _CHUNK_LINE.fullmatch(line if self.is_request else line.rstrip(b" \t"))
+            if not match:
                 raise ValueError("malformed chunk size")
-            self._left = int(size, 16)
+            self._left = int(match[1], 16)
             self._state = "data" if self._left else "trailer"
 
 
@@ -5413,7 +5436,8 @@ def _media(source: Any, path: str, reading: _Reading, title: str = "",
         raise invalid(path, "a file that was uploaded elsewhere is not known here; send base64")
     if kind != "base64":
         raise invalid(path + ".type", "base64 is required")
-    return (media_of_data(source.get("data"), source.get("media_type"), path + ".data", title),)
+    kind = maybe_text_at(source, "media_type", path + ".")
+    return (media_of_data(source.get("data"), kind, path + ".data", title),)
 
 
 def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
@@ -5426,7 +5450,7 @@ def _tool_result(block: dict, path: str, reading: _Reading) -> tuple:
     blocks = reading.blocks(content, path + ".content") if content else ()
     if names:
         blocks += (Text("Loaded tools: " + ", ".join(map(str, names))),)
-    return (ToolResult(call_id, blocks, block.get("is_error") is True),)
+    return (ToolResult(call_id, blocks, bool(flag_at(block, "is_error", path + "."))),)
 
 
 def _tool_use(block: dict, path: str, reading: _Reading) -> tuple:
@@ -5572,8 +5596,7 @@ def _tool(row: Any, path: str, is_kept: bool) -> Tool | str:
     name = text_at(row.get("name"), path + ".name")
     if not name:
         raise invalid(path + ".name", "a name is required")
-    description = row.get("description")
-    text = description if isinstance(description, str) else ""
+    text = maybe_text_at(row, "description", path + ".")
     examples = row.get("input_examples")
     if isinstance(examples, list) and examples:
         text += "\nExamples: " + "; ".join(map(json_encode, examples[:2]))
@@ -5825,7 +5848,7 @@ def anthropic_parse_request(body: Any, headers: Mapping[str, str], is_count: boo
     the offending field; what only an upstream of this dialect can judge (newer clients' blocks and
     fields) stands in `refusal` instead.  Unknown fields are ignored."""
     body = dict_at(body, "body")
-    model, is_streaming = model_at(body), flag_at(body, "stream")
+    model, is_streaming = model_at(body), bool(flag_at(body, "stream"))
     fields = fields_for_others(lambda: _anthropic_fields(body, model, is_count), raw)
     seen = tuple([(n, v) for n, v in headers.items() if n.startswith("anthropic-")])
     return Request(
@@ -6626,9 +6649,8 @@ class ClientTool(NamedTuple):
     namespace: str = ""
 
 
-def _custom_text(row: Mapping) -> str:
+def _custom_text(row: Mapping, text: str) -> str:
     """The description of a freeform tool, its grammar included [R4]."""
-    text = str(row.get("description") or "")
     told = object_of(row.get("format"))
     told = object_of(told.get("grammar")) or told
     if told.get("definition"):
@@ -6670,18 +6692,19 @@ class _Tools:
 
     def _add(self, row: dict, path: str, namespace: str) -> tuple[Tool, ClientTool] | None:
         """What was kept of a row that tells one tool."""
-        kind = str(row.get("type") or "function")
+        kind = text_at(row.get("type") or "function", path + ".type")
         inner = row.get(kind)
         row = {**row, **inner} if isinstance(inner, dict) and kind in ("function",
                                                                        "custom") else row
+        text = maybe_text_at(row, "description", path + ".")
         if kind == "namespace":
             self.add(row.get("tools") or [], path + ".tools", text_at(row.get("name"), path))
         elif kind in SHELL_TOOLS or kind.startswith("computer_use") or (
                 kind == "tool_search" and row.get("execution") == "client"):
             schema = {"type": "object", "properties": SHELL_TOOLS.get(kind) or object_of(
                 object_of(row.get("parameters")).get("properties"))}
-            return self._keep(Tool(kind, str(row.get("description") or _SHELL_TEXTS.get(kind, "")),
-                                   schema), ClientTool(kind, kind))
+            return self._keep(Tool(kind, text or _SHELL_TEXTS.get(kind, ""), schema),
+                              ClientTool(kind, kind))
         elif kind.startswith(HOSTED_TOOLS):
             self.hosted[kind] = row
         else:
@@ -6689,11 +6712,10 @@ class _Tools:
             if not name:
                 raise invalid(path + ".name", "a name is required")
             if kind == "custom" and "input_schema" not in row:
-                return self._keep(Tool(name, _custom_text(row), _INPUT_SCHEMA),
+                return self._keep(Tool(name, _custom_text(row, text), _INPUT_SCHEMA),
                                   ClientTool("custom", name, namespace))
             schema = row.get("parameters") or row.get("input_schema") or {}
-            return self._keep(Tool(name, str(row.get("description") or ""),
-                                   dict_at(schema, path + ".parameters"),
+            return self._keep(Tool(name, text, dict_at(schema, path + ".parameters"),
                                    row.get("strict") is True),
                               ClientTool("function", name, namespace))
         return None
@@ -6939,7 +6961,8 @@ def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> d
     search = tools.search_wish()
     left_out = [kind for kind in tools.hosted if not (search and kind.startswith("web_search"))]
     return {
-        "tools": kept, "tool_choice": choice, "one_call": body.get("parallel_tool_calls") is False,
+        "tools": kept, "tool_choice": choice,
+        "one_call": flag_at(body, "parallel_tool_calls") is False,
         "temperature": number_at(body, "temperature", 0, 2),
         "top_p": number_at(body, "top_p", 0, 1), "thinking": asked if wish is None else replace(
             wish, shows=asked.shows, shows_text=asked.shows_text),
@@ -6950,7 +6973,7 @@ def _openai_fields(body: Mapping, model: str, tools: _Tools, wanted: tuple) -> d
 def _openai_request(dialect: str, body: dict, headers: Mapping[str, str], raw: bytes,
                     fields: Callable[[dict, str], dict], ext: dict) -> Request:
     """The Request of a body, whose fields that other dialects need `fields` reads."""
-    model, is_streaming = model_at(body), flag_at(body, "stream")
+    model, is_streaming = model_at(body), bool(flag_at(body, "stream"))
     found = fields_for_others(lambda: fields(body, model), raw)
     return Request(
         model=model, wanted=model_variant(model)[0], session=session_key(body, headers),
@@ -7069,7 +7092,7 @@ class _Items:
             value = [{"role": "user", "content": value}]
         for position, item in enumerate(list_at(value, "input")):
             path = f"input.{position}"
-            kind = str(dict_at(item, path).get("type") or "message")
+            kind = text_at(dict_at(item, path).get("type") or "message", path + ".type")
             self._READERS.get(kind, _Items.opaque)(self, item, path)
         self.turns = self._joined()
 
@@ -7195,13 +7218,14 @@ def _responses_fields(body: dict, model: str) -> dict:
     system = (text_at(system, "instructions"),) if system else ()
     if not items.turns and not system and not items.system:
         raise invalid("input", "a text or at least one item is required")
-    told = object_of(body.get("text"))
-    include = body.get("include")
+    told, wish = maybe_dict_at(body, "text"), maybe_dict_at(body, "reasoning")
+    include = list_at(body.get("include") or [], "include")
+    flag_at(body, "store")
     fields = _openai_fields({**told, **body}, model, tools, (told.get("format"), "text.format"))
     thinking = fields["thinking"]
-    encrypted = isinstance(include, list) and "reasoning.encrypted_content" in include
+    encrypted = "reasoning.encrypted_content" in include
     # a thought comes back with its signature, which is void without the text it was made for
-    shows = encrypted or bool(object_of(body.get("reasoning")).get("summary"))
+    shows = encrypted or bool(maybe_text_at(wish, "summary", "reasoning."))
     return {**fields, "system": system + tuple(items.system), "turns": tuple(items.turns),
             "max_tokens": _openai_limit(body, "max_output_tokens"),
             "thinking": replace(thinking, shows=True, shows_text=shows),
@@ -7209,12 +7233,17 @@ def _responses_fields(body: dict, model: str) -> dict:
                     "encrypted": encrypted}}
 
 
+def _wants_usage(body: Mapping) -> dict:
+    told = maybe_dict_at(body, "stream_options")
+    return {"usage": bool(flag_at(told, "include_usage", "stream_options."))}
+
+
 def chat_parse_request(body: Any, headers: Mapping[str, str], raw: bytes = b"",
                        **_: Any) -> Request:
     """The neutral Request of a Chat body.  One in the shape of Responses, which some editors send
     here, is read as such and answered as Chat.  Raises ProxyError invalid_request."""
     body = dict_at(body, "body")
-    ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
+    ext = _wants_usage(body)
     if "messages" not in body and ("input" in body or "instructions" in body):
         request = _openai_request("chat", body, headers, b"", _responses_fields, ext)
         # what a response says again of its request, Chat does not
@@ -7243,7 +7272,7 @@ def _completion_fields(body: dict, model: str) -> dict:
 def completion_parse_request(body: Any, headers: Mapping[str, str], **_: Any) -> Request:
     """The neutral Request of an old Completions body: the prompt is a turn of the user."""
     body = dict_at(body, "body")
-    ext = {"usage": object_of(body.get("stream_options")).get("include_usage") is True}
+    ext = _wants_usage(body)
     return _openai_request("chat", body, headers, b"", _completion_fields, ext)
 
 
@@ -9536,7 +9565,7 @@ def _tools_of(row: Mapping, path: str, is_kept: bool) -> tuple[list[Tool], list[
             schema = json_schema_of(_told(dict_at(told, where), "parametersJsonSchema")
                                     or told.get("parameters")) or {}
             label = text_at(told.get("name"), where + ".name")
-            tools.append(Tool(label, str(told.get("description") or ""),
+            tools.append(Tool(label, maybe_text_at(told, "description", where + "."),
                               dict_at(schema, where + ".parameters"),
                               kept={} if is_kept else None))
     return tools, hosted
@@ -9578,7 +9607,7 @@ def _gemini_tools(body: Mapping) -> dict:
 
 
 def _gemini_wish(config: Mapping, model: str) -> ThinkingWish:
-    told = object_of(_told(config, "thinkingConfig"))
+    told = dict_at(_told(config, "thinkingConfig") or {}, "generationConfig.thinkingConfig")
     shows = _told(told, "includeThoughts") is True
     _, wish = model_variant(model)
     if wish:
@@ -10178,6 +10207,23 @@ def send_all(sock: socket.socket, data: bytes) -> None:
             wants_read = isinstance(err, ssl.SSLWantReadError)      # TLS speaks for itself
             if not (readable([sock], SEND_STALL_S) if wants_read else writable(sock, SEND_STALL_S)):
                 raise socket.timeout("nothing is taken") from None
+
+
+def raise_descriptor_limit() -> int:
+    """Each stream holds two descriptors; the usual soft limit of 1,024 is too low.  Returns how
+    many this process may hold now."""
+    try:
+        import resource
+    except ImportError:
+        return 512          # Windows has no such limit, but `select` takes no more
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):       # the system has a limit of its own
+            return soft
+    return max(soft, wanted) if soft != resource.RLIM_INFINITY else wanted
 
 
 def network_error(err: BaseException, host: str, clock: Deadline | None = None) -> ProxyError:
@@ -14985,7 +15031,7 @@ class Conducting:
         self.client.route = f"{lease.candidate.account.label}; {lease.reason}{routed}"
         self.client.more_headers = dict(headers)
         if self.request.left_out and not self.request.is_native_to(lease.candidate.provider):
-            told = ", ".join(self.request.left_out)
+            told = ", ".join(self.request.left_out)[:MAX_TOLD_LETTERS]
             self.client.more_headers["x-agproxy-left-out"] = told
             self.record.tell("left out: " + told)
         if attempt.mended:
@@ -15072,11 +15118,14 @@ class Peek(enum.Enum):
 
 class Downstream:
     """One client connection.  Owned by one thread or by the relay, never by both.  `buffer` holds
-    bytes read past what was consumed: the beginning of a pipelined request."""
+    bytes read past what was consumed: the beginning of a request."""
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, peer: Any = None, head_due: float = 0.0):
         sock.setblocking(False)
         self.sock, self.buffer, self.is_closed = sock, b"", False
+        self.peer = peer            # whose connections are counted together; None: nobody's
+        self.head_due = head_due    # monotonic, of the head that is on its way; 0 for none
+        self.arriving: Any = None   # the Exchange whose body is on its way
 
     def shakes_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Whether it goes on by TLS; a client that cannot before `deadline` could not be told."""
@@ -15094,18 +15143,14 @@ class Downstream:
                     writable(self.sock, max(0.0, deadline - time.monotonic()))
         return False
 
-    def receive(self, deadline: float, what: str) -> bytes:
-        """Some bytes before the monotonic `deadline`, b"" at the end; or ProxyError."""
-        while True:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise ProxyError("slow_client", f"{what} did not arrive in time")
-            try:
-                return self.sock.recv(RECV_BYTES)
-            except NOT_YET:
-                readable([self.sock], left_s)
-            except OSError:
-                return b""
+    def take(self) -> bytes | None:
+        """The bytes that are there, None for none yet, b"" for its end."""
+        try:
+            return self.sock.recv(RECV_BYTES)
+        except NOT_YET:
+            return None
+        except OSError:
+            return b""
 
     def send(self, data: bytes) -> None:
         """All of `data`, or ClientGone: one that takes nothing for SEND_STALL_S is gone too."""
@@ -15127,20 +15172,19 @@ class Downstream:
         except OSError:
             return Peek.GONE
 
-    def close(self, linger: bool = False) -> None:
-        """Closes; with `linger` unread bytes are drained first, so that the client sees the answer
-        instead of a reset."""
-        self.is_closed = True
+    def end_sending(self) -> bool:
+        """Whether there still is a client to see our end of the connection."""
+        self.buffer, self.arriving = b"", None
         with contextlib.suppress(OSError, ValueError):      # no handshake; the client left first
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.unwrap()      # says goodbye; does not wait for an answer
         with contextlib.suppress(OSError):      # the client may have closed first
-            if linger:
-                self.sock.shutdown(socket.SHUT_WR)
-                self.sock.settimeout(0.2)
-                deadline = time.monotonic() + 1
-                while time.monotonic() < deadline and self.sock.recv(RECV_BYTES):
-                    pass
+            self.sock.shutdown(socket.SHUT_WR)
+            return True
+        return False
+
+    def close(self) -> None:
+        self.is_closed, self.arriving = True, None
         with contextlib.suppress(OSError):
             self.sock.close()
 
@@ -15148,7 +15192,7 @@ class Downstream:
 _REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
             403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
             408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
-            415: b"Unsupported Media Type", 429: b"Too Many Requests",
+            415: b"Unsupported Media Type", 426: b"Upgrade Required", 429: b"Too Many Requests",
             431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
             502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
             529: b"Overloaded"}
@@ -15194,6 +15238,7 @@ class Exchange:
     from other threads: the lock, one for all of them, guards `is_woken` and `_waker`."""
     _waking = threading.Lock()
     model = MODELS["gemini-3-flash"]        # that is asked, as far as it is known
+    arrival: Any = None                     # its route and body, until that is whole
 
     def __init__(self, downstream: Downstream, services: Services, line: RequestLine,
                  headers: dict[str, str], body: bytes = b""):
@@ -15245,7 +15290,7 @@ class Exchange:
         if _CONTROL.search("".join(lines)):
             lines = [_CONTROL.sub("?", line) for line in lines]
         return b"HTTP/1.1 %d %s\r\n%s\r\n\r\n" % (status, _REASONS.get(status, b"Status"),
-                                                  "\r\n".join(lines).encode("latin-1", "replace"))
+                                                  "\r\n".join(lines).encode("ascii", "replace"))
 
     def send_bytes(self, status: int, content_type: str, data: bytes,
                    headers: Mapping[str, str] | None = None) -> None:
@@ -15662,7 +15707,7 @@ class RelayedStream:
         self.stream.close(self.outcome, is_gone)
         exchange.report()
         if is_gone or not exchange.keeps_alive:
-            self.relay.release(exchange.downstream)
+            self.relay.release(exchange.downstream, not is_gone)
         else:
             self.relay.resume(exchange.downstream)
 
@@ -15678,7 +15723,7 @@ class Relay:
     call leaves the inbox when it is done, so that a stream is always in one of the two."""
 
     def __init__(self, services: Services, serve: Callable[[Downstream], None],
-                 release: Callable[[Downstream], None], each_second: Callable[[float], None]):
+                 release: Callable[..., None], each_second: Callable[[float], None]):
         self.services, self.serve, self.release = services, serve, release
         self.each_second = each_second
         self.streams: set[RelayedStream] = set()
@@ -15703,6 +15748,11 @@ class Relay:
 
     def park(self, downstream: Downstream, seconds: float) -> None:
         self._call(self._park, downstream, seconds)
+
+    def linger(self, downstream: Downstream) -> None:
+        """What a client still sends is read and dropped, so that it sees its answer instead of a
+        reset; then its connection is closed."""
+        self._call(self._park, downstream, LINGER_S, self._drop)
 
     def is_busy(self) -> bool:
         """Whether it has streams, or may soon; the inbox is looked at first."""
@@ -15758,14 +15808,27 @@ class Relay:
         self.streams.add(relayed)
         self._guard([(relayed.begin,)])
 
-    def _park(self, downstream: Downstream, seconds: float) -> None:
+    def _park(self, downstream: Downstream, seconds: float,
+              then: Callable[[Downstream], None] | None = None) -> None:
         self.idle[downstream] = time.monotonic() + seconds
-        self.watch(downstream.sock, selectors.EVENT_READ, lambda mask: self._wake(downstream))
+        wake = then or self._wake
+        self.watch(downstream.sock, selectors.EVENT_READ, lambda mask: wake(downstream))
 
     def _wake(self, downstream: Downstream) -> None:
         self.watch(downstream.sock, 0, None)
         if self.idle.pop(downstream, None) is not None:
             self.serve(downstream)
+
+    def _drop(self, downstream: Downstream) -> None:
+        if downstream.take() == b"":
+            self._let_go(downstream)
+
+    def _let_go(self, downstream: Downstream) -> None:
+        del self.idle[downstream]
+        self.watch(downstream.sock, 0, None)
+        # with half a request, to be told that the other half is late
+        is_late = downstream.buffer or downstream.arriving is not None
+        (self.serve if is_late else self.release)(downstream)
 
     def _woken(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -15816,9 +15879,7 @@ class Relay:
     def _tick(self, now: float) -> None:
         self.each_second(now)
         for downstream in [d for d, deadline in self.idle.items() if deadline < now]:
-            del self.idle[downstream]
-            self.watch(downstream.sock, 0, None)
-            self.release(downstream)
+            self._let_go(downstream)
 
 
 class Seat:
@@ -15852,7 +15913,19 @@ class Workers:
                 self._jobs.append((time.monotonic(), downstream))
                 return
             self.threads += 1
-        threading.Thread(target=self._run, args=(downstream,), name="worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(downstream,), name="worker",
+                             daemon=True).start()
+        except RuntimeError:        # the system has no more: as if they were all at work
+            with self._lock:
+                self.threads -= 1
+                self._jobs.append((time.monotonic(), downstream))
+
+    def busy(self) -> int:
+        return self.threads - len(self._idle)
+
+    def has_spare(self) -> bool:
+        return self.threads < self.limit or bool(self._idle)
 
     def overdue(self, now: float) -> list[Downstream]:
         """Connections for which no thread was free for two seconds; they are no jobs any more."""
@@ -15989,6 +16062,39 @@ def is_loopback(address: str) -> bool:
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 _HOST = re.compile(r"(?s)(.*?)(?::([0-9]{1,5}))?")
+_BEGUN = re.compile(rb"([A-Za-z]{1,20}) (?:(?i:http)://[!-.0-~]*)?(/[!->@-~]*)")
+
+
+class Arrival:
+    """A request's body on its way.  Each 64 KiB of it earn a fresh deadline."""
+
+    def __init__(self, route: Route, match: Any, keeps_alive: bool, body: BodyReader,
+                 timeout_s: float):
+        self.route, self.match, self.keeps_alive, self.body = route, match, keeps_alive, body
+        self.timeout_s, self.parts, self.received = timeout_s, [], 0
+        self._arm()
+
+    def _arm(self) -> None:
+        now, self.armed_at = time.monotonic(), self.received
+        # monotonic: a thread waits until the one, the relay until the other
+        self.until, self.due = now + BODY_BY_THREAD_S, now + self.timeout_s
+
+    def too_large(self) -> ProxyError:
+        return ProxyError("too_large", f"the body is larger than {self.body.limit} bytes")
+
+    def feed(self, data: bytes) -> None:
+        self.received += len(data)
+        # twice: what chunks and compression add may be more than the body itself
+        if self.received > 2 * self.body.limit + RECV_BYTES:
+            raise self.too_large()
+        try:
+            self.parts.append(self.body.feed(data))
+        except OverflowError:
+            raise self.too_large() from None
+        except ValueError as err:
+            raise invalid("", str(err)) from None
+        if self.received - self.armed_at >= RECV_BYTES:
+            self._arm()
 
 
 class Handler:
@@ -15998,15 +16104,17 @@ class Handler:
 
     def __init__(self, server: Any, downstream: Downstream):
         self.server, self.services, self.downstream = server, server.services, downstream
+        self.raw = b""      # of the head, as far as it is here
 
     def run(self) -> None:
         """Requests of this connection until it idles (back to the relay), is handed over, ends."""
         downstream = self.downstream
         while not downstream.is_closed:
             try:
-                exchange = self._read_request()
+                exchange = downstream.arriving or self._read_request()
                 if exchange is None:
                     return
+                downstream.arriving = None
                 with self.server.counted():
                     is_handed_over = self._answer(exchange)
             except ClientGone:
@@ -16021,80 +16129,121 @@ class Handler:
                 self.server.release(downstream, linger=True)
                 return
             del exchange        # with its body and all that was made of it
-            if not downstream.buffer and not readable([downstream.sock], KEPT_BY_THREAD_S):
+            kept_s = KEPT_BY_THREAD_S if self.server.workers.has_spare() else 0
+            if not downstream.buffer and not readable([downstream.sock], kept_s):
                 self.server.relay.park(downstream, self.services.config.client_idle_timeout_s)
                 return
 
     # Reading
 
-    def _read_request(self) -> Exchange | None:
-        """The next request with its body; None when the connection ended between requests."""
-        downstream, config = self.downstream, self.services.config
-        deadline = time.monotonic() + config.client_head_timeout_s
-        data = downstream.buffer
-        while data.startswith(b"\r\n"):
-            data = data[2:]
-        while b"\r\n\r\n" not in data:
-            if b"\r\n" not in data and len(data) > MAX_LINE_BYTES:
-                raise ProxyError("line_too_long",
-                                 f"a request line of more than {MAX_LINE_BYTES} bytes")
-            if len(data) > MAX_HEAD_BYTES:
-                raise ProxyError("head_too_large", f"a head of more than {MAX_HEAD_BYTES} bytes")
-            more = downstream.receive(deadline, "the request's head")
-            if not more:
-                self.server.release(downstream)
+    def _more(self, until: float, due: float, what: str) -> bytes | None:
+        """Bytes of a request, b"" at its connection's end.  A thread waits for them until `until`;
+        None where they take longer: the relay has the connection then."""
+        downstream = self.downstream
+        while True:
+            data = downstream.take()
+            if data is not None:
+                return data
+            now = time.monotonic()
+            if now >= due:
+                raise ProxyError("slow_client", f"{what} did not arrive in time")
+            if now >= until:
+                self.server.relay.park(downstream, due - now)
                 return None
-            data = (data + more).lstrip(b"\r\n") if not data else data + more
-        raw, _, downstream.buffer = data.partition(b"\r\n\r\n")
+            readable([downstream.sock], min(until, due) - now)
+
+    def _read_head(self) -> bytes | None:
+        """The next request's head; None when the connection ended or its sender is slow."""
+        downstream, data = self.downstream, self.downstream.buffer
+        due = downstream.head_due = downstream.head_due or (
+            time.monotonic() + self.services.config.client_head_timeout_s)
+        while True:
+            while data.startswith(b"\r\n"):
+                data = data[2:]
+            self.raw, end, rest = data.partition(b"\r\n\r\n")
+            if len(self.raw) > MAX_LINE_BYTES:
+                self._check_size(self.raw)
+            if end:
+                downstream.buffer, downstream.head_due = rest, 0.0
+                return self.raw
+            if data and data != b"\r" and not data[:1].isalpha():
+                raise invalid("", "this is no HTTP request")        # of TLS, perhaps
+            downstream.buffer = data
+            more = self._more(0.0, due, "the request's head")
+            if not more:
+                if more is not None:
+                    self.server.release(downstream)
+                return None
+            data += more
+
+    @staticmethod
+    def _check_size(raw: bytes) -> None:
+        if raw.find(b"\r\n", 0, MAX_LINE_BYTES + 2) < 0:
+            raise ProxyError("line_too_long", f"a request line of more than {MAX_LINE_BYTES} bytes")
         if len(raw) > MAX_HEAD_BYTES:
             raise ProxyError("head_too_large", f"a head of more than {MAX_HEAD_BYTES} bytes")
+
+    def _read_request(self) -> Exchange | None:
+        """The next request without its body; None when there is none, or not yet."""
+        raw = self._read_head()
+        if raw is None:
+            return None
         head = parse_head(raw, True)
         line = parse_request_line(head.first)
         if "host" not in head.headers and not line.is_http_1_0:
             raise invalid("", "a Host header is required")
         if line.is_http_1_0 and "transfer-encoding" in head.headers:
             raise invalid("", "HTTP/1.0 has no Transfer-Encoding")
-        return Exchange(downstream, self.services, line, head.headers)
+        return Exchange(self.downstream, self.services, line, head.headers)
 
-    def _read_body(self, exchange: Exchange, limit: int) -> None:
-        """The whole body, within its limits."""
-        config, headers, downstream = self.services.config, exchange.headers, self.downstream
+    def _begin_body(self, exchange: Exchange, route: Route, match: Any, keeps: bool) -> Arrival:
+        """What is to arrive, by the head; a client that waits for a word to go on gets it."""
+        config, headers = self.services.config, exchange.headers
+        limit = config.max_body_bytes if route.access.needs_key else min(
+            config.max_body_bytes, MAX_PUBLIC_BODY_BYTES)
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in BODY_ENCODINGS:
             raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
-        too_large = ProxyError("too_large", f"the body is larger than {limit} bytes")
         try:
             framing = body_framing(headers, True)
-            if isinstance(framing, int) and framing > limit:
-                raise too_large
-            if framing and headers.get("expect", "").lower() == "100-continue":
-                downstream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            body = BodyReader(framing, limit, encoding, True)
-            parts, data, received, armed_at = [], downstream.buffer, 0, 0
-            deadline = time.monotonic() + config.client_body_timeout_s
-            while True:
-                if data:
-                    parts.append(body.feed(data))
-                if body.done:
-                    break
-                if received - armed_at >= RECV_BYTES:   # each 64 KiB earn a fresh deadline
-                    deadline, armed_at = time.monotonic() + config.client_body_timeout_s, received
-                data = downstream.receive(deadline, "the request's body")
-                received += len(data)
-                if not data:
-                    raise ClientGone()
-        except OverflowError:
-            raise too_large from None
         except ValueError as err:
             raise invalid("", str(err)) from None
-        downstream.buffer = body.rest if parts or framing else downstream.buffer
-        exchange.body = b"".join(parts)
+        arrival = Arrival(route, match, keeps, BodyReader(framing, limit, encoding, True),
+                          config.client_body_timeout_s)
+        if isinstance(framing, int) and framing > limit:
+            raise arrival.too_large()
+        is_waiting = headers.get("expect", "").lower() == "100-continue"
+        if framing and is_waiting and not exchange.is_http_1_0:
+            exchange.downstream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return arrival
+
+    def _read_body(self, exchange: Exchange) -> bool:
+        """Whether the body is whole; if not, the relay waits for more of it."""
+        arrival, downstream = exchange.arrival, self.downstream
+        data, downstream.buffer = downstream.buffer, b""
+        while True:
+            if data:
+                arrival.feed(data)
+            if arrival.body.done:
+                break
+            downstream.arriving = exchange
+            data = self._more(arrival.until, arrival.due, "the request's body")
+            if data is None:
+                return False
+            downstream.arriving = None
+            if not data:
+                raise ClientGone()
+        downstream.buffer, exchange.body = arrival.body.rest, b"".join(arrival.parts)
         exchange.body_bytes = len(exchange.body)
+        return True
 
     def _refuse_damaged(self, error: ProxyError) -> None:
-        """An answer to bytes that are no request; the connection cannot be trusted after it."""
-        line = RequestLine("GET", "/", "", False)
-        exchange = Exchange(self.downstream, self.services, line, {"connection": "close"})
+        """An answer to bytes that are no request, in the dialect of the path if one can be told;
+        the connection cannot be trusted after it."""
+        begun = _BEGUN.match(self.raw)
+        method, path = (w.decode("ascii") for w in begun.groups()) if begun else ("GET", "/")
+        exchange = Exchange(self.downstream, self.services, RequestLine(method, path, "", False),
+                            {"connection": "close"})
         with contextlib.suppress(ClientGone):
             exchange.send_error(error)
         self.server.release(self.downstream, linger=True)
@@ -16117,13 +16266,15 @@ class Handler:
         # an unread body would be taken for a request: until it is read, every error closes
         keeps_alive, exchange.keeps_alive = exchange.keeps_alive, False
         try:
-            route, match = self._find_route(exchange)
-            self._admit(exchange, route.access)
-            limit = self.services.config.max_body_bytes
-            self._read_body(exchange, limit if route.access.needs_key
-                            else min(limit, MAX_PUBLIC_BODY_BYTES))
-            exchange.keeps_alive = keeps_alive
-            return bool(route.handle(self, exchange, match))
+            if exchange.arrival is None:
+                route, match = self._find_route(exchange)
+                self._admit(exchange, route.access)
+                exchange.arrival = self._begin_body(exchange, route, match, keeps_alive)
+            if not self._read_body(exchange):
+                return True
+            arrival, exchange.arrival = exchange.arrival, None
+            exchange.keeps_alive = arrival.keeps_alive and not self.server.is_crowded()
+            return bool(arrival.route.handle(self, exchange, arrival.match))
         except ProxyError as err:
             exchange.send_error(err)
         except ClientGone:
@@ -16132,15 +16283,18 @@ class Handler:
             exchange.send_error(invalid("", "the body is nested too deeply"))
         except Exception as err:
             self.services.log.line("%s failed: %s", exchange.record.id, short_trace(err))
-            exchange.send_error(ProxyError("internal",
-                                           "the proxy failed on this request; its log says why"))
+            exchange.send_error(ProxyError("internal", "the proxy failed on this request; its log "
+                                           f"says why, at {exchange.record.id}"))
         return False
 
     def _find_route(self, exchange: Exchange) -> tuple[Route, Any]:
         allowed: list[str] = []
-        for route in self.server.routes:
+        # patterns take time by the square of a path, and no route is near to that
+        for route in self.server.routes if len(exchange.path) <= MAX_PATH else ():
             match = route.pattern.fullmatch(exchange.path)
             if match and exchange.method in route.methods.split():
+                if exchange.method == "OPTIONS":
+                    exchange.more_headers["allow"] = ", ".join(dict.fromkeys(allowed + ["OPTIONS"]))
                 return route, match
             allowed += route.methods.split() if match and route.methods != "OPTIONS" else []
         if allowed:
@@ -16496,7 +16650,7 @@ def answer_not_offered(handler: Handler, exchange: Exchange, match: Any) -> None
 
 
 def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
-    headers = {"content-length": "0"}
+    headers: dict[str, str] = {}        # and no length: a 204 has none
     if exchange.cors_origin:
         headers.update({"access-control-allow-methods": "GET, POST, OPTIONS",
                         "access-control-allow-headers": exchange.headers.get(
@@ -16564,9 +16718,20 @@ def bind_alone(sock: socket.socket, address: tuple) -> None:
     sock.bind(address)
 
 
+def peer_of(address: str) -> Any:
+    """Whose connections count together: an IPv4 address, the /64 of an IPv6 one; None for this
+    machine, on which one program may stand for many."""
+    address = address.partition("%")[0]
+    if address.lower().startswith("::ffff:"):
+        address = address[7:]
+    if address == "::1" or address.startswith("127."):
+        return None
+    return socket.inet_pton(socket.AF_INET6, address)[:8] if ":" in address else address
+
+
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The listener: accepted connections wait in the relay for their first byte, then get a thread.
-    The lock guards `connections` and `active`."""
+    The lock guards `connections`, `refused`, `by_peer` and `active`."""
     request_queue_size = 256
     daemon_threads = True
 
@@ -16577,11 +16742,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.guard = KeyGuard(services)
         self.tls = tls_context(services.config)
         self.connections: set[Downstream] = set()
+        self.refused: set[Downstream] = set()       # beyond the limit: they read why
+        self.by_peer: collections.Counter = collections.Counter()       # of `connections`
         self._lock = threading.Lock()
         self.active = 0         # requests in threads
-        # select() on Windows takes 512 sockets, and a stream has two
+        # a stream has two sockets: one for it, one for its upstream call
         self.max_connections = min(services.config.max_connections,
-                                   240 if os.name == "nt" else 1 << 30)
+                                   max(8, (raise_descriptor_limit() - 32) // 2))
         self.is_stopping, self.started_at = False, time.monotonic()
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -16600,29 +16767,50 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         scheme = "https" if self.tls else "http"
         self.own_origins = {f"{scheme}://{name}:{self.server_port}" for name in LOOPBACK_NAMES}
 
+    def get_request(self) -> tuple:
+        try:
+            return super().get_request()
+        except OSError as err:
+            if err.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.05)        # who waits to be accepted would keep us spinning
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        downstream = Downstream(request)
+        head_s = self.services.config.client_head_timeout_s
+        downstream = Downstream(request, peer_of(client_address[0]), time.monotonic() + head_s)
+        most, peer = self.services.config.max_connections_per_address, downstream.peer
         with self._lock:
-            is_full = len(self.connections) >= self.max_connections
+            is_full = len(self.connections) >= self.max_connections or (
+                peer is not None and 0 < most <= self.by_peer[peer])
             if not is_full:
                 self.connections.add(downstream)
+                self.by_peer[peer] += 1
+            elif len(self.refused) < MOST_REFUSED:
+                self.refused.add(downstream)
         if is_full:
             self._refuse(downstream)
             return
         with contextlib.suppress(OSError):      # it was reset already: the relay will notice
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.relay.park(downstream, self.services.config.client_head_timeout_s)
+        self.relay.park(downstream, head_s)
 
     def _refuse(self, downstream: Downstream) -> None:
         """503 without a thread and without reading: best effort, at once."""
         error = ProxyError("busy", "the proxy is at its limit of connections or threads")
         body = json_encode(anthropic_render_error(error, new_id("req_"))).encode("ascii")
         with contextlib.suppress(OSError):
-            downstream.sock.settimeout(0.1)
-            downstream.sock.sendall(
+            downstream.sock.send(
                 b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        self.release(downstream)
+        self.release(downstream, linger=downstream in self.connections
+                     or downstream in self.refused)
+
+    def is_crowded(self) -> bool:
+        """Whether connections, threads or calls are nearly used up, so that none is kept."""
+        config = self.services.config
+        return (len(self.connections) >= CROWDED * self.max_connections
+                or self.workers.busy() >= CROWDED * config.max_threads
+                or self.services.pool.in_flight >= CROWDED * config.max_upstream_calls)
 
     def _refuse_overdue(self, now: float) -> None:
         self.services.connections.sweep()
@@ -16630,10 +16818,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._refuse(downstream)
 
     def release(self, downstream: Downstream, linger: bool = False) -> None:
-        """Closes a connection; it counts until it is closed."""
-        downstream.close(linger)
+        """Closes a connection, with `linger` after its client saw the answer; it counts until it
+        is closed."""
+        if linger and downstream.end_sending():
+            self.relay.linger(downstream)
+            return
+        downstream.close()
         with self._lock:
-            self.connections.discard(downstream)
+            self.refused.discard(downstream)
+            if downstream in self.connections:
+                self.connections.remove(downstream)
+                self.by_peer[downstream.peer] -= 1
+                if not self.by_peer[downstream.peer]:
+                    del self.by_peer[downstream.peer]
 
     def _work(self, downstream: Downstream) -> None:
         try:
@@ -16698,7 +16895,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             time.sleep(0.02)
         self.relay.stop()
         with self._lock:
-            left = list(self.connections)
+            left = [*self.connections, *self.refused]
         for downstream in left:
             self.release(downstream)
         self.services.connections.close()
@@ -18871,20 +19068,6 @@ def lacks_account(args: argparse.Namespace) -> bool:
     return True
 
 
-def raise_descriptor_limit() -> int:
-    """Each stream holds two descriptors; the usual soft limit of 1,024 is too low.  Returns how
-    many this process may hold now."""
-    try:
-        import resource
-    except ImportError:
-        return 512          # Windows has no such limit, but `select` takes no more
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted) if soft != resource.RLIM_INFINITY else wanted
-
-
 def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
     services = server.services
     config, url = services.config, server_url(server)
@@ -18923,7 +19106,6 @@ def command_serve(args: argparse.Namespace) -> int:
         return serve_as_worker(args, log_stream(args))
     if lacks_account(args):
         return 4
-    raise_descriptor_limit()
     heard: list[int] = []
     workers: list[Worker] = []
 

@@ -43,6 +43,7 @@ import ast
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -1312,6 +1313,11 @@ BAD_BODIES = [
     ({"thinking": {"type": "maybe"}}, "thinking.type"), ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"stop_sequences": [1]}, "stop_sequences.0"), ({"output_config": {"effort": 3}}, "output_config.effort"),
     ({"thread": {"type": "create"}}, "thread"), ({"mcp_servers": [{}]}, "mcp_servers"),
+    ({"tools": [{"name": "a", "description": {}}]}, "tools.0.description"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": "no"}]}]},
+     "messages.0.content.0.is_error"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "media_type": 5, "data": "a"}}]}]},
+     "messages.0.content.0.source.media_type"),
 ]
 
 
@@ -3713,43 +3719,556 @@ def test_models_are_listed_in_pages(make_proxy):
 
 
 POST = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
-HOSTILE = [
-    (b"GARBAGE\r\n\r\n", 400), (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 400), (b"GET  / HTTP/1.1\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX\x00: 1\r\n\r\n", 400), (b"GET /\x80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-    (b"GET / HTTP/1.1\nHost: localhost\n\n", None), (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 9000 + b"\r\n\r\n", 431),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 120 + b"\r\n", 431),
-    (b"G" * 40000, 414), (POST + b"Content-Length: -1\r\n\r\n", 400), (POST + b"Content-Length: +5\r\n\r\n", 400),
-    (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400), (POST + b"Content-Length: 1, 1\r\n\r\n", 400),
-    (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400), (POST + b"Transfer-Encoding: xchunked\r\n\r\n", 400),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400), (POST + b"Content-Length: 99999999999\r\n\r\n", 413),
-    (POST + b"Content-Encoding: br\r\nContent-Length: 0\r\n\r\n", 415), (POST + b"Content-Length: 3\r\n\r\n{\"a", 400),
-    (POST + b"Content-Length: 2\r\n\r\n[]", 400), (POST + b"Content-Length: 2\r\n\r\n\xff\xfe", 400),
-    (b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405), (b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
-    (b"GET /%2e%2e/etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n", 404), (b"GET //v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-    (b"GET /health HTTP/1.0\r\n\r\n", 200), (b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", 403),
-    (b"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n", 403),
-    (b"GET / HTTP/1.1\r\nHost: localhost:" + b"9" * 5000 + b"\r\n\r\n", 403),
-    (POST + b"Transfer-Encoding: chunked\r\n\r\n2;a\nb\r\n{}\r\n0\r\n\r\n", 400),
-    (POST + b"Content-Length: %d\r\n\r\n" % 100_050 + b'{"model":"' + b"[" * 100_038 + b'"}', 400),
-    (POST + b"Sec-Fetch-Site: cross-site\r\nContent-Length: 2\r\n\r\n{}", 403),
-]
+ASKING = {       # dialect -> (path, a good body)
+    "anthropic": ("/v1/messages", {"model": "gemini-3-flash", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}),
+    "chat": ("/v1/chat/completions", {"model": "gemini-3-flash", "messages": [{"role": "user", "content": "hi"}]}),
+    "responses": ("/v1/responses", {"model": "gemini-3-flash", "input": "hi"}),
+    "gemini": ("/v1beta/models/gemini-3-flash:generateContent", {"contents": [{"parts": [{"text": "hi"}]}]})}
+GOOD = json.dumps(ASKING["anthropic"][1]).encode()
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@pytest.mark.parametrize("raw, status", HOSTILE, ids=range(len(HOSTILE)))
-def test_damaged_and_hostile_requests_get_a_clean_answer(make_proxy, raw, status):
-    proxy = make_proxy({"a": None})
-    out = proxy.raw(raw)
-    if status is None:
-        assert not out or out.startswith(b"HTTP/1.1 4")
+def asking(dialect, body, *lines, method="POST"):
+    """The bytes of a request with that body."""
+    told = [f"{method} {ASKING[dialect][0]} HTTP/1.1".encode(), b"Host: localhost", *lines, b"Content-Length: %d" % len(body)]
+    return b"\r\n".join(told) + b"\r\n\r\n" + body
+
+
+def with_lines(*lines):
+    return b"\r\n".join((b"GET / HTTP/1.1", b"Host: localhost", *lines)) + b"\r\n\r\n"
+
+
+def in_chunks(body):
+    return POST + b"Transfer-Encoding: chunked\r\n\r\n" + body
+
+
+def encoded(name, body):
+    return asking("anthropic", body, b"Content-Encoding: " + name)
+
+
+def raw_deflate(data):
+    import zlib
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(data) + packer.flush()
+
+
+def hostile_requests():
+    """(theme, bytes, status): 0 is an end without an answer."""
+    import gzip
+    import zlib
+    packed, deflated = gzip.compress(GOOD), zlib.compress(GOOD)
+    for line in (b"", b" ", b"GET", b"GET /", b"GET / ", b"GET  / HTTP/1.1", b" GET / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1",
+                 b"GET /\tHTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1", b"GET / HTTP/1.", b"GET / HTTP/1.2", b"GET / HTTP/2.0",
+                 b"GET / HTTP/0.9", b"GET / HTTP/9.9", b"GET / HTTP/-1.1", b"GET / HTTP/1.10", b"GET / HTTP/01.1", b"GET / HTTP/1,1",
+                 b"GET / HTTPS/1.1", b"GET / HTTP 1.1", b"GET / HTTP/1.1\0", b"GET /\0 HTTP/1.1", b"GET /\x01 HTTP/1.1",
+                 b"GET /\x7f HTTP/1.1", b"GET /\x80 HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1", b"GET /a b HTTP/1.1", b"GET /\rHTTP/1.1",
+                 b"GET /\nX HTTP/1.1", b"GET /\x0b HTTP/1.1", b"G\0ET / HTTP/1.1", b"G\xc9T / HTTP/1.1", b"GET/ HTTP/1.1",
+                 b"/ GET HTTP/1.1", b"1ET / HTTP/1.1", b"G-T / HTTP/1.1", b"G(T / HTTP/1.1", b"GET,POST / HTTP/1.1", b"GARBAGE",
+                 b"PRI * HTTP/2.0", b"GET * HTTP/1.1", b"GET http:// HTTP/1.1", b"GET http:/// HTTP/1.1", b"GET https://x/ HTTP/1.1",
+                 b"GET ftp://x/ HTTP/1.1", b"GET http://\0/ HTTP/1.1", b"GET http://\x80/ HTTP/1.1", b"GET health HTTP/1.1",
+                 b"GET ?x HTTP/1.1", b"GET \\health HTTP/1.1", b"CONNECT localhost:443 HTTP/1.1", b"GET localhost HTTP/1.1"):
+        yield "request line", line + b"\r\nHost: localhost\r\n\r\n", 400
+    for start in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x7a" * 500, b"\x05\x01\x00", b"\0" * 100, b"\xff" * 100,
+                  b"{\"model\":1}", b"\n\nGET / HTTP/1.1\r\n\r\n", b"\r\rGET / HTTP/1.1\r\n\r\n", b"\r\n\r\n\nGET", b" ", b"-" * 900,
+                  b"PROXY TCP4 1.1.1.1 2.2.2.2 1 2\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                  b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 18, b"GET / HTTP/1.1\r\n\r\n", b"EHLO x\r\n\r\n"):
+        yield "beginning", start, 400
+    for start in (b"", b"\r\n" * 9, b"G", b"GET / HTTP/1.1", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"SSH-2.0-OpenSSH_9\r\n",
+                  b"GET / HTTP/1.1\nHost: localhost\n\n", b"GET / HTTP/1.1\r\nHost: localhost\n\n"):
+        yield "beginning", start, 0
+    for target, status in ((b"//", 404), (b"/../etc/passwd", 404), (b"/%2e%2e/etc/passwd", 404), (b"/%00", 404), (b"/V1/messages", 404),
+                           (b"/v1//messages", 404), (b"//v1/models", 404), (b"/health/", 404), (b"/health%20", 404), (b"/%68ealth", 404),
+                           (b"/health;a", 404), (b"/health#f", 404), (b"/./health", 404), (b"/v1/models/../messages", 404),
+                           (b"//evil.example/health", 404), (b"/v1/models/%00", 404), (b"/v1/models/%ff", 404), (b"/v1/models/%", 404),
+                           (b"/v1/models/" + b"a" * 5000, 404), (b"/v1/models?limit=%00", 400), (b"/v1/models?limit=" + b"9" * 4000, 400),
+                           (b"/v1/responses/%00", 404), (b"/health?" + b"&" * 4000, 200), (b"http://evil.example/health", 200),
+                           (b"HTTP://x/health", 200), (b"http://a@b:1/health", 200), (b"http://[::1]/health", 200),
+                           (b"/v1/projects/" + b"a/models/" * 800, 404), (b"/v1beta/models/" + b":a" * 3000, 404),
+                           (b"/" + b"x" * 8100, 404), (b"/" + b"x" * 9000, 414), (b"/v1/" + b":a" * 4000, 404)):
+        yield "target", b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nanthropic-version: 1\r\n\r\n", status
+    for method in b"BREW TRACE PUT PATCH DELETE LOCK PROPFIND get Get POST X".split() + [b"A" * 4000]:
+        yield "method", method + b" / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405
+    for path in (b"/v1/messages", b"/v1/chat/completions", b"/v1beta/models/x:generateContent", b"/refresh-token"):
+        for method in (b"GET", b"HEAD", b"PUT", b"DELETE"):
+            if path[:6] != b"/v1bet" or method not in (b"GET", b"HEAD"):
+                yield "method", method + b" " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 405
+    for name in (b"", b" ", b"A B", b"A ", b"A\t", b" A", b"\tA", b"A(", b"A)", b"A<", b"A@", b"A,", b"A;", b"A\"", b"A/", b"A[", b"A]",
+                 b"A{", b"A?", b"A=", b"A\\", b"A\0", b"A\x7f", b"A\x80", b"\xc3\xa9"):
+        yield "header name", with_lines(name + b": x"), 400
+    for line in (b"A", b"A\r", b"A: x\r\n y", b"A: x\r\n\ty", b"A: x\ny: z", b"A: x\ry: z", b"A: x\r", b"A: x\n", b"Host : localhost",
+                 *(b"A: x%cy" % n for n in (0, 1, 7, 8, 11, 12, 14, 27, 31, 127))):
+        yield "header line", with_lines(line), 400
+    for name in ag._ONCE:
+        yield "header twice", with_lines(*[name.encode() + b": 1"] * (1 if name == "host" else 2)), 400
+    for host in (b"evil.example", b"localhost.evil", b"localhost:1", b"localhost:x", b"localhost@evil", b"127.0.0.1.nip.io", b"127.1", b"0",
+                 b"[::1", b"localhost, evil", b"localhost/", b"\xef\xbd\x8cocalhost", b"localhost:" + b"9" * 5000):
+        yield "host", b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n", 403
+    yield "host", b"GET / HTTP/1.1\r\n\r\n", 400
+    for line, status in ((b"Origin: http://evil.example", 403), (b"Origin: null", 403), (b"Sec-Fetch-Site: cross-site", 403),
+                         (b"Origin: http://localhost.evil", 403), (b"X: " + b"y" * 8190, 431), (b"X" * 9000 + b": y", 431),
+                         (b"\r\n".join([b"X: " + b"y" * 8000] * 5), 431), (b"\r\n".join([b"X: y"] * 120), 431),
+                         (b"\r\n".join([b"X%d: y" % n for n in range(120)]), 431), (b"X: " + b"y" * 60_000, 431)):
+        yield "header", with_lines(line), status
+    yield "header", b"G" * 40_000, 414
+    for length in (b"", b"-1", b"+5", b"-0", b"0x10", b"1e3", b"5 5", b"5,5", b"5, 5", b"5;", b"5.0", b"1_0", b"\xef\xbc\x95", b"NaN", b"five",
+                   b"9" * 16, b"'5'", b"5\t5", b"\xb2"):
+        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD, 400
+    for length in (b"99999999999", b"33554433", b"9" * 15):
+        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n", 413
+    for length in (b"3", b"%d" % (len(GOOD) + 1)):
+        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD[:2], 0
+    for coding in (b"", b"gzip", b"identity", b"chunked, chunked", b"chunked,", b", chunked", b"gzip, chunked", b"chunked, gzip", b"xchunked",
+                   b"chunkedx", b"\"chunked\"", b"chunked;q=1", b"\x0bchunked", b"ch unked", b"chunked\0", b"chunked x", b"\xa0chunked"):
+        yield "coding", POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n", 400
+    yield "coding", b"POST /v1/messages HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n" + ag.chunk(GOOD) + ag.LAST_CHUNK, 400
+    coding, length = b"Transfer-Encoding: chunked", b"Content-Length: 5"
+    for lines in ([length, coding], [coding, length], [length, b"transfer-encoding: CHUNKED"], [length, b"Transfer-Encoding:chunked"],
+                  [length, b"Transfer-Encoding:\tchunked"], [length, b"Transfer-Encoding: chunked \t"], [length, b"Transfer-Encoding : chunked"],
+                  [length, b" Transfer-Encoding: chunked"], [length, b"X: x\n" + coding], [length, b"X: x\r" + coding],
+                  [length, b"Transfer-Encoding\n : chunked"], [length, b"Transfer-Encoding:\r\n chunked"], [length, coding, coding],
+                  [length, coding, b"Transfer-Encoding: identity"], [length, b"Transfer-Encoding: identity", coding],
+                  [length, b"Transfer-Encoding: \x0cchunked"], [length, b"\0" + coding], [length, b"Transfer-\0Encoding: chunked"],
+                  [length, b"Content-Length: 6"], [length, length], [b"Content-Length: 5\r\n 0"], [b"Content-Length : 5"],
+                  [b"Content-Length: 5", b"content-length: 0"], [b"Content-Length: 5\0"], [b"Content-Length: 5\x0b"],
+                  [b"X: x\nContent-Length: 5"], [b"Content-Length: 0 5"], [b"Content-Length: 0\r", b"X: x"]):
+        for method in (b"POST /v1/messages", b"GET /health"):
+            head = b"\r\n".join([method + b" HTTP/1.1", b"Host: localhost", *lines])
+            yield "smuggling", head + b"\r\n\r\n0\r\n\r\n" + SMUGGLED, 400
+    for start in (b"zz\r\n", b"-1\r\n", b"+2\r\n{}\r\n", b" 2\r\n{}\r\n", b"2 \r\n{}\r\n", b"2\t\r\n{}\r\n", b"0x2\r\n{}\r\n", b"2\n{}\n0\n\n\r\n",
+                  b"2\r{}\r\r\n", b"123456789\r\n", b"2;a\nb\r\n{}\r\n", b"2;a\0\r\n{}\r\n", b"2\r\n{}X\r\n", b"2\r\n{}\n0\r\n\r\n", b"\r\n2\r\n{}\r\n",
+                  b";x\r\n", b"2{}\r\n", b"\xef\xbc\x92\r\n{}\r\n", b"2.0\r\n", b"2_0\r\n", b"'2'\r\n", b"2 2\r\n", b"2,2\r\n",
+                  b"0\r\nX: y\r\n\r\n", b"2\r\n{}\r\n0\r\nContent-Length: 5\r\n\r\n", b"2\r\n{}\r\n0\r\n X\r\n\r\n", b"2\r\n{}\r\n0\r\n\n\r\n",
+                  b"2;" + b"x" * 9000, b"x" * 9000, b"0" * 9000 + b"\r\n"):
+        yield "chunks", in_chunks(start + SMUGGLED), 400
+    for start in (b"", b"2", b"2\r", b"2\r\n", b"2\r\n{", b"2\r\n{}", b"2\r\n{}\r\n", b"2\r\n{}\r\n0", b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\n\r", b"ffffffff\r\n{}"):
+        yield "chunks", in_chunks(start), 0
+    half = len(GOOD) // 2
+    for pieces in ([ag.chunk(GOOD)], [ag.chunk(GOOD[:half]), ag.chunk(GOOD[half:])], [ag.chunk(GOOD[n:n + 1]) for n in range(len(GOOD))],
+                   [b"%08X\r\n" % len(GOOD) + GOOD + b"\r\n"], [b"%x;a=b;c=\"d\"\r\n" % len(GOOD) + GOOD + b"\r\n"],
+                   [b"%x ; a\r\n" % len(GOOD) + GOOD + b"\r\n"]):
+        yield "chunks", in_chunks(b"".join(pieces) + b"000\r\n\r\n"), 200
+    for name, data, status in (
+            *((b"gzip", data, 400) for data in (b"", b"x", GOOD, packed[:9], packed[:-1], packed[:-8], packed[1:], packed + b"x", packed + packed,
+                                                packed[:-8] + b"\0" * 8, b"\x1f\x8b" + b"\xff" * 30, packed[:10] + packed[11:])),
+            *((b"deflate", data, 400) for data in (GOOD, packed, raw_deflate(GOOD), deflated[:-1], deflated + b"x", deflated[:-4] + b"\0" * 4)),
+            *((b"identity", data, 400) for data in (packed, deflated)), (b"x-gzip", GOOD, 400),
+            *((name, packed, 415) for name in (b"br", b"zstd", b"compress", b"gzip, gzip", b"gzip, identity", b"", b"*", b"gzip;q=1", b"gz ip")),
+            (b"gzip", gzip.compress(b" " * (33 << 20)), 413), (b"deflate", zlib.compress(b" " * (33 << 20)), 413),
+            (b"gzip", gzip.compress(gzip.compress(GOOD)), 400), (b"gzip", packed, 200), (b"GZIP", packed, 200), (b"x-gzip", packed, 200),
+            (b"deflate", deflated, 200), (b"identity", GOOD, 200)):
+        yield "encoding", encoded(name, data), status
+    yield "encoding", in_chunks(b"").replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + ag.chunk(packed) + ag.chunk(b"x") * 9, 400
+    for dialect, (_, good) in ASKING.items():
+        text = json.dumps(good).encode()
+        for body in (b"", b" ", b"null", b"true", b"5", b'"x"', b"[]", b"[" + text + b"]", b"{", b"}", b"{]", b'{"a":}', b'{"a"}', b"{a:1}",
+                     b"{'a':1}", b'{"a":1,}', b'{,"a":1}', b'{"a":1 "b":2}', b'{"a":NaN}', b'{"a":Infinity}', b'{"a":-Infinity}', b'{"a":1e999}',
+                     b'{"a":' + b"9" * 41 + b"}", b'{"a":-' + b"9" * 5000 + b"}", b'{"a":01}', b'{"a":+1}', b'{"a":.5}', b'{"a":1.}', b'{"a":0x1}',
+                     b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), b'{"a":"\xe9"}', b'{"a":"\xc0\xaf"}', b'{"a":"\xed\xa0\x80"}',
+                     b'{"a":"\xf5\x80\x80\x80"}', b'{"a":"\0"}', b'{"a":"\n"}', b'{"a":"\x1f"}', b'{"a":"\\x41"}', b'{"a":"\\u12"}', b'{"a":"\\ud8zz"}',
+                     b'{"a":"', b'{"a', b"{}{}", text + text, text + b"x", text + b"\0", text[:-1], b"/* */" + text, b"// x\n" + text,
+                     b"[" * 100_000, b'{"a":' * 20_000, b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}", b"a=1&b=2",
+                     b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--\r\n', b"<?xml version='1.0'?><a/>", b"\xff\xfe", b"\0" * 50):
+            yield f"JSON, {dialect}", asking(dialect, body), 400
+        for changed in (text[:-1] + b', "a": "\\ud83d x \\udc00"}', text[:-1] + b', "a": 1' + b"0" * 39 + b"}",
+                        b"\r\n\t " + text + b"\n", text.replace(b"hi", b"\\ud83d \\ude00 \\u0000 \xf0\x9f\x98\x80")):
+            yield f"JSON, {dialect}", asking(dialect, changed), 200
+        yield f"version, {dialect}", asking(dialect, text).replace(b"HTTP/1.1", b"HTTP/1.0").replace(b"Host: localhost\r\n", b""), 200
+        yield f"version, {dialect}", asking(dialect, text, b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0"), 200
+        yield f"expect, {dialect}", asking(dialect, text, b"Expect: 100-Continue"), 200
+        yield f"expect, {dialect}", asking(dialect, text, b"Expect: the unexpected"), 200
+        yield f"expect, {dialect}", asking(dialect, text, b"Expect: 100-continue", b"Expect: 100-continue"), 400
+        yield f"expect, {dialect}", asking(dialect, b"", b"Expect: 100-continue"), 400
+
+
+def answers_in(out, method):
+    """[(status, headers, body)] of what came back, each byte accounted for; a 100 is left out."""
+    answers = []
+    while out:
+        head, end, out = out.partition(b"\r\n\r\n")
+        first, *lines = head.decode("ascii").split("\r\n")
+        assert end and re.fullmatch(r"HTTP/1\.1 \d\d\d [A-Za-z -]+", first), head
+        headers = {}
+        for line in lines:
+            name, value = re.fullmatch(r"([A-Za-z-]+): ([ -~]*)", line).groups()
+            assert name.lower() not in headers, head
+            headers[name.lower()] = value
+        status = int(first[9:12])
+        if status == 100:
+            continue
+        body = b""
+        if method != b"HEAD" and headers.get("transfer-encoding") == "chunked":
+            reader = ag.BodyReader("chunked", 1 << 30)
+            body = reader.feed(out)
+            assert reader.done
+            out = reader.rest
+        elif method != b"HEAD" and status != 204:
+            size = int(headers["content-length"])
+            body, out = out[:size], out[size:]
+            assert len(body) == size
+        answers.append((status, headers, body))
+    return answers
+
+
+def check_refusal(path, status, headers, body):
+    """That an error speaks the language of its path."""
+    told = json.loads(body)
+    assert headers["content-type"] == "application/json" and b"Traceback" not in body and "request-id" in headers
+    if ":" in path or path.startswith("/v1beta/"):
+        assert told["error"]["code"] == status and told["error"]["status"].isupper(), told
+    elif "/chat/" in path or "/responses" in path:
+        assert set(told["error"]) >= {"message", "type", "param", "code"}, told
     else:
-        assert out.startswith(b"HTTP/1.1 %d " % status), out[:200]
-        body = json.loads(out.partition(b"\r\n\r\n")[2])
-        assert status == 200 or body["type"] == "error"
-    assert b"Traceback" not in out and proxy.call("GET", "/health")[0] == 200
+        assert told["type"] == "error" and told["error"]["type"] and told["request_id"] == headers["request-id"], told
+    assert told["error"]["message"], told
+
+
+def check_answer(theme, raw, out, status):
+    """That what came back is one answer of that status, or the end where that is 0."""
+    begun = re.match(rb"(?:\r\n)*([A-Za-z]+) (?:(?i:http)://[^/ ]*)?(/[!->@-~]*)", raw)
+    method, path = begun.groups() if begun else (b"GET", b"/")
+    answers = answers_in(out, method)
+    assert [a[0] for a in answers] == [status] * (status > 0), out[:300]
+    if status >= 400:
+        # a body that was read whole leaves no doubt where the next request begins
+        assert answers[0][1]["connection"] == "close" or theme.startswith(("JSON", "expect", "encoding", "target"))
+        if method != b"HEAD":
+            check_refusal(path.decode(), *answers[0])
+    elif status == 200 and path[:4] != b"/hea":
+        assert json.loads(answers[0][2])
+
+
+def test_damaged_and_hostile_requests_get_one_clean_answer_or_the_end(make_proxy):
+    proxy = make_proxy({"a": None})
+    rows = list(hostile_requests())
+    assert len({raw for _, raw, _ in rows}) > 600
+    for row in rows[::40]:                      # what is opened once is open
+        proxy.raw(row[1])
+    level = descriptors_open()
+    wrong = []
+    for theme, raw, status in rows:
+        # who closes its own side has left, as far as an answer of a model goes
+        out = proxy.raw(raw) if status != 200 else proxy.raw(raw.replace(b"\r\n", b"\r\nConnection: close\r\n", 1), wait=False)
+        try:
+            check_answer(theme, raw, out, status)
+        except Exception as err:
+            wrong.append(f"{theme}, {status} expected: {raw[:200]!r} -> {out[:300]!r}: {err!r:.300}")
+    assert not wrong, "\n".join(wrong)
+    assert proxy.ask()[0] == 200
+    until(lambda: not proxy.server.connections and not proxy.server.workers.busy())
+    assert descriptors_open() <= level + 4 and proxy.server.active == 0
+    assert "failed:" not in proxy.log_text() and "worker:" not in proxy.log_text() and "relay:" not in proxy.log_text()
+
+
+def descriptors_open():
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+RICH = {        # bodies that use much of what is read, for each dialect
+    "anthropic": {"model": "gemini-3-flash", "max_tokens": 50, "system": [{"type": "text", "text": "s"}], "temperature": 0.5, "top_p": 0.5,
+                  "top_k": 3, "stop_sequences": ["x"], "stream": False, "metadata": {"user_id": "u"}, "thinking": {"type": "enabled",
+                  "budget_tokens": 1024}, "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {
+                      "a": {"type": "string"}}}}], "tool_choice": {"type": "auto"}, "messages": [
+                      {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "source": {
+                          "type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}]},
+                      {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "s"},
+                                                        {"type": "tool_use", "id": "a", "name": "f", "input": {"a": "x"}}]},
+                      {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": False, "content": [
+                          {"type": "text", "text": "r"}]}]}]},
+    "chat": {"model": "gemini-3-flash", "max_tokens": 50, "temperature": 0.5, "top_p": 0.5, "stop": ["x"], "stream": False, "user": "u",
+             "stream_options": {"include_usage": True}, "n": 1, "reasoning_effort": "low", "response_format": {"type": "text"},
+             "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {
+                 "a": {"type": "string"}}}}}], "tool_choice": "auto", "messages": [
+                 {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}, {
+                     "type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]},
+                 {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": {
+                     "name": "f", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "a", "content": "r"}]},
+    "responses": {"model": "gemini-3-flash", "instructions": "s", "max_output_tokens": 50, "temperature": 0.5, "stream": False,
+                  "store": False, "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": {"type": "text"}}, "include": [],
+                  "tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}], "tool_choice": "auto",
+                  "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": "k", "metadata": {"a": "b"}, "input": [
+                      {"role": "user", "content": [{"type": "input_text", "text": "a"}, {
+                          "type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}]},
+                      {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}], "encrypted_content": "x"},
+                      {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                      {"type": "function_call_output", "call_id": "a", "output": "r"}]},
+    "gemini": {"systemInstruction": {"parts": [{"text": "s"}]}, "generationConfig": {
+        "maxOutputTokens": 50, "temperature": 0.5, "topP": 0.5, "topK": 3, "stopSequences": ["x"], "candidateCount": 1,
+        "thinkingConfig": {"thinkingBudget": 1024, "includeThoughts": True}}, "safetySettings": [], "tools": [{"functionDeclarations": [
+            {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}]}],
+        "toolConfig": {"functionCallingConfig": {"mode": "AUTO"}}, "contents": [
+            {"role": "user", "parts": [{"text": "a"}, {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}]},
+            {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"a": "x"}}, "thoughtSignature": "s"}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"result": "r"}}}]}]}}
+
+
+WHOLE = {       # an answer that is not streamed
+    "anthropic": {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [{"type": "text", "text": "ok"}],
+                  "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1}},
+    "chat": {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}]},
+    "responses": {"id": "r", "object": "response", "status": "completed", "model": "m", "output": [
+        {"type": "message", "id": "m", "role": "assistant", "content": [{"type": "output_text", "text": "ok"}]}]},
+    "gemini": {"candidates": [{"content": {"role": "model", "parts": [{"text": "ok"}]}, "finishReason": "STOP"}]}}
+
+
+@pytest.mark.parametrize("dialect", RICH)
+@pytest.mark.parametrize("up", ["cloud", "same"])
+def test_a_field_of_another_type_is_taken_or_refused_by_its_path(make_proxy, no_pauses, dialect, up):
+    """Each part of a body, at any depth, in turn replaced by values of other types."""
+    proxy = make_proxy({"a": None})
+    path, body = ASKING[dialect][0], RICH[dialect]
+    if up == "same":
+        name = {"gemini": "key"}.get(dialect, dialect)
+        upstream = Upstream((200, {}, json.dumps(WHOLE[dialect]).encode()))
+        proxy.pool.replace(*rows_for(name, upstream.url, proxy))
+        path = path.replace("gemini-3-flash", UPSTREAMS[name][3])
+        body = {**body, **({"model": UPSTREAMS[name][3]} if "model" in body else {})}
+    client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=60)
+    statuses = collections.Counter()
+    for odd in itertools.islice(with_junk(body), SEED_OF_FUZZ % 3, None, 3):
+        client.request("POST", path, json.dumps(odd).encode())
+        response = client.getresponse()
+        raw = response.read()
+        if up == "same" and response.status == 502 and (upstream.heard[-1].body.get("stream") or "stream" in upstream.heard[-1].path):
+            continue                            # what was translated is asked for as a stream, and the script has none
+        statuses[response.status] += 1
+        assert response.status < 500, (odd, raw)
+        if response.status >= 400:
+            check_refusal(path, response.status, {k.lower(): v for k, v in response.getheaders()}, raw)
+    client.close()
+    if up == "same":
+        upstream.stop()
+    assert statuses[400] and set(statuses) <= {200, 400, 404}, statuses
+
+
+# Fuzz: AGPROXY_FUZZ_ROUNDS=20000 AGPROXY_FUZZ_SEED=7 python3 test_agproxy.py -k mutations
+SEED_OF_FUZZ, ROUNDS_OF_FUZZ = int(os.environ.get("AGPROXY_FUZZ_SEED", 1)), int(os.environ.get("AGPROXY_FUZZ_ROUNDS", 400))
+TOKENS = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b";", b"\"", b"\\", b"{", b"}", b"[", b"]", b"null", b"true", b"-1", b"1e999",
+          b"9" * 41, b"\xff", b"\xc3\xa9", b"\\ud800", b"0\r\n\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.0",
+          b"Expect: 100-continue\r\n", b"Content-Encoding: gzip\r\n", b"Connection: close\r\n", b"\r\n\r\n", b"[" * 300, b"ffffffff\r\n", b"%00"]
+
+
+def mutated(rng, data, other):
+    """A request with one to six injuries."""
+    for _ in range(rng.randrange(1, 7)):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((1, 1, 2, 5, 20, 100)))
+        data = rng.choice((
+            lambda: data[:at] + data[end:], lambda: data[:at] + rng.choice(TOKENS) + data[at:],
+            lambda: data[:at] + rng.choice(TOKENS) + data[end:], lambda: data[:end] + data[at:],
+            lambda: data[:at] + bytes([rng.randrange(256)]) + data[at + 1:], lambda: data[:at],
+            lambda: data[:at] + other[rng.randrange(len(other)):]))()
+    return data
+
+
+def test_mutations_of_good_requests_get_clean_answers(make_proxy, no_pauses):
+    proxy = make_proxy({"a": None, "b": None})
+    rng, good, texts = random.Random(SEED_OF_FUZZ), [], []
+    odd = {dialect: list(with_junk(body)) for dialect, body in RICH.items()}
+    for dialect in ASKING:
+        text = json.dumps(RICH[dialect]).encode()
+        texts += [(dialect, text), (dialect, json.dumps({**RICH[dialect], "stream": True}).encode())]
+        good += [asking(dialect, text), asking(dialect, text) * 2, asking(dialect, text, b"Connection: close"),
+                 asking(dialect, texts[-1][1], b"Expect: 100-continue"),
+                 asking(dialect, text).replace(b"Content-Length: %d\r\n\r\n" % len(text) + text, b"Transfer-Encoding: chunked\r\n\r\n"
+                        + ag.chunk(text[:9]) + ag.chunk(text[9:]) + ag.LAST_CHUNK) + SMUGGLED]
+
+    def injured(_):
+        """Anything is hurt, or in an unhurt frame the body, or its values alone."""
+        kind, (dialect, text) = rng.randrange(3), rng.choice(texts)
+        if kind == 0:
+            return mutated(rng, rng.choice(good), rng.choice(good))
+        if kind == 1:
+            return asking(dialect, json.dumps(rng.choice(odd[dialect])).encode())
+        return asking(dialect, mutated(rng, text, rng.choice(texts)[1]))
+
+    def send(raw):
+        """What comes back until nothing more does, and after the end of our side."""
+        out = b""
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(raw)
+                while ag.readable([sock], 0.03):
+                    more = sock.recv(65536)
+                    if not more:
+                        return raw, out
+                    out += more
+                sock.shutdown(socket.SHUT_WR)
+            return raw, out + read_to_end(sock)
+    seen = collections.Counter()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        outs = pool.map(send, map(injured, range(ROUNDS_OF_FUZZ)))
+    for number, (raw, out) in enumerate(outs):
+        where = f"AGPROXY_FUZZ_SEED={SEED_OF_FUZZ}, round {number}: {raw!r} -> {out[:500]!r}"
+        assert b"Traceback" not in out and b"<html" not in out.lower(), where
+        try:
+            answers = answers_in(out, b"")
+        except Exception as err:
+            raise AssertionError(where) from err
+        seen.update(status for status, _, _ in answers)
+        assert len(answers) < 5 and all(status < 500 for status, _, _ in answers), where
+        assert all(json.loads(body) for status, _, body in answers if status >= 400), where
+    assert seen[200] and seen[400] and proxy.ask()[0] == 200
+    until(lambda: not proxy.server.connections and not proxy.server.workers.busy())
+    assert not [line for line in proxy.log_text().splitlines() if "failed:" in line or "worker:" in line or "relay:" in line]
+    print(f"seed {SEED_OF_FUZZ}, {ROUNDS_OF_FUZZ} rounds:", dict(seen))
+
+
+def test_an_edge_that_a_table_does_not_reach(make_proxy):
+    proxy = make_proxy({"a": None})
+    status, headers, raw = proxy.call("OPTIONS", "/v1/messages")
+    assert (status, headers["allow"], raw) == (204, "POST, OPTIONS", b"") and "content-length" not in headers
+    out = proxy.raw(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert out.startswith(b"HTTP/1.1 204 No Content\r\n")
+    assert not proxy.raw(asking("chat", b"{}", b"Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")).startswith(b"HTTP/1.1 100")
+    out = proxy.raw(b"HEAD /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n")
+    assert out.startswith(b"HTTP/1.1 400 ") and out.endswith(b"\r\n\r\n")
+    odd = {**ASKING["gemini"][1], "tools": [{f"f\xe9\u20ac{n}": {}} for n in range(900)]}
+    status, headers, _ = proxy.call("POST", ASKING["gemini"][0], odd)       # a client's own words in a header
+    assert status == 200 and "f??0" in headers["x-agproxy-left-out"] and all(len(v) < 500 for v in headers.values())
+    reader = ag.BodyReader("chunked", 100)          # upstreams may fill a size up with blanks
+    assert reader.feed(b"2  \r\nok\r\n0 \r\n\r\n") == b"ok" and reader.done
+
+
+def test_a_body_that_is_refused_is_read_on_so_that_its_client_sees_the_answer(make_proxy):
+    proxy = make_proxy({"a": None}, env={"PROXY_API_KEY": "right-key-0123456789"})
+    for lines, status in ((b"", 401), (b"x-api-key: right-key-0123456789\r\nContent-Encoding: br\r\n", 415)):
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=60) as sock:
+            sock.sendall(POST + lines + b"Content-Length: 9000000\r\n\r\n" + b"x" * 9_000_000)
+            assert read_to_end(sock).startswith(b"HTTP/1.1 %d " % status)
+    until(lambda: not proxy.server.connections)
+
+
+def test_bytes_that_make_no_body_are_bounded(make_proxy):
+    import zlib
+    proxy = make_proxy({"a": None}, max_body_bytes=50_000)
+    empty = zlib.compressobj(9, zlib.DEFLATED, 31)
+    nothing = empty.compress(b"{") + empty.flush(zlib.Z_FULL_FLUSH) * 60_000
+    for line, body in ((b"", (b"1;" + b"x" * 8000 + b"\r\n{\r\n") * 40), (b"Content-Encoding: gzip\r\n", ag.chunk(nothing))):
+        out = proxy.raw(POST + line + b"Transfer-Encoding: chunked\r\n\r\n" + body, wait=False)
+        assert out.startswith(b"HTTP/1.1 413 "), out[:99]
+
+
+def read_to_end(sock):
+    out = b""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            more = sock.recv(65536)
+            if not more:
+                break
+            out += more
+    return out
+
+
+def test_slow_heads_and_bodies_hold_no_thread_and_are_answered_when_they_are_whole(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "BODY_BY_THREAD_S", 0.01)
+    proxy = make_proxy({"a": None}, max_threads=2)
+    whole = asking("chat", json.dumps(ASKING["chat"][1]).encode(), b"Connection: close")
+    cuts = [1, 9, whole.index(b"\r\n\r\n") + 2, whole.index(b"\r\n\r\n") + 4, len(whole) - 20, len(whole) - 1]
+    socks = [socket.create_connection(("127.0.0.1", proxy.port), timeout=60) for _ in range(6 * len(cuts))]
+    for n, sock in enumerate(socks):
+        sock.sendall(whole[:cuts[n % len(cuts)]])
+    until(lambda: len(proxy.server.relay.idle) == len(socks) and not proxy.server.workers.busy())
+    assert proxy.ask()[0] == 200
+    for n, sock in enumerate(socks):
+        cut = cuts[n % len(cuts)]
+        for at in range(cut, len(whole), 60):           # in further pieces
+            sock.sendall(whole[at:at + 60])
+    for sock in socks:
+        out = read_to_end(sock)
+        assert out.startswith(b"HTTP/1.1 200 ") and out.count(b"HTTP/1.1") == 1, out
+        sock.close()
+
+
+def test_a_head_or_body_that_does_not_arrive_is_a_408_in_the_language_of_its_path(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "BODY_BY_THREAD_S", 0.01)
+    proxy = make_proxy({"a": None}, client_head_timeout_s=0.3, client_body_timeout_s=0.3)
+    whole = asking("gemini", json.dumps(ASKING["gemini"][1]).encode())
+    socks = []
+    for cut in (len(whole) - 1, whole.index(b"Host") + 4, whole.index(b"\r\n\r\n") + 4, 3, 0):
+        socks.append(socket.create_connection(("127.0.0.1", proxy.port), timeout=60))
+        socks[-1].sendall(whole[:cut])
+    outs = [read_to_end(sock) for sock in socks]
+    for out, path in zip(outs[:4], [ASKING["gemini"][0]] * 3 + ["/"]):
+        [(status, headers, body)] = answers_in(out, b"POST")
+        assert status == 408 and headers["connection"] == "close"
+        check_refusal(path, status, headers, body)
+    assert outs[4] == b""                               # who said nothing is told nothing
+    for sock in socks:
+        sock.close()
+    until(lambda: not proxy.server.connections)
+
+
+def test_a_crowded_proxy_keeps_no_connection_and_a_full_one_says_so_at_once(make_proxy):
+    proxy = make_proxy({"a": None}, max_connections=5)
+    assert proxy.call("GET", "/health")[1]["connection"] == "keep-alive"
+    until(lambda: not proxy.server.connections)
+    socks = [socket.create_connection(("127.0.0.1", proxy.port), timeout=60) for _ in range(3)]
+    until(lambda: len(proxy.server.connections) == 3)
+    assert proxy.call("GET", "/health")[1]["connection"] == "close"
+    until(lambda: len(proxy.server.connections) == 3)
+    socks += [socket.create_connection(("127.0.0.1", proxy.port), timeout=60) for _ in range(2)]
+    until(lambda: len(proxy.server.connections) == 5)
+    for _ in range(20):
+        status, headers, raw = proxy.call("POST", "/v1/messages", b"x" * 1_000_000)
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert json.loads(raw)["type"] == "error"
+    for sock in socks:
+        sock.close()
+    until(lambda: not proxy.server.connections)
+    assert proxy.call("GET", "/health")[0] == 200
+
+
+def test_one_address_cannot_take_all_connections(make_proxy, monkeypatch):
+    assert [ag.peer_of(a) for a in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1")] == [None] * 4
+    assert ag.peer_of("::ffff:10.0.0.1") == ag.peer_of("10.0.0.1") != ag.peer_of("10.0.0.2")
+    assert ag.peer_of("fe80::1%eth0") == ag.peer_of("fe80::2") != ag.peer_of("2001:db8::1")
+    proxy = make_proxy({"a": None}, max_connections_per_address=2)
+    monkeypatch.setattr(ag, "peer_of", lambda address: address)
+    socks = [socket.create_connection(("127.0.0.1", proxy.port), timeout=60) for _ in range(2)]
+    until(lambda: len(proxy.server.connections) == 2)
+    status, headers, _ = proxy.call("GET", "/health")
+    assert (status, headers["retry-after"]) == (503, "1")
+    late = [socket.create_connection(("127.0.0.1", proxy.port), timeout=60) for _ in range(20)]
+    for sock in late:                   # who is refused takes no place of others
+        assert read_to_end(sock).startswith(b"HTTP/1.1 503 ") and len(proxy.server.connections) == 2
+        sock.close()
+    monkeypatch.setattr(ag, "peer_of", lambda address: "another")
+    assert proxy.call("GET", "/health")[0] == 200
+    for sock in socks:
+        sock.close()
+    until(lambda: not proxy.server.connections)
+    until(lambda: not proxy.server.refused)
+    assert not proxy.server.by_peer
+
+
+def test_connections_are_fewer_where_descriptors_are(make_proxy, monkeypatch):
+    monkeypatch.setattr(ag, "raise_descriptor_limit", lambda: 132)
+    proxy = make_proxy({"a": None})
+    assert proxy.server.max_connections == 50 and proxy.ask()[0] == 200
+    monkeypatch.setattr(ag, "raise_descriptor_limit", lambda: 8192)
+    assert make_proxy({"a": None}).server.max_connections == 2048
+
+
+def test_without_a_descriptor_or_a_thread_connections_wait_or_are_refused(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None})
+    usual, failures = http.server.ThreadingHTTPServer.get_request, [errno.EMFILE, errno.EMFILE, errno.ECONNABORTED]
+
+    def get_request(server):
+        if failures:
+            raise OSError(failures.pop(), "no")
+        return usual(server)
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch:
+        patch.setattr(ag, "THREAD_WAIT_S", 0.2)
+        patch.setattr(threading.Thread, "start", start)
+        status, headers, _ = proxy.call("GET", "/health")
+    assert (status, headers["retry-after"]) == (503, "1") and proxy.server.workers.threads == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(http.server.ThreadingHTTPServer, "get_request", get_request)
+        assert proxy.call("GET", "/health")[0] == 200 and not failures
 
 
 def test_deep_and_large_bodies_are_refused_in_the_apis_words(make_proxy):
@@ -4566,15 +5085,20 @@ def test_without_a_free_thread_the_answer_is_503_and_nobody_else_notices(make_pr
     assert proxy.call("GET", "/health")[0] == 200
 
 
-def test_an_error_inside_the_proxy_is_one_500_with_an_id(make_proxy, monkeypatch):
-    proxy = make_proxy({"a": None})
+@pytest.mark.parametrize("dialect", ASKING)
+def test_an_error_inside_the_proxy_is_one_500_with_an_id(make_proxy, monkeypatch, dialect):
+    proxy, (path, body) = make_proxy({"a": None}), ASKING[dialect]
 
     def broken(*_):
         raise RuntimeError("boom with sk-abcdefghijklmnop")
-    monkeypatch.setattr(ag, "estimate_tokens", broken)
-    status, headers, raw = proxy.call("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": [U]})
-    assert status == 500 and json.loads(raw)["request_id"] == headers["request-id"] and b"boom" not in raw
-    assert "boom" in proxy.log_text() and "sk-abc" not in proxy.log_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(ag.Handler, "_routed", broken)
+        status, headers, raw = proxy.call("POST", path, body)
+    check_refusal(path, status, headers, raw)
+    assert status == 500 and headers["request-id"] in json.loads(raw)["error"]["message"] and b"boom" not in raw
+    told = proxy.log_text()
+    assert f"{headers['request-id']} failed: RuntimeError: boom" in told and "sk-abc" not in told
+    assert proxy.call("POST", path, body)[0] == 200
 
 
 def test_the_log_tells_the_story_and_no_secret(make_proxy):
@@ -7126,7 +7650,7 @@ WHOLE = {
                             "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 4, "totalTokenCount": 9}}}
 
 
-def in_chunks(events):
+def as_chunks(events):
     return [ag.chunk(event) for event in events]
 
 
@@ -7167,17 +7691,17 @@ UPSTREAM_FAULTS = {     # sentence -> (what the client gets where nobody else is
     "it resets before its head": (BROKEN, lambda t: [RESET]),
     "it closes before its head": (BROKEN, lambda t: []),
     "it resets after its head": (BROKEN, lambda t: [CHUNKED, RESET]),
-    "it resets in mid-answer": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), RESET]),
+    "it resets in mid-answer": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:4]), RESET]),
     "it cuts its head": (BROKEN, lambda t: [CHUNKED[:40]]),
-    "it cuts between events": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4])]),
-    "it cuts in an event": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:3]), ag.chunk(t.events[3][:-7])]),
+    "it cuts between events": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:4])]),
+    "it cuts in an event": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:3]), ag.chunk(t.events[3][:-7])]),
     "it cuts in a letter": (BROKEN, in_letters),
     "it cuts in a chunk": (BROKEN, lambda t: [CHUNKED, ag.chunk(b"".join(t.events))[:-len(b"".join(t.events[-t.finish:])) - 20]]),
-    "it ends well, without a finish": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:-t.finish]), ag.LAST_CHUNK, GO_ON]),
-    "it ends without its last chunk": (EITHER, lambda t: [CHUNKED, *in_chunks(t.events)]),
+    "it ends well, without a finish": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:-t.finish]), ag.LAST_CHUNK, GO_ON]),
+    "it ends without its last chunk": (EITHER, lambda t: [CHUNKED, *as_chunks(t.events)]),
     "its length is too long": (EITHER, lambda t: sized(t, 9)),
     "its length is too short": (BROKEN, lambda t: sized(t, -len(b"".join(t.events[-t.finish:])) - 3)),
-    "a chunk has no size": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), b"zz\r\nhello\r\n"]),
+    "a chunk has no size": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:4]), b"zz\r\nhello\r\n"]),
     "garbage": (BROKEN, lambda t: [b"\x00\xff][ garbage\r\n\r\n"]),
     "another protocol": (BROKEN, lambda t: [b"SSH-2.0-OpenSSH_9.9\r\n", SILENCE]),
     "a page with status 200": (BROKEN, lambda t: plain(b"200 OK", b"<html><p>Hello\n\n<p>data</html>", b"Content-Type: text/html")),
@@ -7191,22 +7715,22 @@ UPSTREAM_FAULTS = {     # sentence -> (what the client gets where nobody else is
     "good compression": (FINE, lambda t: zipped(t, gzip_of(t))),
     "an endless head": (BROKEN, lambda t: [b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 9000, SILENCE]),
     "too many header lines": (BROKEN, lambda t: [b"HTTP/1.1 200 OK\r\n" + b"X-Y: z\r\n" * 200 + b"\r\n", SILENCE]),
-    "a huge event": (BROKEN, lambda t: on_and_on(b"".join([CHUNKED, *in_chunks(t.events[:3]), b"data: "]), ag.chunk(b"x" * 9000))),
-    "an error in mid-stream": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), ag.chunk(
+    "a huge event": (BROKEN, lambda t: on_and_on(b"".join([CHUNKED, *as_chunks(t.events[:3]), b"data: "]), ag.chunk(b"x" * 9000))),
+    "an error in mid-stream": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:4]), ag.chunk(
         b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"busy","code":503}}\n\n'), ag.LAST_CHUNK, GO_ON]),
-    "garbage after its finish": (EITHER, lambda t: [CHUNKED, *in_chunks([*t.events, b"data: \xff\xfe\n\n"]), ag.LAST_CHUNK, GO_ON]),
-    "another answer after its end": (FINE, lambda t: [CHUNKED, *in_chunks(t.events), ag.LAST_CHUNK + plain(b"200 OK", b"{}")[0], GO_ON]),
+    "garbage after its finish": (EITHER, lambda t: [CHUNKED, *as_chunks([*t.events, b"data: \xff\xfe\n\n"]), ag.LAST_CHUNK, GO_ON]),
+    "another answer after its end": (FINE, lambda t: [CHUNKED, *as_chunks(t.events), ag.LAST_CHUNK + plain(b"200 OK", b"{}")[0], GO_ON]),
     "a redirect": (BROKEN, lambda t: plain(b"302 Found", b"", b"Location: http://127.0.0.1:9/")),
     "a 429 without details": (BROKEN, lambda t: plain(b"429 No", b"")),
     "switching protocols": (BROKEN, lambda t: [b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", SILENCE]),
-    "hints before its answer": (FINE, lambda t: [b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n", CHUNKED, *in_chunks(t.events), ag.LAST_CHUNK, GO_ON]),
+    "hints before its answer": (FINE, lambda t: [b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n", CHUNKED, *as_chunks(t.events), ag.LAST_CHUNK, GO_ON]),
 }
 SLOW_FAULTS = {         # those that only a clock ends
     "it says nothing": (BROKEN, lambda t: [SILENCE]),
     "a head by drops": (BROKEN, lambda t: on_and_on(b"HTTP/1.1 200 OK\r\nX: ", b"x")),
     "hints for ever": (BROKEN, lambda t: on_and_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n")),
     "it says nothing after its head": (BROKEN, lambda t: [CHUNKED, SILENCE]),
-    "it says nothing more": (BROKEN, lambda t: [CHUNKED, *in_chunks(t.events[:4]), SILENCE]),
+    "it says nothing more": (BROKEN, lambda t: [CHUNKED, *as_chunks(t.events[:4]), SILENCE]),
     "comments for ever": (BROKEN, lambda t: on_and_on(CHUNKED, ag.chunk(b": wait\n\n"))),
 }
 REFUSED_CONNECTION = "it cannot be reached"
@@ -7244,7 +7768,7 @@ class Wrecked(socketserver.BaseRequestHandler):
             raw = json.dumps(WHOLE[language](marks[0] + "".join(SPOKEN)), ensure_ascii=False).encode()
             told = Play([raw[at:at + len(raw) // 5] for at in range(0, len(raw), len(raw) // 5)], 1)
         fault = self.server.fault(marks[0])
-        steps = ALL_FAULTS[fault][1](told) if fault else [CHUNKED, *in_chunks(told.events), ag.LAST_CHUNK, GO_ON]
+        steps = ALL_FAULTS[fault][1](told) if fault else [CHUNKED, *as_chunks(told.events), ag.LAST_CHUNK, GO_ON]
         for step in steps:
             if step is RESET:
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -10603,6 +11127,12 @@ WRONG = [       # client, upstream, body, path that the answer names
     ("chat", "cloud", {**talk(HELLO), "max_tokens": 0}, "max_tokens"),
     ("chat", "cloud", {**talk(HELLO), "temperature": "x"}, "temperature"),
     ("chat", "cloud", {**talk(HELLO), "stream": 1}, "stream"),
+    ("chat", "cloud", {**talk(HELLO), "stream_options": [1]}, "stream_options"),
+    ("chat", "cloud", {**talk(HELLO), "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ("chat", "cloud", {**talk(HELLO), "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ("chat", "cloud", {**talk(HELLO), "tools": [{"type": "function", "function": {"name": "f", "description": {}}}]},
+     "tools.0.description"),
+    ("chat", "cloud", {**talk(HELLO), "tools": [{"type": 5}]}, "tools.0.type"),
     ("chat", "cloud", {**talk(HELLO), "response_format": {"type": "xml"}}, "response_format.type"),
     ("chat", "cloud", {**talk(HELLO), "tools": [{"type": "function"}]}, "tools.0.name"),
     ("chat", "cloud", {**talk(HELLO), "tools": {"a": 1}}, "tools"),
@@ -10621,6 +11151,10 @@ WRONG = [       # client, upstream, body, path that the answer names
     ("responses", "cloud", items(ASKED, 5), "input.1"),
     ("responses", "cloud", items({"role": "robot", "content": "x"}), "input.0.role"),
     ("responses", "cloud", {"input": "x", "background": True}, "background"),
+    *(("responses", "cloud", {"input": "x", name: odd}, name) for name, odd in (
+        ("store", 1), ("include", "x"), ("text", []), ("reasoning", "low"), ("parallel_tool_calls", {}))),
+    ("responses", "cloud", {"input": "x", "reasoning": {"summary": 5}}, "reasoning.summary"),
+    ("responses", "cloud", items({"type": 5, "role": "user", "content": "x"}), "input.0.type"),
     ("responses", "cloud", {"input": "x", "conversation": "c"}, "conversation"),
     ("responses", "cloud", {"input": "x", "prompt": {"id": "p"}}, "prompt"),
     ("responses", "cloud", items({"type": "item_reference", "id": "x"}), "input.0"),
@@ -10643,6 +11177,9 @@ WRONG = [       # client, upstream, body, path that the answer names
     ("gemini", "chat", {**seen("gemini", X), "generationConfig": {"candidateCount": 2}}, "generationConfig.candidateCount"),
     ("gemini", "chat", {**seen("gemini", X), "generationConfig": {"maxOutputTokens": "x"}}, "generationConfig.maxOutputTokens"),
     ("gemini", "chat", {**seen("gemini", X), "cachedContent": "c"}, "cachedContent"),
+    ("gemini", "chat", {**seen("gemini", X), "generationConfig": {"thinkingConfig": [1]}}, "generationConfig.thinkingConfig"),
+    ("gemini", "chat", {**seen("gemini", X), "tools": [{"functionDeclarations": [{"name": "f", "description": 5}]}]},
+     "tools.0.functionDeclarations.0.description"),
     ("gemini", "chat", {**seen("gemini", X), "toolConfig": {"functionCallingConfig": {"mode": "x"}}},
      "toolConfig.functionCallingConfig.mode"),
     ("gemini", "cloud", seen("gemini", {"fileData": {"fileUri": FAR, "mimeType": "image/png"}}),
