@@ -2230,15 +2230,15 @@ class Record:
 
 
 def request_line(record: Record, now: float) -> str:
-    """client, model asked -> used, account, status, tries, times, tokens: one line."""
+    """id, client, model asked -> used, account, status, tries, times, tokens: one line."""
     first_ms = (record.first_byte_at - record.started_at) * 1000 if record.first_byte_at else 0
     total_ms = (now - record.started_at) * 1000
     tries = f"{record.attempts} {'try' if record.attempts == 1 else 'tries'}"
     if record.failures:
         tries += f" ({'; '.join(record.failures)})"
-    return (f"{record.client}  {record.asked} -> {record.used}  {record.account}  {record.status}"
-            f"  {tries}  first {first_ms:.0f} ms  total {total_ms:.0f} ms  in {record.input_tokens}"
-            f" cached {record.cached_tokens} out {record.output_tokens}"
+    return (f"{record.id}  {record.client}  {record.asked} -> {record.used}  {record.account}"
+            f"  {record.status}  {tries}  first {first_ms:.0f} ms  total {total_ms:.0f} ms"
+            f"  in {record.input_tokens} cached {record.cached_tokens} out {record.output_tokens}"
             + (f"  {record.note}" if record.note else ""))
 
 
@@ -2248,7 +2248,8 @@ class Log:
 
     def __init__(self, out: Any):
         self.out, self.dropped = out, 0
-        self._lock = threading.Lock()       # guards dropped
+        self.faults = 0                     # of the program's own, each told in a line
+        self._lock = threading.Lock()       # guards dropped and faults
         self._lines: collections.deque = collections.deque()
         self._wake, self._is_closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
@@ -2269,6 +2270,20 @@ class Log:
     def request(self, record: Record, now: float) -> None:
         self.line("", record, now)
 
+    def fault(self, what: str, err: BaseException) -> None:
+        """What should not have happened, with the way to it; `what` is the request where one is
+        known."""
+        with self._lock:
+            self.faults += 1
+        self.line("%s failed: %s", what, short_trace(err))
+
+    def outlive(self, what: str, work: Callable, *values: Any) -> None:
+        """A thread's top: one turn of its work.  If that fails the next one is another try."""
+        try:
+            work(*values)
+        except Exception as err:
+            self.fault(what, err)
+
     def close(self) -> None:
         """Writes what is queued, then ends."""
         self._is_closing.set()
@@ -2282,10 +2297,7 @@ class Log:
             self._wake.clear()          # before the look: what comes now wakes it again
             is_last, out = self._is_closing.is_set(), []
             while self._lines:
-                at, text, values = self._lines.popleft()
-                stamp = time.strftime("%H:%M:%S", time.localtime(at))
-                line = text % values if text else request_line(*values)
-                out.append(f"{stamp} {redact(line, 1000)}\n")
+                out.append(self._told(*self._lines.popleft()))
             try:
                 self.out.write("".join(out))
                 self.out.flush()
@@ -2293,6 +2305,14 @@ class Log:
                 self._drop(len(out))        # the terminal is gone; serving goes on
             # one wake-up for the lines of a moment: 25 us a request against 97 under load
             self._is_closing.wait(LOG_EVERY_S)
+
+    def _told(self, at: float, text: str, values: tuple) -> str:
+        try:
+            told = redact(text % values if text else request_line(*values), 1000)
+        except Exception as err:        # a thread's top: one line is lost, not the log
+            self._drop(1)
+            told = f"a line could not be written ({type(err).__name__}): {text[:100]!r}"
+        return f"{time.strftime('%H:%M:%S', time.localtime(at))} {told}\n"
 
 
 # state.db
@@ -2936,7 +2956,7 @@ def parse_request_line(first: bytes) -> RequestLine:
     return RequestLine(method.decode("ascii"), path, query, version == b"HTTP/1.0")
 
 
-BODY_ENCODINGS = frozenset(("", "identity", "gzip", "x-gzip", "deflate"))
+BODY_ENCODINGS = frozenset(("identity", "gzip", "x-gzip", "deflate"))
 
 
 class BodyReader:
@@ -11831,6 +11851,8 @@ class AccountPool:
         account.health, tokens = measured(account, now)
         account.tokens, account.measured_at = max(0.0, tokens - 1), now
         previous, self._last[model] = self._last.get(model), account.name
+        if len(self._last) > 1000:      # clients make up names
+            self._last.clear()
         if previous != account.name and now - account.used_at > 60:
             left = {v.state for v in sheet if v.candidate.account.name == previous}
             if left and left.isdisjoint(("usable", "soft", "busy")):
@@ -13411,10 +13433,7 @@ class Keeper:
 
     def _loop(self, job: Callable[[], None]) -> None:
         while not self._stop.wait(1):
-            try:
-                job()
-            except Exception as err:        # a thread's top: the next second is another try
-                self.log.line("upkeep: %s", short_trace(err))
+            self.log.outlive("upkeep", job)
 
     def tick(self) -> None:
         """Whatever is due now, one account after the other."""
@@ -14412,10 +14431,11 @@ def upstream_call(connections: ConnectionCache, call: Call,
     try:
         status, headers, rest = _read_answer_head(connection, data, wait, begins)
         framing = body_framing(headers, False, status in (204, 304))
-        if status == 200 and headers.get("content-encoding", "").lower() not in BODY_ENCODINGS:
+        encoding = headers.get("content-encoding", "identity").lower()
+        if status == 200 and encoding not in BODY_ENCODINGS:
             raise ProxyError("network", f"{host} answered in an encoding that nobody asked for")
         most = MAX_ERROR_BYTES if status != 200 else call.max_bytes
-        body = BodyReader(framing, most, headers.get("content-encoding", "").lower())
+        body = BodyReader(framing, most, encoding)
         keeps_alive = (framing != "close" and headers.get("connection", "").lower() != "close"
                        and connection.is_in_step)
         if status != 200:
@@ -14504,12 +14524,7 @@ class OpenStream:
         self.on_usage: Callable[[int], None] = lambda tokens: None      # true input, all of it
 
     def close(self, error: ProxyError | None = None, is_gone: bool = False) -> None:
-        usage = self.answer.pipe.usage()
-        self.record.input_tokens = usage.input_tokens + usage.written_tokens
-        self.record.cached_tokens = usage.cached_tokens
-        self.record.output_tokens = usage.output_tokens
-        if error is None and not is_gone and self.answer.pipe.is_metered:
-            self.on_usage(usage.input_tokens + usage.cached_tokens + usage.written_tokens)
+        # what was lent goes back first: a pipe that fails below keeps nothing
         if self.answer.is_reusable and error is None and not is_gone:
             self.connections.give(self.answer.connection)
         else:
@@ -14517,6 +14532,12 @@ class OpenStream:
         if error is not None:
             self.record.failures.append(failure_text(self.lease.candidate, error))
         self.lease.settle(error, is_success=error is None and not is_gone)
+        usage = self.answer.pipe.usage()
+        self.record.input_tokens = usage.input_tokens + usage.written_tokens
+        self.record.cached_tokens = usage.cached_tokens
+        self.record.output_tokens = usage.output_tokens
+        if error is None and not is_gone and self.answer.pipe.is_metered:
+            self.on_usage(usage.input_tokens + usage.cached_tokens + usage.written_tokens)
 
 
 @dataclass
@@ -15143,6 +15164,10 @@ class Downstream:
                     writable(self.sock, max(0.0, deadline - time.monotonic()))
         return False
 
+    def is_half_way(self) -> bool:
+        """Whether a part of a request is here."""
+        return bool(self.buffer or self.arriving is not None)
+
     def take(self) -> bytes | None:
         """The bytes that are there, None for none yet, b"" for its end."""
         try:
@@ -15476,7 +15501,7 @@ class Exchange:
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
         elif record.note:       # a wrong path or key: why a client finds nothing here
-            self.services.log.line("%s  %s %s  %s  %s", record.client, self.method,
+            self.services.log.line("%s  %s  %s %s  %s  %s", record.id, record.client, self.method,
                                    cut(self.path, 200), record.status, record.note)
         if record.asked != "-" and self.services.state is not None:
             self.services.state.put("requests", record.id, self.services.clock.now(),
@@ -15704,12 +15729,16 @@ class RelayedStream:
         self.relay.forget(self)
         if is_gone:
             exchange.record.note = exchange.record.note or "client left"
-        self.stream.close(self.outcome, is_gone)
-        exchange.report()
-        if is_gone or not exchange.keeps_alive:
-            self.relay.release(exchange.downstream, not is_gone)
-        else:
-            self.relay.resume(exchange.downstream)
+        has_failed = True
+        try:
+            self.stream.close(self.outcome, is_gone)
+            exchange.report()
+            has_failed = False
+        finally:
+            if has_failed or is_gone or not exchange.keeps_alive:
+                self.relay.release(exchange.downstream, not (has_failed or is_gone))
+            else:
+                self.relay.resume(exchange.downstream)
 
     def _watch_client(self) -> None:
         events = selectors.EVENT_READ if self.exchange.is_watching else 0
@@ -15759,7 +15788,9 @@ class Relay:
         return bool(self._inbox or self.streams)
 
     def end_all(self, error: ProxyError) -> None:
+        """Ends the streams; who has sent half a request gets a thread that says so."""
         self._call(lambda: [stream.end(error) for stream in list(self.streams)])
+        self._call(lambda: [self._let_go(d) for d in list(self.idle) if d.is_half_way()])
 
     def stop(self) -> None:
         self._is_stopping = True
@@ -15827,8 +15858,7 @@ class Relay:
         del self.idle[downstream]
         self.watch(downstream.sock, 0, None)
         # with half a request, to be told that the other half is late
-        is_late = downstream.buffer or downstream.arriving is not None
-        (self.serve if is_late else self.release)(downstream)
+        (self.serve if downstream.is_half_way() else self.release)(downstream)
 
     def _woken(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -15840,9 +15870,10 @@ class Relay:
             try:
                 action(*values)
             except Exception as err:
-                self.services.log.line("relay: %s", short_trace(err))
                 stream = getattr(action, "__self__", None)
-                if isinstance(stream, RelayedStream) and action != stream.fail:
+                is_stream = isinstance(stream, RelayedStream)
+                self.services.log.fault(stream.exchange.record.id if is_stream else "relay", err)
+                if is_stream and action != stream.fail:
                     self._guard([(stream.fail,)])
 
     def _run(self) -> None:
@@ -15852,7 +15883,7 @@ class Relay:
             try:
                 ready = self._selector.select(max(0.0, due - time.monotonic()))
             except (OSError, ValueError) as err:    # more sockets than select() takes
-                self.services.log.line("relay: %s", short_trace(err))
+                self.services.log.fault("relay", err)
                 ready = []
                 time.sleep(0.05)
             self.now = now = time.monotonic()
@@ -15862,7 +15893,7 @@ class Relay:
                 self._inbox.popleft()       # not before it is done: a drain looks for it here
             if now >= next_look:
                 next_look = now + 1 / LOOKS_PER_S
-                self._look(now)
+                self._guard([(self._look, now)])
             if now >= next_tick:
                 next_tick = now + 1
                 self._guard([(self._tick, now)])
@@ -16111,11 +16142,11 @@ class Handler:
         downstream = self.downstream
         while not downstream.is_closed:
             try:
-                exchange = downstream.arriving or self._read_request()
-                if exchange is None:
-                    return
-                downstream.arriving = None
                 with self.server.counted():
+                    exchange = downstream.arriving or self._read_request()
+                    if exchange is None:
+                        return
+                    downstream.arriving = None
                     is_handed_over = self._answer(exchange)
             except ClientGone:
                 self.server.release(downstream)
@@ -16125,7 +16156,7 @@ class Handler:
                 return
             if is_handed_over:
                 return
-            if not exchange.keeps_alive or self.server.is_stopping:
+            if not exchange.keeps_alive:        # as it was told
                 self.server.release(downstream, linger=True)
                 return
             del exchange        # with its body and all that was made of it
@@ -16147,6 +16178,8 @@ class Handler:
             now = time.monotonic()
             if now >= due:
                 raise ProxyError("slow_client", f"{what} did not arrive in time")
+            if self.services.stopping.is_set():
+                raise ProxyError("stopping", "the proxy is stopping")
             if now >= until:
                 self.server.relay.park(downstream, due - now)
                 return None
@@ -16273,7 +16306,8 @@ class Handler:
             if not self._read_body(exchange):
                 return True
             arrival, exchange.arrival = exchange.arrival, None
-            exchange.keeps_alive = arrival.keeps_alive and not self.server.is_crowded()
+            exchange.keeps_alive = arrival.keeps_alive and not (
+                self.server.is_stopping or self.server.is_crowded())
             return bool(arrival.route.handle(self, exchange, arrival.match))
         except ProxyError as err:
             exchange.send_error(err)
@@ -16282,7 +16316,7 @@ class Handler:
         except RecursionError:
             exchange.send_error(invalid("", "the body is nested too deeply"))
         except Exception as err:
-            self.services.log.line("%s failed: %s", exchange.record.id, short_trace(err))
+            self.services.log.fault(exchange.record.id, err)
             exchange.send_error(ProxyError("internal", "the proxy failed on this request; its log "
                                            f"says why, at {exchange.record.id}"))
         return False
@@ -16601,6 +16635,7 @@ def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
     report = {"status": "ok", "version": VERSION, "pid": os.getpid(), "workers": services.workers,
               "uptime_s": int(time.monotonic() - server.started_at),
               "streams": len(server.relay.streams), "threads": server.workers.threads,
+              "faults": services.log.faults,
               **services.meters.snapshot()}
     if "deep=1" in exchange.query.split("&"):
         server.guard.check(keys_of(exchange), time.monotonic())
@@ -16734,6 +16769,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     The lock guards `connections`, `refused`, `by_peer` and `active`."""
     request_queue_size = 256
     daemon_threads = True
+    predecessor: Any = None     # the Predecessor whose place is being taken
+    is_replaced = False         # a successor serves already
 
     def __init__(self, services: Services, host: str, port: int,
                  listener: socket.socket | None = None):
@@ -16753,6 +16790,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
+        self.socket.setblocking(False)      # others may share it: one of all whom it wakes gets it
         self.workers = Workers(services.config.max_threads, self._work)
         self.relay = Relay(services, self.workers.submit, self.release, self._refuse_overdue)
 
@@ -16793,6 +16831,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):      # it was reset already: the relay will notice
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.relay.park(downstream, head_s)
+
+    def accept(self) -> None:
+        """What the accept thread does until the drain."""
+        while not self.is_stopping:
+            self.services.log.outlive("accept", self.serve_forever, 0.1)
+            time.sleep(0.1)         # if it failed: not at full speed
 
     def _refuse(self, downstream: Downstream) -> None:
         """503 without a thread and without reading: best effort, at once."""
@@ -16840,7 +16884,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             else:
                 self.release(downstream)
         except Exception as err:        # a thread's top: log, close this connection, go on
-            self.services.log.line("worker: %s", short_trace(err))
+            self.services.log.fault("worker", err)
             self.release(downstream)
 
     @contextlib.contextmanager
@@ -16855,7 +16899,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 self.active -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.services.log.line("accept: %s", short_trace(sys.exc_info()[1]))
+        self.services.log.fault("accept", sys.exc_info()[1])
 
     def listed(self) -> list[tuple[Model, list[Candidate]]]:
         """What is served by name; groups and plain aliases first."""
@@ -16878,20 +16922,39 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 rows.append({**row, "id": "claude-" + model.id})
         return rows
 
+    def _is_busy(self, waits_for_all: bool) -> bool:
+        """Whether a request is under way, or has arrived and was not looked at yet."""
+        # active first: a request hands its stream over before it ends
+        if self.active or self.relay.is_busy():
+            return True
+        with self._lock:
+            connections = list(self.connections)
+        if any(downstream.is_half_way() for downstream in connections):
+            return True
+        socks = [downstream.sock for downstream in connections]
+        try:
+            return bool(waits_for_all and socks or readable(socks, 0))
+        except (OSError, ValueError):       # one was closed meanwhile
+            return True
+
     def drain(self, grace_s: float) -> None:
         """Stops accepting, lets running answers finish for `grace_s`, ends the rest with an error
-        event.  Idle connections are closed at once."""
+        event.  Idle connections are closed then, or, where a successor serves already, with the
+        answer to their next request: none is sent into a connection that is just being closed."""
         self.is_stopping = True
         self.shutdown()
+        for _ in range(self.request_queue_size):        # who came before the stop is served
+            if self.is_replaced or not readable([self.socket], 0):
+                break
+            self.handle_request()
         self.server_close()
         deadline = time.monotonic() + grace_s
-        # active first: a request hands its stream over before it ends
-        while time.monotonic() < deadline and (self.active or self.relay.is_busy()):
+        while time.monotonic() < deadline and self._is_busy(self.is_replaced):
             time.sleep(0.05)
         self.services.stopping.set()        # who still waits for content hears it within a second
         self.relay.end_all(ProxyError("stopping", "the proxy is stopping"))
         ended = time.monotonic() + 2
-        while time.monotonic() < ended and (self.active or self.relay.is_busy()):
+        while time.monotonic() < ended and self._is_busy(False):
             time.sleep(0.02)
         self.relay.stop()
         with self._lock:
@@ -16904,7 +16967,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 def shared_listener(host: str, port: int, number: int | None = None) -> socket.socket:
     """A listening socket for several processes, or the inherited one with a `number`.  It does not
     block: of all whom a connection wakes only one gets it."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, fileno=number)
+    sock = (socket.socket(fileno=number) if number is not None else
+            socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
     try:
         if number is None:
             bind_alone(sock, (host, port))
@@ -16915,6 +16979,85 @@ def shared_listener(host: str, port: int, number: int | None = None) -> socket.s
         sock.close()
         raise
     return sock
+
+
+class Handover:
+    """Where a successor on this machine gets the listening socket of this server: a socket in the
+    file system at `path`, for its owner only.  A successor that accepts says so by one byte; one
+    that ends before leaves this server as it is.  Its one thread is whoever calls `poll`."""
+
+    def __init__(self, path: str, listener: socket.socket, services: Services):
+        self.path, self.listener, self.services = path, listener, services
+        self._successor: socket.socket | None = None    # that is about to begin: one at a time
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + ".new")        # of one that was killed here
+            self._socket.bind(path + ".new")
+            os.chmod(path + ".new", 0o600)
+            self._socket.listen()               # not before nobody else may connect
+            self._socket.setblocking(False)
+            os.replace(path + ".new", path)     # the predecessor's: who listens owns the name
+            self._file = os.stat(path).st_ino
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def poll(self, seconds: float) -> bool:
+        """Whether a successor has taken over; waits so long for one to do so."""
+        if not readable([self._successor or self._socket], seconds):
+            return False
+        try:
+            if self._successor is None:
+                self._successor = self._socket.accept()[0]
+                self.services.state.is_shared = True    # what is learned now it must know at once
+                socket.send_fds(self._successor, [b"\0"], [self.listener.fileno()])
+            elif self._successor.recv(1):
+                return True
+            else:
+                raise ConnectionError
+        except NOT_YET:
+            pass
+        except OSError:
+            self.services.log.line("a successor did not begin; this server goes on")
+            self._forget()
+        return False
+
+    def _forget(self) -> None:
+        if self._successor is not None:
+            self._successor.close()
+            self._successor = None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):      # its folder is gone
+            if os.stat(self.path).st_ino == self._file:     # else it is the successor's
+                os.unlink(self.path)
+        self._forget()
+        self._socket.close()
+
+
+class Predecessor:
+    """A running server, as the one sees it that is to take its place."""
+
+    def __init__(self, path: str):
+        """Gets the listening socket; OSError where nobody is there to give it."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(5)      # it may be busy with its own end
+            self._socket.connect(path)
+            _, found, _, _ = socket.recv_fds(self._socket, 1, 1)
+            if not found:
+                raise ConnectionError("it gave no listening socket")
+            self.listener = shared_listener("", 0, found[0])
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def replace(self) -> None:
+        """From here on it accepts nobody, finishes its answers and ends."""
+        with contextlib.suppress(OSError):      # it has ended already
+            self._socket.send(b"\1")
+        self._socket.close()
 
 
 # ── 18. Simulated upstream ────────────────────────────────────────────────
@@ -18494,6 +18637,16 @@ def bench_tell(port: int, events: int, pace: float) -> None:
         sock.recv(65536)
 
 
+def bench_leave(request: BenchRequest, count: int) -> None:
+    """Clients that leave: in the middle of a question, of an answer, and without a word."""
+    for number in range(count):
+        with socket.create_connection(("127.0.0.1", request.port), BENCH_PATIENCE_S) as sock:
+            data = request.numbered(number)
+            sock.sendall((data, data[:len(data) // 2], b"")[number % 3])
+            if number % 6 == 0:
+                sock.recv(1)
+
+
 # ... and the load: one thread and one selector for all clients
 
 @dataclass
@@ -18842,13 +18995,56 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
         log.close()
 
 
-@contextlib.contextmanager
-def bind_errors(config: Config) -> Iterator[None]:
+def port_holder(port: int) -> str:
+    """Who listens on a port, as `python3 (process 7)`; "" where the system does not tell."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):        # Linux
+        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as rows:
+            inodes |= {f"socket:[{cells[9]}]" for cells in map(str.split, rows)
+                       if cells[3] == "0A" and cells[1].endswith(f":{port:04X}")}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else ()):
+        with contextlib.suppress(OSError):      # another user's, or it has just ended
+            if any(os.readlink(f"/proc/{pid}/fd/{number}") in inodes
+                   for number in os.listdir(f"/proc/{pid}/fd")):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as handle:
+                    return f"{handle.read().strip()} (process {pid})"
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            told = subprocess.run(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"],
+                                  capture_output=True, text=True).stdout
+            found = re.match(r"p(\d+)\nc(.+)", told)
+            return f"{found[2]} (process {found[1]})" if found else ""
+    return ""
+
+
+def handover_path(services: Services, port: int) -> str:
+    """Where a server on that port is found by its successor; "" where it is not."""
+    path = services.state.path
+    if not path or os.name == "nt":
+        return ""
+    return os.path.join(os.path.dirname(path), f"{services.config.host}-{port}.sock")
+
+
+def open_listener(args: argparse.Namespace, services: Services) -> tuple[Any, Predecessor | None]:
+    """The listening socket, and with --replace the server that gave it, if one runs."""
+    config, told = services.config, getattr(args, "as_worker", None)
+    check_bind(config, not told)
+    path = handover_path(services, config.port)
+    if getattr(args, "replace", False):
+        with contextlib.suppress(OSError):      # nobody is there: it begins as any other
+            predecessor = Predecessor(path)
+            return predecessor.listener, predecessor
     try:
-        yield
+        return shared_listener(config.host, config.port, told and told.listener), None
     except OSError as err:
-        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
-                          "choose another with --port") from err
+        if err.errno != errno.EADDRINUSE:
+            raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
+                              "choose another with --port") from err
+        todo = ("--replace takes its place" if path and os.path.exists(path) else
+                f"--port {config.port % 65535 + 1} takes another")
+        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: "
+                          f"{port_holder(config.port) or 'another program'} holds it; "
+                          f"python3 agproxy.py serve {todo}") from err
 
 
 @contextlib.contextmanager
@@ -18860,14 +19056,13 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
         sweep_temporaries(folder, name)
         sweep_temporaries(os.path.join(folder, "tokens"))
     with services_for(args, Log(log_out), flags, recovers=True) as services:
+        # a thread without a top of its own ends; why is told as all else is, without secrets
+        threading.excepthook = lambda told: services.log.fault("a thread", told.exc_value)
         config = services.config
-        told = getattr(args, "as_worker", None)
-        check_bind(config, not told)
-        with bind_errors(config):
-            listener = told and shared_listener(config.host, config.port, told.listener)
-            server = ProxyServer(services, config.host, config.port, listener)
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept",
-                         daemon=True).start()
+        listener, predecessor = open_listener(args, services)
+        server = ProxyServer(services, config.host, config.port, listener)
+        server.predecessor = predecessor
+        threading.Thread(target=server.accept, name="accept", daemon=True).start()
         services.keeper.start()
         try:
             yield server
@@ -18883,25 +19078,34 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def live_until(heard: list[int], alive: Any = None) -> None:
-    """Returns when a signal was `heard` or the file `alive` ended; memory is returned meanwhile.  A
-    handler only appends: an event's lock may be held by the very code that it interrupts."""
+def on_signals(handle: Callable[[int, Any], None], *names: str) -> None:
+    """Those of the names that this system has, and that `nohup` does not want to be ignored."""
+    for name in names:
+        number = getattr(signal, name, None)
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handle)
+
+
+def live_until(heard: list[int], look: Callable[[float], Any] = time.sleep) -> None:
+    """Returns when a signal was `heard` or `look`, which waits so long, finds a reason; memory is
+    returned meanwhile.  A handler only appends: an event's lock may be held by the very code that
+    it interrupts."""
     due_at = 0.0
-    while not heard and not (alive and readable([alive], 0)):
+    while not heard and not look(0.2):
         if time.monotonic() > due_at:
             return_memory()
             due_at = time.monotonic() + RETURN_MEMORY_S
-        time.sleep(0.2)
 
 
 # Workers: processes that serve one port
 
 class AsWorker(NamedTuple):
     """What a worker is told by its parent, as JSON on its command line (`--as-worker`, for nobody
-    else).  Both descriptors are inherited."""
+    else).  The descriptors are inherited."""
     number: int             # from 1; the first asks for quotas and lists of models for all
     listener: int           # the listening socket's descriptor
     alive: int              # of a pipe that nobody writes to: it ends when the parent is gone
+    ready: int              # of a pipe that takes a byte from each that serves
     simulator: str          # its URL, with --demo
     folder: str             # where simulated accounts' state is shared, "" for real ones
 
@@ -18923,10 +19127,14 @@ class Crew:
 
     def __init__(self, services: Services, listener: Any, given: list[str], folder: str,
                  workers: list):
-        self.services, self.listener, self.given, self.folder = services, listener, given, folder
+        self.services, self.socket, self.given, self.folder = services, listener, given, folder
         self.server_port = listener.getsockname()[1]
         self.workers = workers          # to be filled; seen by who ends them at once
+        self.predecessor, self.is_replaced = None, False
         self._alive, self._kept_open = os.pipe()
+        began, self._ready = os.pipe()
+        self._began = open(began, "rb", buffering=0)
+        os.set_blocking(self._ready, False)     # soon nobody reads it any more
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="crew", daemon=True)
         self._thread.start()
@@ -18935,14 +19143,29 @@ class Crew:
         """From now on nobody can connect; returns when every worker has drained."""
         self._ending.set()
         self._thread.join()
-        self.listener.close()
+        self.socket.close()
         processes = [w.process for w in self.workers if w.process is not None]
         for process in processes:
-            process.terminate()
+            process.send_signal(signal.SIGUSR1 if self.is_replaced else signal.SIGTERM)
+        deadline = time.monotonic() + self.services.config.drain_s + 15
         for process in processes:
-            process.wait()
-        os.close(self._alive)
-        os.close(self._kept_open)
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:       # it hangs: nobody shall wait for it for ever
+                process.kill()
+                process.wait()
+        for number in (self._alive, self._kept_open, self._ready):
+            os.close(number)
+        self._began.close()
+
+    def await_all(self) -> None:
+        """Returns when every worker serves; ConfigError where one ends instead."""
+        left = self.services.workers
+        while left > 0:
+            if readable([self._began], 0.1):
+                left -= len(self._began.read(left))
+            if any(worker.pause_s for worker in self.workers):
+                raise ConfigError("a worker ended at its start; what it said is above")
 
     def _run(self) -> None:
         # Ctrl-C goes to the whole group of the terminal; workers inherit that they do not hear it
@@ -18950,7 +19173,7 @@ class Crew:
         self.workers += map(Worker, range(1, self.services.workers + 1))
         while not self._ending.is_set():
             for worker in self.workers:
-                self._tend(worker, time.monotonic())
+                self.services.log.outlive("crew", self._tend, worker, time.monotonic())
             self._ending.wait(0.1)
 
     def _tend(self, worker: Worker, now: float) -> None:
@@ -18966,12 +19189,12 @@ class Crew:
                 f"signal {-code}" if code < 0 else f"exit code {code}", human_s(worker.pause_s))
 
     def _start(self, worker: Worker, now: float) -> None:
-        told = AsWorker(worker.number, self.listener.fileno(), self._alive, self.services.simulator,
-                        self.folder)
+        told = AsWorker(worker.number, self.socket.fileno(), self._alive, self._ready,
+                        self.services.simulator, self.folder)
         try:
             worker.process = subprocess.Popen(
                 [sys.executable, program_file(), *self.given,
-                 "--as-worker", json_encode(told)], pass_fds=(told.listener, told.alive))
+                 "--as-worker", json_encode(told)], pass_fds=told[1:4])
         except OSError as err:      # no memory, too many processes
             worker.due_at = now + 30
             self.services.log.line("worker %s cannot begin: %s", worker.number, err)
@@ -18992,23 +19215,26 @@ def running_crew(args: argparse.Namespace, log_out: Any, workers: list) -> Itera
             tempfile.TemporaryDirectory(prefix="agproxy-")) if args.demo else ""
         services = stack.enter_context(services_for(args, Log(log_out), flags, recovers=True))
         services.state.on_foreign_change = lambda: None     # nobody asks this process's pool
-        config = services.config
-        check_bind(config)
-        with bind_errors(config):
-            listener = shared_listener(config.host, config.port)
+        listener, predecessor = open_listener(args, services)
         crew = Crew(services, listener, args.given, folder, workers)
         stack.callback(crew.stop)
+        crew.predecessor = predecessor
+        if predecessor:
+            crew.await_all()
         yield crew
 
 
 def serve_as_worker(args: argparse.Namespace, log_out: Any) -> int:
     """A worker's life: until its parent says so, or is gone."""
-    heard: list[int] = []
-    # several may send it, to this process and to its parent, which sends it on: it means one thing
-    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    os.set_inheritable(args.as_worker.alive, False)
-    with open(args.as_worker.alive, "rb", buffering=0) as alive, running_proxy(args, log_out):
-        live_until(heard, alive)
+    told, heard = args.as_worker, []
+    # several may send one, to this process and to its parent, which sends it on: it means one thing
+    on_signals(lambda number, frame: heard.append(number), "SIGTERM", "SIGHUP", "SIGUSR1")
+    os.set_inheritable(told.alive, False)
+    with open(told.alive, "rb", buffering=0) as alive, running_proxy(args, log_out) as server:
+        with contextlib.suppress(OSError), open(told.ready, "wb", buffering=0) as ready:
+            ready.write(b"1")
+        live_until(heard, lambda seconds: readable([alive], seconds))
+        server.is_replaced = heard[:1] == [signal.SIGUSR1]
     return 0
 
 
@@ -19099,9 +19325,33 @@ def log_stream(args: argparse.Namespace) -> Any:
     return out
 
 
+def live(server: ProxyServer | Crew, heard: list[int], is_demo: bool) -> None:
+    """Takes the predecessor's place, says so, and serves until a signal or a successor ends it."""
+    services, look = server.services, time.sleep
+    path = handover_path(services, server.server_port)
+    with contextlib.ExitStack() as stack:
+        if path:
+            try:
+                handover = Handover(path, server.socket, services)
+                stack.callback(handover.close)
+                look = handover.poll
+            except OSError as err:
+                services.log.line("serve --replace will not find this server: %s", err)
+        if server.predecessor is not None:      # not before its name is ours
+            services.state.is_shared = True
+            server.predecessor.replace()
+        say_banner(server, is_demo)
+        live_until(heard, look)
+        server.is_replaced = not heard
+
+
 def command_serve(args: argparse.Namespace) -> int:
     if args.workers > 1 and os.name == "nt":
         raise ConfigError("--workers: on Windows one process serves; leave it out")
+    if args.replace and (args.demo or os.name == "nt"):
+        raise ConfigError("--replace: a demo is not found by another, end it instead" if args.demo
+                          else "--replace: Windows lets no process hand its port over; end the "
+                          "other one first")
     if args.as_worker:
         return serve_as_worker(args, log_stream(args))
     if lacks_account(args):
@@ -19110,22 +19360,24 @@ def command_serve(args: argparse.Namespace) -> int:
     workers: list[Worker] = []
 
     def stop(number: int, frame: Any) -> None:
-        if heard:                   # the second signal ends at once
+        # the second signal ends at once; a terminal that closes may send several
+        if heard and number != getattr(signal, "SIGHUP", None):
             for process in [w.process for w in workers]:
                 if process is not None:
                     process.kill()
             os._exit(130)
         heard.append(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+    on_signals(stop, "SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
     out = log_stream(args)
     with (running_crew(args, out, workers) if args.workers > 1
           else running_proxy(args, out)) as server:
-        say_banner(server, args.demo)
-        live_until(heard)
-        say("stopping: running answers are finished first, a second signal ends at once")
+        live(server, heard, args.demo)
+        try:
+            say("a successor serves now; running answers are finished first" if server.is_replaced
+                else "stopping: running answers are finished first, a second signal ends at once")
+        except OSError:         # the terminal is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -19996,7 +20248,7 @@ def check_settings(checkup: Checkup) -> Iterator[tuple]:
     for note in checkup.notes:
         yield "warn", "state.db was not in order", note, "limits may be forgotten, accounts are not"
     try:
-        check_bind(checkup.config)
+        check_bind(checkup.config, False)
     except ConfigError as err:
         yield "fail", "serve would not start", str(err), "set the key, or listen on 127.0.0.1"
     for name, row in SETTINGS.items():
@@ -20270,6 +20522,8 @@ BENCH_LOADS = (
     BenchLoad("live_200", "live streams of 20 events/s", 1000, 0, 0, 200, "event", _LIVE, 20.0),
     BenchLoad("live_1000", "live streams of 20 events/s", 1000, 0, 0, 1000, "event", _LIVE, 20.0),
 )
+BENCH_SOAK = (*(load for load in BENCH_LOADS if load.key in ("small_16", "large_new", "stream_20")),
+              BenchLoad("live", "live streams", 1000, 0, 40, 50, "event", (), 20.0))
 BENCH_SCALES = {"full": BenchScale(3, 0.3, 0.8, 100, 2.0, 4000),
                 "quick": BenchScale(1, 0.1, 0.25, 40, 1.5, 2000)}
 BENCH_FIGURES = {       # key -> (label, unit)
@@ -20326,6 +20580,12 @@ def process_usage(pid: int | None) -> ProcessUsage | None:
         tree |= {row[0] for row in rows.values() if row[1] in tree}
     found = [rows[p][2] for p in tree if p in rows]
     return ProcessUsage(*map(sum, zip(*found))) if found else None
+
+
+def open_descriptors(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    return None
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
@@ -20448,11 +20708,13 @@ class Bench:
         return tally
 
     def load(self, subject: str, load: BenchLoad, seconds: float = BENCH_PATIENCE_S,
-             requests: int = sys.maxsize) -> None:
-        """A load that is not measured; raises ConfigError at a wrong answer."""
+             requests: int = sys.maxsize) -> int:
+        """A load that is not measured: how many answers; raises ConfigError at a wrong one."""
         bench_tell(self.upstream_port, load.events, load.pace)
         with self.client(subject, load) as client:
-            self.checked(subject, load, client.run(load.clients, seconds, requests))
+            tally = (client.live(load.clients, 1.0, seconds, lambda: None) if load.pace else
+                     client.run(load.clients, seconds, requests))
+            return self.checked(subject, load, tally).answers
 
     def keep(self, load: str, subject: str, figures: Mapping[str, float | None]) -> None:
         for figure, value in figures.items():
@@ -20525,6 +20787,51 @@ class Bench:
             for load in (load for group in BENCH_GROWTH for load in group[3]):
                 told(f"run {run + 1} of {self.scale.runs}: {load.title}")
                 self.measure("agproxy", load)
+
+
+    def soak(self, minutes: int, told: Callable[[str], None]) -> tuple[int, list[tuple]]:
+        """Rounds of mixed loads: answers in all, and (minutes, MB, threads, descriptors) of the
+        proxy after each."""
+        self.start_proxy()
+        pid, answers, samples = self.children["proxy"].pid, 0, []
+        began = time.monotonic()
+        while time.monotonic() - began < minutes * 60:
+            for load in BENCH_SOAK:
+                told(f"minute {(time.monotonic() - began) / 60:.1f} of {minutes}: {load.title}")
+                answers += self.load("agproxy", load, self.scale.seconds)
+            for is_streaming in (False, True):
+                body = bench_body(1000, 0, is_streaming)
+                bench_leave(bench_request(self.proxy_port, "/v1/messages", body, b""), 12)
+            time.sleep(1)       # the last of them are noticed
+            used = process_usage(pid)
+            samples.append(((time.monotonic() - began) / 60, used and used.memory_mb,
+                            used and used.threads or None, open_descriptors(pid)))
+        return answers, samples
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Of the straight line that is closest to the points."""
+    x, y = (sum(values) / len(points) for values in zip(*points))
+    return (sum((a - x) * (b - y) for a, b in points)
+            / (sum((a - x) ** 2 for a, _ in points) or 1.0))
+
+
+def soak_table(answers: int, samples: list[tuple]) -> list[str]:
+    """How what the proxy holds grew in the second half: by then what is bounded is full."""
+    late = samples[len(samples) // 2:]
+    lines = [f"{answers:,} answers in {samples[-1][0]:.1f} minutes, {len(samples)} rounds"]
+    for at, (label, most) in enumerate((("memory, MB", 0.5), ("threads", 0.2),
+                                        ("descriptors", 0.2)), 1):
+        points = [(sample[0], sample[at]) for sample in late]
+        if any(value is None for _, value in points):
+            lines.append(f"  {label:14} not measured on this system")
+            continue
+        a_minute = slope(points)
+        lines.append(
+            f"  {label:14}{samples[0][at]:>8.4g} after the first round,{points[0][1]:>7.4g} in the "
+            f"middle,{points[-1][1]:>7.4g} at the end:{a_minute:>+7.2f} a minute, "
+            + ("level" if a_minute <= most else f"growing: more than {most}"))
+    return lines
 
 
 def figure_text(value: float | None) -> str:
@@ -20663,6 +20970,9 @@ def command_bench(args: argparse.Namespace) -> int:
             print(f"\r{text[:78]:78}", end="\r", file=sys.stderr, flush=True)
     loads, notes = bench_loads(scale, descriptors)
     with Bench(scale, args.upstream_port, (port, pid)) as bench:
+        if args.soak:
+            say(*soak_table(*bench.soak(args.soak, told)))
+            return 0
         bench.grow(told) if args.growth else bench.run(loads, told)
         told("")
     notes.append("CPU is user and system time of the proxy's processes, by the operating system's "
@@ -20789,6 +21099,8 @@ def _add_bench_options(command: argparse.ArgumentParser) -> None:
                         ("--growth", "how costs grow with streams, bodies and requests instead"),
                         ("--json", "all samples and medians"), ("--as-upstream", None)):
         command.add_argument(flag, action="store_true", help=about or argparse.SUPPRESS)
+    command.add_argument("--soak", type=whole_count, metavar="MINUTES",
+                         help="mixed load for so long: do memory, threads, descriptors grow?")
     command.add_argument("--runs", type=whole_count, metavar="N", help="medians of N runs (3)")
     command.add_argument("--against", metavar="URL",
                          help="another proxy on this machine, set up for the bench upstream")
@@ -20815,6 +21127,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "serve":
             command.add_argument("--workers", type=whole_count, default=1, metavar="N",
                                  help="processes that serve the port (1); not on Windows")
+            command.add_argument("--replace", action="store_true",
+                                 help="take the place of the server that runs on this port, "
+                                      "without a gap; not on Windows")
             command.add_argument("--as-worker", type=lambda text: AsWorker(*json.loads(text)),
                                  help=argparse.SUPPRESS)
         if name == "run":

@@ -130,7 +130,8 @@ class Proxy:
     def stop(self):
         stopping = threading.Thread(target=self.sim.stop)
         stopping.start()
-        self.server.drain(1)
+        if not self.server.is_stopping:     # a test has done it
+            self.server.drain(1)
         stopping.join()
         self.log.close()
         self.memory.close()
@@ -203,8 +204,11 @@ def json_of(path):
 
 
 def until(condition):
-    while not condition():
+    for _ in range(24_000):         # two minutes and more: a hang shall fail, not stand
+        if condition():
+            return
         time.sleep(0.005)
+    raise AssertionError("it did not come about")
 
 
 def events_of(raw):
@@ -3098,7 +3102,7 @@ def test_candidates_that_are_marked_for_long_leave_the_others_their_turn(make_pr
     assert status == 200 and headers["x-agproxy-account"] == "e"
 
 
-ODD = [5, None, [], [None], [5], "x", {}, {"a": [None]}]
+ODD_VALUES = [5, None, [], [None], [5], "x", {}, {"a": [None]}]
 
 
 @pytest.mark.parametrize("method", ["loadCodeAssist", "fetchAvailableModels", "retrieveUserQuotaSummary",
@@ -3107,7 +3111,7 @@ def test_odd_answers_to_small_calls_cost_nobody_anything(make_proxy, monkeypatch
     proxy = google_proxy(make_proxy, {"a": None})
     account, desk = proxy.pool.accounts[0], proxy.services.tokens
     shapes = []
-    for odd in ODD:
+    for odd in ODD_VALUES:
         for field in ("models", "response", "groups", "quotaSummary", "buckets", "allowedTiers", "ineligibleTiers",
                       "paidTier", "cloudaicompanionProject", "done"):
             shapes.append({field: odd})
@@ -3724,7 +3728,7 @@ ASKING = {       # dialect -> (path, a good body)
     "chat": ("/v1/chat/completions", {"model": "gemini-3-flash", "messages": [{"role": "user", "content": "hi"}]}),
     "responses": ("/v1/responses", {"model": "gemini-3-flash", "input": "hi"}),
     "gemini": ("/v1beta/models/gemini-3-flash:generateContent", {"contents": [{"parts": [{"text": "hi"}]}]})}
-GOOD = json.dumps(ASKING["anthropic"][1]).encode()
+GOOD_BODY = json.dumps(ASKING["anthropic"][1]).encode()
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -3756,7 +3760,7 @@ def hostile_requests():
     """(theme, bytes, status): 0 is an end without an answer."""
     import gzip
     import zlib
-    packed, deflated = gzip.compress(GOOD), zlib.compress(GOOD)
+    packed, deflated = gzip.compress(GOOD_BODY), zlib.compress(GOOD_BODY)
     for line in (b"", b" ", b"GET", b"GET /", b"GET / ", b"GET  / HTTP/1.1", b" GET / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET\t/ HTTP/1.1",
                  b"GET /\tHTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1", b"GET / HTTP/1.", b"GET / HTTP/1.2", b"GET / HTTP/2.0",
                  b"GET / HTTP/0.9", b"GET / HTTP/9.9", b"GET / HTTP/-1.1", b"GET / HTTP/1.10", b"GET / HTTP/01.1", b"GET / HTTP/1,1",
@@ -3812,15 +3816,15 @@ def hostile_requests():
     yield "header", b"G" * 40_000, 414
     for length in (b"", b"-1", b"+5", b"-0", b"0x10", b"1e3", b"5 5", b"5,5", b"5, 5", b"5;", b"5.0", b"1_0", b"\xef\xbc\x95", b"NaN", b"five",
                    b"9" * 16, b"'5'", b"5\t5", b"\xb2"):
-        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD, 400
+        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD_BODY, 400
     for length in (b"99999999999", b"33554433", b"9" * 15):
         yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n", 413
-    for length in (b"3", b"%d" % (len(GOOD) + 1)):
-        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD[:2], 0
+    for length in (b"3", b"%d" % (len(GOOD_BODY) + 1)):
+        yield "length", POST + b"Content-Length: " + length + b"\r\n\r\n" + GOOD_BODY[:2], 0
     for coding in (b"", b"gzip", b"identity", b"chunked, chunked", b"chunked,", b", chunked", b"gzip, chunked", b"chunked, gzip", b"xchunked",
                    b"chunkedx", b"\"chunked\"", b"chunked;q=1", b"\x0bchunked", b"ch unked", b"chunked\0", b"chunked x", b"\xa0chunked"):
         yield "coding", POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n", 400
-    yield "coding", b"POST /v1/messages HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n" + ag.chunk(GOOD) + ag.LAST_CHUNK, 400
+    yield "coding", b"POST /v1/messages HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n" + ag.chunk(GOOD_BODY) + ag.LAST_CHUNK, 400
     coding, length = b"Transfer-Encoding: chunked", b"Content-Length: 5"
     for lines in ([length, coding], [coding, length], [length, b"transfer-encoding: CHUNKED"], [length, b"Transfer-Encoding:chunked"],
                   [length, b"Transfer-Encoding:\tchunked"], [length, b"Transfer-Encoding: chunked \t"], [length, b"Transfer-Encoding : chunked"],
@@ -3842,20 +3846,20 @@ def hostile_requests():
         yield "chunks", in_chunks(start + SMUGGLED), 400
     for start in (b"", b"2", b"2\r", b"2\r\n", b"2\r\n{", b"2\r\n{}", b"2\r\n{}\r\n", b"2\r\n{}\r\n0", b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\n\r", b"ffffffff\r\n{}"):
         yield "chunks", in_chunks(start), 0
-    half = len(GOOD) // 2
-    for pieces in ([ag.chunk(GOOD)], [ag.chunk(GOOD[:half]), ag.chunk(GOOD[half:])], [ag.chunk(GOOD[n:n + 1]) for n in range(len(GOOD))],
-                   [b"%08X\r\n" % len(GOOD) + GOOD + b"\r\n"], [b"%x;a=b;c=\"d\"\r\n" % len(GOOD) + GOOD + b"\r\n"],
-                   [b"%x ; a\r\n" % len(GOOD) + GOOD + b"\r\n"]):
+    half = len(GOOD_BODY) // 2
+    for pieces in ([ag.chunk(GOOD_BODY)], [ag.chunk(GOOD_BODY[:half]), ag.chunk(GOOD_BODY[half:])], [ag.chunk(GOOD_BODY[n:n + 1]) for n in range(len(GOOD_BODY))],
+                   [b"%08X\r\n" % len(GOOD_BODY) + GOOD_BODY + b"\r\n"], [b"%x;a=b;c=\"d\"\r\n" % len(GOOD_BODY) + GOOD_BODY + b"\r\n"],
+                   [b"%x ; a\r\n" % len(GOOD_BODY) + GOOD_BODY + b"\r\n"]):
         yield "chunks", in_chunks(b"".join(pieces) + b"000\r\n\r\n"), 200
     for name, data, status in (
-            *((b"gzip", data, 400) for data in (b"", b"x", GOOD, packed[:9], packed[:-1], packed[:-8], packed[1:], packed + b"x", packed + packed,
+            *((b"gzip", data, 400) for data in (b"", b"x", GOOD_BODY, packed[:9], packed[:-1], packed[:-8], packed[1:], packed + b"x", packed + packed,
                                                 packed[:-8] + b"\0" * 8, b"\x1f\x8b" + b"\xff" * 30, packed[:10] + packed[11:])),
-            *((b"deflate", data, 400) for data in (GOOD, packed, raw_deflate(GOOD), deflated[:-1], deflated + b"x", deflated[:-4] + b"\0" * 4)),
-            *((b"identity", data, 400) for data in (packed, deflated)), (b"x-gzip", GOOD, 400),
+            *((b"deflate", data, 400) for data in (GOOD_BODY, packed, raw_deflate(GOOD_BODY), deflated[:-1], deflated + b"x", deflated[:-4] + b"\0" * 4)),
+            *((b"identity", data, 400) for data in (packed, deflated)), (b"x-gzip", GOOD_BODY, 400),
             *((name, packed, 415) for name in (b"br", b"zstd", b"compress", b"gzip, gzip", b"gzip, identity", b"", b"*", b"gzip;q=1", b"gz ip")),
             (b"gzip", gzip.compress(b" " * (33 << 20)), 413), (b"deflate", zlib.compress(b" " * (33 << 20)), 413),
-            (b"gzip", gzip.compress(gzip.compress(GOOD)), 400), (b"gzip", packed, 200), (b"GZIP", packed, 200), (b"x-gzip", packed, 200),
-            (b"deflate", deflated, 200), (b"identity", GOOD, 200)):
+            (b"gzip", gzip.compress(gzip.compress(GOOD_BODY)), 400), (b"gzip", packed, 200), (b"GZIP", packed, 200), (b"x-gzip", packed, 200),
+            (b"deflate", deflated, 200), (b"identity", GOOD_BODY, 200)):
         yield "encoding", encoded(name, data), status
     yield "encoding", in_chunks(b"").replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + ag.chunk(packed) + ag.chunk(b"x") * 9, 400
     for dialect, (_, good) in ASKING.items():
@@ -5070,6 +5074,158 @@ def test_draining_answers_those_who_still_wait_for_content(make_proxy, stream):
     asking.join()
     assert answers[0][0] == 529, answers
     assert answers[0][2]["error"]["type"] == "overloaded_error"
+
+
+LONG = "count to 100000"
+AT_STOP = [     # path, body, what stands in the event that ends a stream when the grace time is over
+    ("/v1/messages", {"max_tokens": 65536, "messages": [{"role": "user", "content": LONG}]}, b"event: error\ndata: {"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, b'data: {"error":'),
+    ("/v1/responses", {"input": LONG}, b"event: response.failed\n"),
+    ("/v1beta/models/gemini-3-flash:streamGenerateContent?alt=sse", {"contents": [{"role": "user", "parts": [{"text": LONG}]}]},
+     b'\n{"error":')]
+
+
+@pytest.mark.parametrize("path, body, event", AT_STOP, ids=[path for path, _, _ in AT_STOP])
+def test_a_stop_ends_each_language_s_stream_with_its_own_error_event(make_proxy, path, body, event):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.01
+    client = http.client.HTTPConnection("127.0.0.1", proxy.port)
+    client.request("POST", path, json.dumps({**({} if "v1beta" in path else {"model": "gemini-3-flash", "stream": True}), **body}))
+    response = client.getresponse()
+    seen = response.read(1)
+    until(lambda: proxy.server.relay.streams)
+    stopping = threading.Thread(target=proxy.server.drain, args=(0.1,))
+    stopping.start()
+    seen += response.read()         # whole: the framing ended as it should
+    stopping.join()
+    client.close()
+    assert seen.count(event) == 1 and b"stopping" in seen[seen.index(event):]
+    assert b"message_stop" not in seen and b"[DONE]" not in seen and b"response.completed" not in seen
+
+
+HALF_SENT = [("the head", POST[:-20]), ("the body", POST + b"Content-Length: 500\r\n\r\n{")]
+
+
+@pytest.mark.parametrize("what, sent", HALF_SENT, ids=[what for what, _ in HALF_SENT])
+def test_a_stop_answers_who_has_sent_half_a_request(make_proxy, what, sent):
+    proxy = make_proxy({"a": None})
+    with socket.create_connection(("127.0.0.1", proxy.port)) as sock:
+        sock.sendall(sent)
+        until(lambda: any(downstream.is_half_way() for downstream in list(proxy.server.connections)))
+        proxy.server.drain(0.1)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 529 ") and b"overloaded_error" in answer and b"connection: close" in answer
+
+
+def test_while_it_drains_who_came_before_is_served_and_told_to_leave(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.01
+    kept = Line(proxy.port)
+    stream = open_stream(proxy)
+    until(lambda: proxy.server.relay.streams)
+    stopping = threading.Thread(target=proxy.server.drain, args=(60,))
+    stopping.start()
+    until(lambda: is_refused(proxy.port))
+    status, headers, _ = kept.call("POST", "/v1/messages", ASK)
+    assert status == 200 and headers["connection"] == "close"
+    stream.close()
+    stopping.join()
+    kept.close()
+
+
+def test_a_stop_serves_connections_that_nobody_has_accepted_yet(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.server.shutdown()             # nobody accepts: the system keeps them in its queue
+    sockets = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(20)]
+    body = json.dumps(ASK).encode()
+    for sock in sockets:
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    proxy.server.drain(60)
+    for sock in sockets:
+        with sock:
+            assert b"".join(iter(lambda: sock.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_stream_whose_end_fails_leaves_no_connection_behind(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None})
+
+    def broken(*_):
+        raise RuntimeError("boom")
+    proxy.sim.pace_s = 0.01
+    with open_stream(proxy, "count to 40") as sock:
+        until(lambda: proxy.server.relay.streams)
+        monkeypatch.setattr(ag.Exchange, "report", broken)
+        data = b"".join(iter(lambda: sock.recv(65536), b""))      # it is closed
+    monkeypatch.undo()
+    assert b"message_stop" in data
+    until(lambda: not proxy.server.connections and proxy.pool.in_flight == 0)
+    request_id = re.search(rb"request-id: (\S+)", data)[1].decode()
+    assert f"{request_id} failed: RuntimeError: boom" in proxy.log_text()
+    health = json.loads(proxy.call("GET", "/health")[2])
+    assert health["faults"] == 1 and health["streams"] == 0
+
+
+def test_what_fails_in_one_stream_is_one_error_event_of_that_stream(make_proxy, monkeypatch):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.01
+    streams = [open_stream(proxy, "count to 100") for _ in range(3)]
+    until(lambda: len(proxy.server.relay.streams) == 3)
+    victim = next(iter(proxy.server.relay.streams))
+    monkeypatch.setattr(victim.stream.answer, "read", lambda: 1 / 0)
+    ends = []
+    for sock in streams:
+        with sock:
+            data = b""
+            while not data.endswith(ag.LAST_CHUNK):
+                data += sock.recv(65536)
+            ends.append((data.count(b"event: error"), data.count(b"message_stop\n")))
+    assert sorted(ends) == [(0, 1), (0, 1), (1, 0)]
+    until(lambda: proxy.pool.in_flight == 0)
+    assert f"{victim.exchange.record.id} failed: ZeroDivisionError" in proxy.log_text()
+
+
+def test_a_thread_that_cannot_be_had_is_waited_for(monkeypatch):
+    done, is_short = [], threading.Event()
+    workers = ag.Workers(4, done.append)
+    is_short.set()
+
+    class Scarce(threading.Thread):
+        def start(self):
+            if is_short.is_set():
+                raise RuntimeError("can't start new thread")
+            super().start()
+    monkeypatch.setattr(ag.threading, "Thread", Scarce)
+    workers.submit("first")
+    assert workers.threads == 0 and len(workers._jobs) == 1
+    is_short.clear()
+    workers.submit("second")
+    until(lambda: sorted(done) == ["first", "second"])
+
+
+def test_without_descriptors_the_accept_thread_does_not_spin(monkeypatch):
+    class Full:
+        def accept(self):
+            raise OSError(errno.EMFILE, "too many open files")
+    server, pauses = ag.ProxyServer.__new__(ag.ProxyServer), []
+    server.socket = Full()
+    monkeypatch.setattr(ag, "time", collections.namedtuple("Time", "sleep")(pauses.append))
+    with pytest.raises(OSError, match="too many"):
+        server.get_request()
+    assert len(pauses) == 1
+
+
+def test_a_thread_that_ends_by_an_error_is_told_in_the_log(monkeypatch, tmp_path):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)      # put back afterwards
+    args = ag.build_parser().parse_args(["serve", "--demo", "--port", "0"])
+    with open(tmp_path / "log.txt", "w+", encoding="utf-8") as out:
+        with ag.running_proxy(args, out) as server:
+            thread = threading.Thread(target=lambda: int("Bearer sk-abcdefghijklmnop"))
+            thread.start()
+            thread.join()
+            assert server.services.log.faults == 1
+        out.seek(0)
+        told = out.read()
+    assert "a thread failed: ValueError" in told and "sk-abc" not in told
 
 
 def test_without_a_free_thread_the_answer_is_503_and_nobody_else_notices(make_proxy, monkeypatch):
@@ -7611,14 +7767,14 @@ def events_in(language, words):
     """A whole answer's events as an upstream of that language sends them."""
     usage = {"input_tokens": 5, "output_tokens": 4, "total_tokens": 9}
     if language == "anthropic":
-        rows = [{"type": "message_start", "message": {**WHOLE["anthropic"](""), "content": [], "stop_reason": None}},
+        rows = [{"type": "message_start", "message": {**WHOLE_OF["anthropic"](""), "content": [], "stop_reason": None}},
                 {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
                 *({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": w}} for w in words),
                 {"type": "content_block_stop", "index": 0},
                 {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": {"output_tokens": 4}},
                 {"type": "message_stop"}]
     elif language == "responses":
-        done = WHOLE["responses"]("".join(words))
+        done = WHOLE_OF["responses"]("".join(words))
         place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
         rows = [{"type": "response.created", "response": {**done, "status": "in_progress", "output": []}},
                 {"type": "response.output_item.added", "output_index": 0, "item": {**done["output"][0], "content": []}},
@@ -7638,7 +7794,7 @@ def events_in(language, words):
     return Play(raw + [b"data: [DONE]\n\n"] * (language == "chat"), {"anthropic": 2, "chat": 2}.get(language, 1))
 
 
-WHOLE = {
+WHOLE_OF = {
     "anthropic": lambda text: {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [
         {"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None, "usage": {"input_tokens": 5, "output_tokens": 4}},
     "chat": lambda text: {"id": "c", "object": "chat.completion", "model": "m", "choices": [
@@ -7765,7 +7921,7 @@ class Wrecked(socketserver.BaseRequestHandler):
         is_stream = b'"stream":true' in body.replace(b" ", b"") or b":streamGenerate" in head
         told = events_in(language, [marks[0], *SPOKEN])
         if not is_stream:
-            raw = json.dumps(WHOLE[language](marks[0] + "".join(SPOKEN)), ensure_ascii=False).encode()
+            raw = json.dumps(WHOLE_OF[language](marks[0] + "".join(SPOKEN)), ensure_ascii=False).encode()
             told = Play([raw[at:at + len(raw) // 5] for at in range(0, len(raw), len(raw) // 5)], 1)
         fault = self.server.fault(marks[0])
         steps = ALL_FAULTS[fault][1](told) if fault else [CHUNKED, *as_chunks(told.events), ag.LAST_CHUNK, GO_ON]
@@ -8839,6 +8995,173 @@ def test_a_worker_that_keeps_dying_is_begun_again_ever_more_slowly():
     assert "worker 1 (pid 7) ended by exit code 3; another begins in 1s" in Log.lines[0]
 
 
+# A successor
+
+needs_handover = pytest.mark.skipif(os.name == "nt", reason="no process hands its port over on Windows")
+
+
+@pytest.fixture
+def keyed(vendor):
+    """The vendor with an account, and a folder whose path fits into the name of a socket."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="agp") as folder:
+        stored = json_of(vendor.path)
+        stored["accounts"] = [{"name": "ann", "provider": "gemini", "api_key": "sim-key-ann"}]
+        vendor.path = os.path.join(folder, "accounts.json")
+        with open(vendor.path, "w", encoding="utf-8") as handle:
+            json.dump(stored, handle)
+        os.chmod(vendor.path, 0o600)
+        vendor.env = {"ACCOUNTS_CONFIG_PATH": vendor.path}
+        yield vendor
+
+
+class Server:
+    """A running `serve` and the lines it prints."""
+
+    def __init__(self, vendor, *arguments, program="agproxy.py"):
+        self.told, self.port = [], 0
+        self.process = subprocess.Popen([sys.executable, os.path.join(HERE, program), "serve", *arguments], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **vendor.env})
+        for line in self.process.stdout:
+            self.told.append(line)
+            if "listens on" in line:
+                self.port = int(re.search(r":(\d+)", line)[1])
+                break
+        self.reader = threading.Thread(target=lambda: self.told.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+
+    def end(self, number=signal.SIGTERM):
+        """The exit code; with a signal, if there is one."""
+        if number:
+            self.process.send_signal(number)
+        code = self.process.wait()
+        self.reader.join()
+        self.process.stdout.close()
+        return code
+
+
+class Callers:
+    """Clients that ask without pause: on kept and fresh connections, whole answers and streams."""
+
+    def __init__(self, port):
+        self.port, self.is_over, self.answers, self.failures = port, False, collections.Counter(), []
+        self.threads = [threading.Thread(target=self.run, args=(n,)) for n in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, number):
+        client = http.client.HTTPConnection("127.0.0.1", self.port)
+        while not self.is_over:
+            try:
+                client.request("POST", "/v1/messages", json.dumps({**ASK, "stream": bool(number % 2)}))
+                response = client.getresponse()
+                raw = response.read()
+                assert response.status == 200 and (b"message_stop" if number % 2 else b'"end_turn"') in raw, raw
+                self.answers[number] += 1
+            except Exception as err:
+                self.failures.append(repr(err))
+            if number < 2:
+                client.close()
+        client.close()
+
+    def go_on(self):
+        """Returns when each of them had some more answers."""
+        seen = collections.Counter(self.answers)
+        until(lambda: min(self.answers[n] - seen[n] for n in range(4)) > 3)
+
+    def end(self):
+        self.is_over = True
+        for thread in self.threads:
+            thread.join()
+
+
+@needs_handover
+@pytest.mark.parametrize("workers", [(1, 1), (1, 2, 1)], ids=str)
+def test_a_successor_takes_the_port_over_and_no_request_fails(keyed, workers):
+    keyed.pace_s = 0.001
+    server = Server(keyed, "--port", "0", "--workers", str(workers[0]))
+    port = str(server.port)
+    callers = Callers(server.port)
+    for count in workers[1:]:
+        callers.go_on()
+        predecessor, server = server, Server(keyed, "--port", port, "--replace", "--workers", str(count))
+        assert predecessor.end(None) == 0 and any("a successor serves now" in line for line in predecessor.told)
+    callers.go_on()
+    callers.end()
+    assert callers.failures == [] and not any("Traceback" in line for line in server.told)
+    assert server.end() == 0 and not [name for name in os.listdir(os.path.dirname(keyed.path)) if ".sock" in name]
+    state = ag.State(os.path.join(os.path.dirname(keyed.path), "state.db"), lines_of_nobody)
+    assert len(state.rows("requests")) == sum(callers.answers.values())         # all of them wrote down what they did
+    state.close()
+
+
+@needs_handover
+def test_a_successor_that_does_not_begin_leaves_the_server_as_it_is(keyed, tmp_path):
+    server = Server(keyed, "--port", "0")
+    port = str(server.port)
+    path = os.path.join(os.path.dirname(keyed.path), f"127.0.0.1-{port}.sock")
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    (tmp_path / "broken.py").write_text(SOURCE + "\n)")
+    done = subprocess.run([sys.executable, str(tmp_path / "broken.py"), "serve", "--replace", "--port", port],
+                          env={**os.environ, **keyed.env}, capture_output=True, text=True)
+    assert done.returncode == 1 and "SyntaxError" in done.stderr
+    done = run_program("serve", "--replace", "--port", port, "--strategy", "sticky", env={**keyed.env, "AGPROXY_DRAIN_S": "-1"})
+    assert done.returncode == 1 and "AGPROXY_DRAIN_S" in done.stderr
+    assert not any("successor" in line for line in server.told)         # they did not come as far as to ask
+    (tmp_path / "lame.py").write_text(SOURCE.replace("    told, heard = args.as_worker, []", "    return 3"))
+    done = subprocess.run([sys.executable, str(tmp_path / "lame.py"), "serve", "--replace", "--port", port, "--workers", "2"],
+                          env={**os.environ, **keyed.env}, capture_output=True, text=True)
+    assert done.returncode == 1 and "a worker ended at its start" in done.stderr and "listens" not in done.stdout
+    until(lambda: any("a successor did not begin; this server goes on" in line for line in server.told))
+    line = Line(server.port)
+    assert line.call("POST", "/v1/messages", ASK)[0] == 200
+    line.close()
+    done = run_program("serve", "--port", port, env=keyed.env)
+    assert done.returncode == 1 and "serve --replace takes its place" in done.stderr
+    assert not os.path.isdir("/proc/self/fd") or f"(process {server.process.pid}) holds it" in done.stderr
+    assert server.end() == 0
+
+
+@needs_handover
+def test_with_nobody_to_replace_it_begins_as_any_other(keyed):
+    path = os.path.join(os.path.dirname(keyed.path), "127.0.0.1-%d.sock")
+    first = Server(keyed, "--port", "0", "--replace")
+    first.process.kill()
+    first.end(None)
+    assert os.path.exists(path % first.port)        # nobody listens there
+    again = Server(keyed, "--port", str(first.port), "--replace")
+    assert again.port == first.port and again.end() == 0 and not os.path.exists(path % first.port)
+
+
+def test_who_cannot_be_replaced_says_so(monkeypatch, capsys):
+    assert ag.main(["serve", "--demo", "--replace"]) == 1
+    monkeypatch.setattr(ag.os, "name", "nt")
+    assert ag.main(["serve", "--replace"]) == 1
+    monkeypatch.undo()
+    assert re.search(r"a demo is not found .*\n.*Windows lets no process hand its port over", capsys.readouterr().err)
+
+
+@needs_handover
+def test_a_terminal_that_closes_ends_the_server_in_order(keyed):
+    import pty
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+                                os.path.join(HERE, "agproxy.py"), "serve", "--port", "0"],
+                               stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, **keyed.env})
+    os.close(slave)
+    told = b""
+    while b"GEMINI_API_KEY" not in told:
+        told += os.read(master, 65536)
+    port = int(re.search(rb"127.0.0.1:(\d+)", told)[1])
+    keyed.pace_s = 0.005
+    client, response = slow_stream(port)
+    os.close(master)
+    assert b"message_stop" in response.read()
+    client.close()
+    assert process.wait() == 0
+
+
 @pytest.fixture
 def two_states(tmp_path):
     """Two processes' views of one state.db, which know of each other."""
@@ -9710,6 +10033,17 @@ def test_the_bench_shows_how_costs_grow(tiny_bench, capsys):
     text = capsys.readouterr().out
     assert all(claim in text for _, _, claim, _ in ag.BENCH_GROWTH) and "24 requests" in text
     assert text.count("hold") + text.count("not measured") >= 3
+
+
+def test_a_soak_tells_what_grows(tiny_bench, monkeypatch, capsys):
+    table = "\n".join(ag.soak_table(7, [(minute, 60 + minute, 9, 20 + minute % 2) for minute in range(20)]))
+    assert "7 answers in 19.0 minutes" in table and re.search(r"memory.*\+1.00 a minute, growing", table)
+    assert re.search(r"threads.*\+0.00 a minute, level", table) and re.search(r"descriptors.* level", table)
+    assert "not measured" in ag.soak_table(1, [(1, None, None, None)])[1]
+    monkeypatch.setattr(ag, "BENCH_SOAK", tuple(load._replace(clients=3, events=5) for load in ag.BENCH_SOAK))
+    with ag.Bench(tiny_bench) as bench:
+        answers, samples = bench.soak(0.01, lambda text: None)
+    assert answers >= 12 and len(samples) == 1 and samples[0][0] > 0
 
 
 def test_a_bench_that_cannot_go_on_says_so_in_a_sentence_and_leaves_nothing(tiny_bench, monkeypatch, capsys):
@@ -12463,6 +12797,26 @@ def test_the_log_writes_the_lines_of_a_moment_together():
     log.close()
     assert [line.split()[-1] for line in out.text.splitlines()] == [str(n) for n in range(2000)]
     assert out.writes < 100
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_log(tmp_path):
+    with open(tmp_path / "log.txt", "w+", encoding="utf-8") as out:
+        log = ag.Log(out)
+
+        class Mute:
+            def __str__(self):
+                raise ValueError("no words")
+        log.line("%s", Mute())
+        log.line("%s %s", "one value of two")
+        log.request(None, 0.0)
+        log.outlive("upkeep", lambda: 1 / 0)
+        log.line("%s", "the last")
+        log.close()
+        out.seek(0)
+        lines = [line[9:] for line in out.read().splitlines()]
+    assert [line.split(" (")[0] for line in lines[:3]] == ["a line could not be written"] * 3
+    assert lines[3].startswith("upkeep failed: ZeroDivisionError") and lines[4] == "the last"
+    assert log.dropped == 3 and log.faults == 1
 
 
 def test_rows_of_one_table_are_written_by_one_statement(make_state, monkeypatch):
