@@ -255,12 +255,16 @@ MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic
 MAX_EVENT_BYTES = 16 << 20      # one upstream event
 MAX_UNREAD_USAGES = 1000        # of a stream, kept as they came until somebody asks
 MAX_REPLY_BYTES = 64 << 20      # one upstream answer that is not a stream
+MAX_TOLD_TOKENS = 1 << 40       # a count beyond it is none
+MAX_SMALL_REPLY_BYTES = 4 << 20     # of a token, list or quota call
 MAX_ERROR_BYTES = 1 << 20       # the body of an upstream's error
+MAX_ERROR_ROWS = 100            # of its details
 MAX_ERROR_LETTERS = 4000        # of its message: patterns look for its meaning
 MAX_TOLD_LETTERS = 400          # of a header that says what was left out, by its client's names
 MAX_PUBLIC_BODY_BYTES = 1 << 20     # a request body on a route that needs no key
 MAX_STATED_DELAY_S = 8 * 86400  # Google's windows are a week at most; more is void
 RECV_BYTES = 64 << 10
+STEP_BYTES = 16 << 10           # of an upstream's answer, inflated, before others have their turn
 UPSTREAM_IDLE_S = 60            # a kept upstream connection
 UPSTREAM_IDLE_PER_HOST = 64
 TOKEN_TIMEOUT_S = 15
@@ -270,6 +274,8 @@ TOKEN_FACTORS = (               # true tokens by our count before anything was l
     ("claude-haiku-[5-9]*", 1.27), ("claude-fable-*", 1.27))
 COUNT_TIMEOUT_S = 2             # an upstream's count; then the estimate is told
 TOKEN_REFRESH_BEFORE_S = 300    # refreshed when less life than this is left
+REFRESHED_AGAIN_S = 60          # a younger token is not, whoever asks for it
+MOST_TOKENS = 2000              # expiring secrets that are known; what is older has expired
 WAIT_AT_MOST_IN_PLACE_S = 3     # a stated rate-limit delay up to this is waited for in place
 GUESSED_REST_S = {              # rests nobody stated, by consecutive failures of the key
     "quota": (60, 300, 1800, 7200), "rate": (30,), "soft": (10,),
@@ -292,6 +298,7 @@ MOST_LISTED = 5000              # models taken over from one upstream's list
 QUOTA_STALE_S = 600             # older readings are shown as stale and decide nothing
 QUOTA_IDLE_POLL_S = 3600        # of accounts that nobody uses
 QUOTA_POINTS = 200              # remembered per window for the burn rate
+MOST_WINDOWS = 500              # of one account's pool
 STATE_AGAIN_S = 60              # a state.db that could not be had is tried again
 RECHECK_S = 900                 # a long stated limit is looked at again by a free quota reading
 FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
@@ -299,6 +306,7 @@ ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
 SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
 MOST_SIGNATURES, MOST_SIGNATURE_LETTERS = 5000, 8 << 20
+MAX_SIGNATURE_LETTERS = 64 << 10    # of one
 MOST_RECALLED_BYTES, MOST_LINKS = 32 << 20, 2000        # of one conversation by their ids
 REPLIES_LAST_S, MOST_REPLY_BYTES = 86400, 64 << 20      # that clients go on from by id
 LOGIN_WAIT_S = 300              # a browser sign-in in all
@@ -1212,9 +1220,10 @@ def json_splice(text: str, changes: Mapping[str, str | None]) -> str:
 
 # Redaction
 
-# every secret this process has seen; only ever grows, and is read by list(), which is one step
-# beside an add() also without the interpreter lock
+# every secret this process has seen; is read by list(), which is one step beside an add() also
+# without the interpreter lock
 _SECRETS: set[str] = set()
+_EXPIRING: collections.deque = collections.deque()      # those that come anew each hour, in order
 _SECRET_SHAPES = re.compile(
     r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
     r"|(?i:(?:bearer|basic)\s+)[\w.~+/=-]{8,}|(?<=//)[^\s/@\"']+:[^\s/@\"']*(?=@)"
@@ -1222,12 +1231,17 @@ _SECRET_SHAPES = re.compile(
 _EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*\w")
 
 
-def remember_secret(secret: str | None) -> None:
+def remember_secret(secret: str | None, expires: bool = False) -> None:
     """From now on `redact` removes this text wherever it turns up, as a URL, a form or JSON spells
-    it too."""
+    it too; of those that expire, until MOST_TOKENS came after it."""
     if secret and len(secret) >= 6:
-        _SECRETS.update((secret, urllib.parse.quote(secret, ""), urllib.parse.quote(secret),
-                         quote(secret)[1:-1]))
+        spelled = {secret, urllib.parse.quote(secret, ""), urllib.parse.quote(secret),
+                   quote(secret)[1:-1]}
+        if expires and secret not in _SECRETS:
+            _EXPIRING.append(spelled)
+            if len(_EXPIRING) > MOST_TOKENS:
+                _SECRETS.difference_update(_EXPIRING.popleft())
+        _SECRETS.update(spelled)
 
 
 def holds_secret(text: str) -> bool:
@@ -1444,6 +1458,14 @@ def parse_timestamp(text: str) -> float | None:
         return None
     offset_s = (int(match[8]) * 60 + int(match[9])) * 60 if match[7] else 0
     return float(at - offset_s if match[7] == "+" else at + offset_s)
+
+
+def parse_http_date(text: str) -> float | None:
+    """Epoch seconds of a head's date; None when it is none."""
+    import email.utils
+    with contextlib.suppress(TypeError, ValueError, OverflowError, OSError):    # year 9999999999
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    return None
 
 
 def object_of(value: Any) -> dict:
@@ -2797,14 +2819,16 @@ class Meters:
 
 class Memory:
     """Thinking signatures by client tool id and by content: (family, tag, raw) each.  Bounded by
-    count and letters; what was used longest ago goes first, and after a day unused.  `state` keeps
-    them over a restart, and has what other processes learn.  The lock guards items and size."""
+    count and letters; where that is too much, what was used longest ago of whose take most room
+    goes, so that nobody's many cost others theirs; and after a day unused.  `state` keeps them over
+    a restart, and has what other processes learn.  The lock guards items and sizes."""
 
     def __init__(self, clock: Clock, state: State | None = None):
         self.clock, self.state = clock, state
         self._lock = threading.Lock()
         self._items: collections.OrderedDict = collections.OrderedDict()    # -> (value, at)
-        self._letters = 0
+        self._letters: collections.Counter = collections.Counter()      # by (family, tag)
+        self._counts: collections.Counter = collections.Counter()
         rows = state.rows("signatures", "at > ? ORDER BY at DESC LIMIT ?",
                           clock.now() - SIGNATURES_LAST_S, MOST_SIGNATURES) if state else ()
         for key, family, tag, raw, at in reversed(rows):
@@ -2830,6 +2854,8 @@ class Memory:
                 self._keep(key, (family, tag, raw), at)
 
     def __setitem__(self, key: str, value: tuple) -> None:
+        if len(value[2]) > MAX_SIGNATURE_LETTERS:
+            return
         now = self.clock.now()
         with self._lock:
             self._keep(key, value, now)
@@ -2837,11 +2863,21 @@ class Memory:
             self.state.put("signatures", key, *value, now, urgent=self.state.is_shared)
 
     def _keep(self, key: str, value: tuple, at: float) -> None:
-        old = self._items.pop(key, None)
-        self._letters += len(value[2]) - (len(old[0][2]) if old else 0)
+        self._drop(key)
         self._items[key] = value, at
-        while len(self._items) > MOST_SIGNATURES or self._letters > MOST_SIGNATURE_LETTERS:
-            self._letters -= len(self._items.popitem(last=False)[1][0][2])
+        self._letters[value[:2]] += len(value[2])
+        self._counts[value[:2]] += 1
+        for sizes, most in ((self._counts, MOST_SIGNATURES),
+                            (self._letters, MOST_SIGNATURE_LETTERS)):
+            while sum(sizes.values()) > most:
+                maker = max(sizes, key=sizes.get)
+                self._drop(next(k for k, (v, _) in self._items.items() if v[:2] == maker))
+
+    def _drop(self, key: str) -> None:
+        value, _ = self._items.pop(key, (None, 0.0))
+        if value is not None:
+            self._letters[value[:2]] -= len(value[2])
+            self._counts[value[:2]] -= 1
 
 
 class Replies:
@@ -2962,12 +2998,13 @@ BODY_ENCODINGS = frozenset(("identity", "gzip", "x-gzip", "deflate"))
 class BodyReader:
     """Takes a message body out of raw bytes: by length, chunked, or until the connection closes,
     gzip or deflate undone.  `done` is set when the framing itself says so; what follows is `rest`.
-    Raises ValueError on any doubt.  `limit` holds for the decoded bytes."""
+    Raises ValueError on any doubt.  `limit` holds for the decoded bytes, `step` for those of one
+    `feed`: `has_more` tells that the next one, of b"", goes on with what is here already."""
 
     def __init__(self, framing: str | int, limit: int, encoding: str = "",
-                 is_request: bool = False):
+                 is_request: bool = False, step: int = 1 << 40):
         self.framing = framing          # a length in bytes, "chunked" or "close"
-        self.limit, self.is_request = limit, is_request
+        self.limit, self.is_request, self.step, self.has_more = limit, is_request, step, False
         self.done, self.rest, self.total = framing == 0, b"", 0
         self._held = b""                # an incomplete chunk head
         self._left = framing if isinstance(framing, int) else 0     # bytes of this chunk or body
@@ -2978,7 +3015,9 @@ class BodyReader:
 
     def feed(self, data: bytes) -> bytes:
         """The decoded body bytes in `data`; may be empty."""
-        if isinstance(self.framing, int):
+        if not data:
+            body = b""
+        elif isinstance(self.framing, int):
             body, self.rest = data[:self._left], data[self._left:]
             self._left -= len(body)
             self.done = self._left == 0
@@ -2987,16 +3026,18 @@ class BodyReader:
         else:
             body = self._feed_chunked(data)
         if self._unzip is not None:
+            most = min(self.step, self.limit + 1 - self.total)
             try:
-                body = self._unzip.decompress(body, self.limit + 1)
+                body = self._unzip.decompress(self._unzip.unconsumed_tail + body, most)
             except zlib.error as err:
                 raise ValueError(f"damaged compression: {err}") from err
+            self.has_more = len(body) == most
             if self.is_request and self._unzip.unused_data:
                 raise ValueError("something follows the compressed body")
         self.total += len(body)
         if self.total > self.limit:
             raise OverflowError(f"body of more than {self.limit} bytes")
-        if self._unzip is not None and self.done and not self._unzip.eof:
+        if self._unzip is not None and self.done and not (self._unzip.eof or self.has_more):
             raise ValueError("compressed body is cut")
         return body
 
@@ -3151,6 +3192,8 @@ class SseSplitter:
         cut = data.rfind(b"\n\n") + 2       # each byte is looked at once
         if cut == 1 and not (self._parts and data[:1] == b"\n" == self._parts[-1][-1:]):
             if data:
+                if len(self._parts) >= 4096:        # by letters, each would cost 23 bytes more
+                    self._parts = [b"".join(self._parts)]
                 self._parts.append(data)
                 self._size += len(data)
             if self._size > MAX_EVENT_BYTES:
@@ -3242,6 +3285,12 @@ class Usage:
     thinking_tokens: int = 0
     written_tokens: int = 0
     searches: int = 0                   # of the web, by the upstream
+
+
+def counts_told(found: Mapping[str, Any]) -> dict[str, int]:
+    """Those of an upstream's counters that may be true."""
+    return {name: count for name, count in found.items()
+            if isinstance(count, int) and 0 < count < MAX_TOLD_TOKENS}
 
 
 # Blocks of a request
@@ -6488,7 +6537,7 @@ def anthropic_parse_usage(usage: Any) -> dict[str, int]:
              "written": written, "output": usage.get("output_tokens"),
              "thinking": object_of(usage.get("output_tokens_details")).get("thinking_tokens"),
              "searches": object_of(usage.get("server_tool_use")).get("web_search_requests")}
-    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
+    return counts_told(found)
 
 
 def _parse_block(block: dict) -> list[tuple[Kind, Any]]:
@@ -7833,7 +7882,7 @@ def chat_parse_usage(usage: Any) -> dict[str, int]:
              "written": told.get("cache_write_tokens"),
              "output": usage.get("completion_tokens", usage.get("output_tokens")),
              "thinking": spent.get("reasoning_tokens")}
-    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
+    return counts_told(found)
 
 
 def openai_fault(event: Mapping) -> None:
@@ -9310,7 +9359,7 @@ def gemini_parse_usage(meta: Mapping) -> dict[str, int]:
              "visible": meta.get("candidatesTokenCount"),
              "thinking": meta.get("thoughtsTokenCount"),
              "output": total - prompt - extra if total and prompt else 0}
-    return {name: count for name, count in found.items() if isinstance(count, int) and count > 0}
+    return counts_told(found)
 
 
 def _parse_part(part: Mapping, pieces: list[tuple[Kind, Any]]) -> None:
@@ -9955,7 +10004,8 @@ def gemini_relay_request(request: Request, target: Target,
         signature = unwrap_signature(gemini_unwrap(match[1]))
         is_home = signature and (signature.family, signature.tag) == (
             _family(target.model), target.provider.signature_tag)
-        if is_home and "signatures" not in repairs:
+        # it comes from outside, and goes into JSON as it is
+        if is_home and "signatures" not in repairs and re.fullmatch(r"[\w+/=-]+", signature.raw):
             return match[0].replace(match[1], signature.raw)
         if not signature and "signatures" not in repairs:
             return match[0]
@@ -10092,8 +10142,8 @@ def _innermost(error: Any, depth: int = 3) -> tuple[str, dict, str]:
     told = inner.get("detail") if not message else None      # FastAPI's servers
     if told:
         message = told if isinstance(told, str) else "; ".join(
-            f"{'.'.join(map(str, row.get('loc') or ()))}: {row.get('msg')}"
-            for row in objects_of(told)) or json_encode(told)
+            f"{'.'.join(map(str, row['loc'] if isinstance(row.get('loc'), list) else ()))}: "
+            f"{row.get('msg')}" for row in objects_of(told)) or json_encode(told)
     if depth and message.lstrip().startswith(("{", "[")):
         with contextlib.suppress(ValueError, RecursionError):       # it only looked like JSON
             text, _, kind = _innermost(json.loads(message), depth - 1)
@@ -10108,20 +10158,20 @@ def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
         if re.fullmatch(r"\d+(\.\d+)?", value):
             yield float(value) * scale
         elif value and name == "retry-after":
-            import email.utils
-            with contextlib.suppress(TypeError, ValueError):    # neither seconds nor a date
-                yield email.utils.parsedate_to_datetime(value).timestamp() - now
+            told = parse_http_date(value)
+            if told is not None:
+                yield told - now
     if re.fullmatch(r"\d{9,}", headers.get("x-ratelimit-reset", "")):
         yield float(headers["x-ratelimit-reset"]) - now
 
 
 def _link(details: list[dict], metadata: Mapping, message: str) -> str:
-    if isinstance(metadata.get("validation_url"), str):
+    if metadata.get("validation_url"):
         return metadata["validation_url"]
     for detail in details:
         for link in objects_of(detail.get("links")):
             if "learn more" not in str(link.get("description", "")).lower():
-                return str(link.get("url", ""))
+                return str(link.get("url", ""))[:MAX_ERROR_LETTERS]
     match = _LOGIN_LINK.search(message.replace("\\u0026", "&"))
     return match[0] if match else ""
 
@@ -10136,17 +10186,20 @@ def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
             text = re.sub(r"<[^>]*>|\s+", " ", raw[:400].decode("utf-8", "replace")).strip()
             raw = {"error": {"message": text}}
     message, error, kind = _innermost(raw)
-    details = objects_of(error.get("details"))
+    message = message[:MAX_ERROR_LETTERS]
+    details = objects_of(error.get("details"))[:MAX_ERROR_ROWS]
     reasons, metadata = set(), {}
     delays = list(_retry_headers_s(headers, now))
     for detail in details:
         reasons.add(str(detail.get("reason", "")))
         if isinstance(detail.get("metadata"), dict):
-            metadata.update(detail["metadata"])
-        reasons.update(str(v.get("quotaId", "")) for v in objects_of(detail.get("violations")))
-        delays.append(parse_duration_s(str(detail.get("retryDelay", ""))))
+            metadata.update({name: value[:MAX_ERROR_LETTERS] for name, value in
+                             detail["metadata"].items() if isinstance(value, str)})
+        reasons.update(str(v.get("quotaId", ""))
+                       for v in objects_of(detail.get("violations"))[:MAX_ERROR_ROWS])
+        delays.append(parse_duration_s(str(detail.get("retryDelay", ""))[:MAX_ERROR_LETTERS]))
     reasons.update(str(e.get("reason", "")) for e in objects_of(error.get("errors")))
-    delays.append(parse_duration_s(str(metadata.get("quotaResetDelay", ""))))
+    delays.append(parse_duration_s(metadata.get("quotaResetDelay", "")))
     said_at = re.search(r"reset(?:s)?(?: at)?\W+(\d{4}-\d\d-\d\d[T ][\d:]{8}Z?)", message)
     if said_at:
         delays.append((parse_timestamp(said_at[1].replace(" ", "T")) or now) - now)
@@ -10157,7 +10210,7 @@ def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
         delays.append(float(match[2]) if match[2]
                       else parse_duration_s(match[1].replace("econds", "")))
     stated = [d for d in delays if d is not None and 0 <= d <= MAX_STATED_DELAY_S]
-    reset_at = parse_timestamp(str(metadata.get("quotaResetTimeStamp", "")))
+    reset_at = parse_timestamp(metadata.get("quotaResetTimeStamp", ""))
     delay = max(stated, default=None)
     if reset_at is not None and 0 < reset_at - now <= MAX_STATED_DELAY_S:
         delay = reset_at - now
@@ -10203,7 +10256,7 @@ def receive(sock: socket.socket, wait: Callable[..., None], deadline: Deadline) 
     while True:
         wait(sock, deadline)
         try:
-            return sock.recv(RECV_BYTES)
+            return sock.recv(STEP_BYTES)
         except NOT_YET:
             continue
 
@@ -10292,7 +10345,7 @@ class Connection:
             except NOT_YET:
                 continue
             said += more
-            if not more or not said.startswith(b"HTTP/1.1 1"):      # a `continue` is no answer
+            if not more or not said.startswith(b"HTTP/1.1 1") or len(said) > MAX_HEAD_BYTES:
                 self.is_in_step = False
                 return said
         return said
@@ -10536,7 +10589,10 @@ class TimedSocket(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.sock.settimeout(max(0.001, self.clock.left_s()))
+        left_s = self.clock.left_s()
+        if not left_s:          # also where there always is something to read
+            raise socket.timeout("its time is up")
+        self.sock.settimeout(left_s)
         return self.sock.recv_into(buffer)
 
 
@@ -10555,7 +10611,7 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
         client.request(method, path or "/", body, {
             "Host": parts.netloc.rpartition("@")[2], **headers})
         response = client.getresponse()
-        data = response.read(MAX_REPLY_BYTES)
+        data = response.read(MAX_SMALL_REPLY_BYTES)     # cut where it is longer: no JSON
         return response.status, {k.lower(): v for k, v in response.getheaders()}, data
     except (OSError, http.client.HTTPException, ValueError) as err:
         raise network_error(err, connection.host, clock) from err
@@ -10594,15 +10650,13 @@ def certificate_issuer(der: bytes) -> str:
 
 def _read_clock(way: Way, sock: socket.socket, clock: Clock, timeout_s: float) -> None:
     """How far the clock of who answers is ahead, which tells whole seconds."""
-    import email.utils
-    sock.settimeout(timeout_s)
     client, began = http.client.HTTPConnection("upstream"), clock.now()
-    client.sock = sock
+    client.sock = TimedSocket(sock, Deadline(timeout_s, "there was no answer within"))
     client.request("HEAD", "/", headers={"Host": way.url.partition("//")[2]})
     with client.getresponse() as response:
-        told = email.utils.parsedate_tz(response.getheader("date", ""))
-    if told:
-        way.ahead_s = email.utils.mktime_tz(told) + 0.5 - (began + clock.now()) / 2
+        told = parse_http_date(response.getheader("date", ""))
+    if told is not None:
+        way.ahead_s = told + 0.5 - (began + clock.now()) / 2
 
 
 def explore(way: Way, connections: ConnectionCache, timeout_s: float) -> None:
@@ -10680,6 +10734,7 @@ class Account:
     lock: Any = field(default_factory=threading.Lock)
     access_token: str = ""
     token_expires_at: float = 0.0           # epoch seconds
+    token_at: float = 0.0                   # when it was got
     failure: tuple | None = None            # (monotonic time, ProxyError) of its last refresh
     spent: set = field(default_factory=set)     # refresh tokens that were rotated: never again
     _stops: tuple = (None, ())              # (secret, its stop_keys): one value, read as a whole
@@ -11313,6 +11368,12 @@ class Rests:
         return cleared
 
 
+def plausible(window: Window) -> Window:
+    """The reading with a reset that may be true, or none."""
+    return window if 0 <= window.reset_at <= window.at + LATEST_RESET_S else window._replace(
+        reset_at=0.0)
+
+
 class Readings:
     """What upstreams told of accounts' pools: facts, quota windows.  The pool's lock guards it."""
 
@@ -11323,7 +11384,7 @@ class Readings:
         self.points: dict[tuple, collections.deque] = {}    # (account, pool, scope, window)
         for account, pool, *row in state.rows("quotas", "at > ? ORDER BY at",
                                               clock.now() - 86400) if state else ():
-            self._take(account, pool, Window(*row))
+            self._take(account, pool, plausible(Window(*row)))
 
     def take_facts(self, rows: Iterable[tuple]) -> bool:
         """Takes over what is newer on disk; whether anything was."""
@@ -11340,7 +11401,7 @@ class Readings:
     def take_windows(self, rows: Iterable[tuple]) -> None:
         """The same for readings."""
         for account, pool, *row in rows:
-            window = Window(*row)
+            window = plausible(Window(*row))
             known = self.quotas.get((account, pool), {}).get(window.scope, {}).get(window.window)
             if known is None or known.at < window.at:
                 self._take(account, pool, window)
@@ -11352,7 +11413,7 @@ class Readings:
                            json_encode([list(m) for m in facts.models]), facts.at, urgent=True)
 
     def note_windows(self, pair: tuple, windows: Iterable[Window]) -> None:
-        for window in windows:
+        for window in map(plausible, windows):
             if self._take(*pair, window) and self.state is not None:
                 self.state.put("quotas", *pair, *window)
 
@@ -11381,6 +11442,9 @@ class Readings:
     def _take(self, account: str, pool: str, window: Window) -> bool:
         """Whether the reading is worth a row: a change, or ten minutes gone by."""
         readings = self.quotas.setdefault((account, pool), {})
+        if window.window not in readings.get(window.scope, ()) and (
+                sum(map(len, readings.values())) >= MOST_WINDOWS):
+            return False        # names that are made up anew with each answer
         readings.setdefault(window.scope, {})[window.window] = window
         if window.fraction is None:
             return False
@@ -12173,11 +12237,8 @@ GRANT_ERRORS = {        # the token endpoint's words -> a sentence with what to 
 
 def _clock_skew_s(headers: Mapping[str, str]) -> float:
     """Seconds between the answer's Date and this machine's clock."""
-    import email.utils
-    try:
-        return abs(email.utils.parsedate_to_datetime(headers["date"]).timestamp() - time.time())
-    except (LookupError, TypeError, ValueError):
-        return 0.0
+    told = parse_http_date(headers.get("date", ""))
+    return abs(told - time.time()) if told is not None else 0.0
 
 
 def oauth_post(provider: Provider, fields: Mapping[str, str], connections: ConnectionCache,
@@ -12197,7 +12258,7 @@ def oauth_post(provider: Provider, fields: Mapping[str, str], connections: Conne
     token = answer.get("access_token")
     if status == 200 and isinstance(token, str) and re.fullmatch(r"[!-~]+", token):
         for name in ("access_token", "refresh_token", "id_token"):
-            remember_secret(str(answer.get(name) or ""))
+            remember_secret(str(answer.get(name) or ""), name != "refresh_token")
         return answer, ""
     error = answer.get("error")
     error = str(object_of(error).get("status") or error or "").lower()
@@ -12403,6 +12464,8 @@ class Tokens:
         handed out again; nor is one from another process without `is_shared`."""
         with account.lock:
             token, expires_at = account.access_token, account.token_expires_at
+            if expires_at:      # of one that lives for minutes, half of them are enough
+                life_s = min(life_s, (expires_at - account.token_at) / 2)
             is_alive = token and token != refused
             if is_alive and not expires_at and account.credential != "refresh_token":
                 return token        # a static one
@@ -12440,6 +12503,7 @@ class Tokens:
             with account.lock:
                 if account.secret == secret:
                     account.access_token, account.token_expires_at = token, expires_at
+                    account.token_at = self.clock.now()
             return token
         except ConfigError as err:
             raise ProxyError("no_secret", f"its secret cannot be had: {err}") from err
@@ -12493,7 +12557,7 @@ class Tokens:
             with open(path, "rb") as handle:
                 kept = json_decode(handle.read())
             if kept["of"] == hash_of_secret(secret):
-                remember_secret(kept["access_token"])
+                remember_secret(kept["access_token"], True)
                 expires_at = float(kept["expires_at"])
                 if expires_at <= self.clock.now() + 86400:      # else the clock was set back
                     return secret, str(kept["access_token"]), expires_at
@@ -12774,7 +12838,7 @@ def _zai_windows(answer: Mapping, now: float) -> list[Window]:
     words = {("TOKENS_LIMIT", 3): "5h", ("TOKENS_LIMIT", 6): "weekly"}
     return [Window("account" if (r.get("type"), r.get("unit")) in words else "tools",
                    words.get((r.get("type"), r.get("unit")), "monthly"),
-                   max(0.0, 1 - _number(r.get("percentage")) / 100),
+                   max(0.0, min(1.0, 1 - _number(r.get("percentage")) / 100)),
                    _number(r.get("nextResetTime")) / 1000, now) for r in rows]
 
 
@@ -12828,9 +12892,7 @@ def read_key_quota(account: Account, connections: ConnectionCache, now: float) -
         None, account.proxy, QUOTA_TIMEOUT_S)
     with contextlib.suppress(ValueError, TypeError, OverflowError):     # no JSON, or an odd one
         if status == 200:
-            told = QUOTA_FORMS[provider.quota_form](object_of(json_decode(raw)), now)
-            return [w._replace(reset_at=0.0) if w.reset_at > now + LATEST_RESET_S else w
-                    for w in told]
+            return QUOTA_FORMS[provider.quota_form](object_of(json_decode(raw)), now)
     raise ProxyError("server", f"its quota could not be read: status {status}")
 
 
@@ -12878,7 +12940,7 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         message = object_of(answer.get("error")).get("message") or f"status {status}, no model list"
         is_refused = status in (400, 401, 403)
         told = "the key was not accepted" if is_refused else "its models could not be listed"
-        raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message))}")
+        raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message)[:MAX_ERROR_LETTERS])}")
     rows = (row for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
             and 0 < len(row["id"]) <= MAX_MODEL_NAME and row["id"].isprintable())
     return tuple(MODELS.get(row["id"]) or _listed_row(row)
@@ -13909,12 +13971,14 @@ def read_meaning(status: int, headers: Mapping[str, str], raw: Any, now: float,
                  counted: Callable[[], int], limit: int) -> ProxyError:
     """The error an upstream's answer means.  `counted` and `limit` are our own input tokens and the
     model's window, for upstreams that say `too long` without numbers."""
-    facts = error_facts(raw, headers, now)
-    facts = facts._replace(message=facts.message[:MAX_ERROR_LETTERS])
+    try:
+        facts = error_facts(raw, headers, now)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        facts = ErrorFacts("", frozenset(), None, "", 0)    # an odd one: its status says enough
     if status == 200:           # an event in a stream: Google tells a code, Anthropic a type
         word = next((r for r in facts.reasons if r.lower() in _TYPE_STATUS), "")
         status = facts.code or _TYPE_STATUS.get(word.lower(), 500)
-    reasons = " ".join(sorted(facts.reasons))
+    reasons = " ".join(sorted(facts.reasons))[:MAX_ERROR_LETTERS]
     kind = next((row.kind for row in MEANINGS if (not row.statuses or status in row.statuses)
                  and (not row.reason.pattern or row.reason.search(reasons))
                  and (not row.text.pattern or row.text.search(facts.message))), "")
@@ -13956,8 +14020,8 @@ def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], ra
     """`error` with the upstream's own answer, where it is one that the client can read: Claude Code
     repairs itself by the vendor's wording."""
     error.headers = relayed_headers(headers)
-    if not isinstance(raw, bytes) or not 400 <= status < 500:
-        return error
+    if not isinstance(raw, bytes) or not 400 <= status < 500 or status in (401, 403):
+        return error            # a client that hears of keys would ask for its own
     with contextlib.suppress(ValueError):       # no JSON: ours is better
         body = object_of(json_decode(raw))
         told = object_of(body.get("error"))
@@ -14142,7 +14206,7 @@ class RelayPipe(Pipe):
     def __init__(self, machine: Any, is_stream: bool, understand: Callable[[Any], ProxyError]):
         self.splitter, self.machine, self.is_stream = SseSplitter(whole_events), machine, is_stream
         self.understand = understand
-        self.fault, self.is_done, self._parts = None, False, []
+        self.fault, self.is_done, self._whole = None, False, bytearray()
 
     @property
     def has_content(self) -> bool:
@@ -14162,7 +14226,7 @@ class RelayPipe(Pipe):
     def feed(self, data: bytes) -> bytes:
         if self.is_stream:
             return super().feed(data)
-        self._parts.append(data)
+        self._whole += data
         return b""
 
     leaves_whole = tells_finish = True
@@ -14173,7 +14237,7 @@ class RelayPipe(Pipe):
 
     def _end(self, out: list[str]) -> None:
         if not self.is_stream:
-            out.append(self.machine.whole(b"".join(self._parts)).decode("utf-8"))
+            out.append(self.machine.whole(bytes(self._whole)).decode("utf-8"))
             return
         for event in self.splitter.end():       # without its empty line: perhaps half of one
             data = next((line[5:] for line in event.split("\n") if line[:5] == "data:"), "")
@@ -14284,9 +14348,12 @@ class UpstreamAnswer:
         self.is_done = self.is_reusable = False
 
     def read(self) -> bytes | None:
-        """Output of what one recv brought; None when nothing is there yet (non-blocking)."""
+        """Output of what one recv brought, or of more of the last one's; None when nothing is there
+        yet (non-blocking)."""
+        if self.body.has_more:
+            return self.take(None)
         try:
-            data = self.connection.sock.recv(RECV_BYTES)
+            data = self.connection.sock.recv(STEP_BYTES)
         except NOT_YET:
             return None
         except OSError as err:
@@ -14309,13 +14376,13 @@ class UpstreamAnswer:
             if not self.body.done:
                 self.body.feed(self.connection.sock.recv(RECV_BYTES))
             self.is_reusable = (self.keeps_alive and self.body.done and not self.body.rest
-                                and self.pipe.leaves_whole)
+                                and not self.body.has_more and self.pipe.leaves_whole)
 
-    def take(self, data: bytes) -> bytes:
-        """Output of raw bytes; b"" means the connection ended."""
+    def take(self, data: bytes | None) -> bytes:
+        """Output of raw bytes; b"" means the connection ended, None that there are more of them."""
         pipe = self.pipe
         try:
-            body = self.body.feed(data) if data else b""
+            body = self.body.feed(data or b"") if data != b"" else b""
         except (ValueError, OverflowError) as err:
             return self.fail(ProxyError("cut", f"the upstream's answer is damaged: {err}"))
         out = pipe.feed(body)
@@ -14324,12 +14391,14 @@ class UpstreamAnswer:
         elif pipe.is_done:
             self.is_done = True
             self._finish_body()
-        elif self.body.done or (not data and self.body.end()):
+        elif self.body.has_more:
+            pass
+        elif self.body.done or (data == b"" and self.body.end()):
             out += pipe.end()
             self.fault = pipe.fault
             self.is_done = self.fault is None
             self.is_reusable = self.keeps_alive and self.body.done and not self.body.rest
-        elif not data:
+        elif data == b"":
             out += self.fail(
                 ProxyError("cut", "the upstream closed the connection in mid-answer"))
         return out
@@ -14435,7 +14504,8 @@ def upstream_call(connections: ConnectionCache, call: Call,
         if status == 200 and encoding not in BODY_ENCODINGS:
             raise ProxyError("network", f"{host} answered in an encoding that nobody asked for")
         most = MAX_ERROR_BYTES if status != 200 else call.max_bytes
-        body = BodyReader(framing, most, encoding)
+        body = BodyReader(framing, most, encoding,
+                          step=STEP_BYTES if status == 200 else MAX_ERROR_BYTES + 1)
         keeps_alive = (framing != "close" and headers.get("connection", "").lower() != "close"
                        and connection.is_in_step)
         if status != 200:
@@ -14445,16 +14515,18 @@ def upstream_call(connections: ConnectionCache, call: Call,
                 connection = None       # no longer ours to close
             raise call.understand(status, headers, raw)
         answer = UpstreamAnswer(connection, body, call.pipe, keeps_alive, headers)
-        out = answer.take(rest) if rest or body.done else b""
+        out = bytearray(answer.take(rest) if rest or body.done else b"")
         while not (call.pipe.has_content or answer.is_done or answer.fault):
-            wait(connection.sock, idle_deadline(host, config) if body.total else begins)
+            # it always takes bytes: where more are here already, only a look at clocks and client
+            wait(connection.sock, idle_deadline(host, config) if body.total else begins,
+                 body.has_more)
             out += answer.read() or b""
-            if len(out) > MAX_EVENT_BYTES:
+            if len(out) > MAX_EVENT_BYTES or body.total > MAX_REPLY_BYTES:
                 raise ProxyError("cut", f"{host} sends on and on, and nothing that is an answer")
         if answer.fault and not call.pipe.has_content:
             raise answer.fault
         # a refusal told as model text
-        return answer, out
+        return answer, bytes(out)
     except BaseException as err:
         if connection is not None:
             connection.close()
@@ -15064,8 +15136,8 @@ class Conducting:
         answer, config = stream.answer, self.services.config
         try:
             while not (answer.is_done or answer.fault):
-                self.client.wait(answer.connection.sock,
-                                 idle_deadline(answer.connection.host, config))
+                self.client.wait(answer.connection.sock, idle_deadline(
+                    answer.connection.host, config), answer.body.has_more)
                 answer.read()
             if answer.fault:
                 raise answer.fault
@@ -15419,7 +15491,8 @@ class Exchange:
         is_streaming = bool(self.request and self.request.is_streaming)
         last = self.last_deadline(is_streaming)
         now = time.monotonic()
-        while now < last.at:        # also for an upstream that always has something to say
+        # also for an upstream that always has something to say
+        while now < min(last.at, deadline.at):
             if self.services.stopping.is_set():
                 raise ProxyError("stopping", "the proxy is stopping")
             held_until = float("inf")
@@ -15437,11 +15510,9 @@ class Exchange:
             if sock in ready:
                 return
             now = time.monotonic()
-            if deadline.at <= now < last.at:
-                raise deadline.error()
-            if now >= held_until:
+            if held_until <= now < deadline.at:
                 self._while_held(now)
-        raise last.error("timeout")
+        raise deadline.error() if now < last.at else last.error("timeout")
 
     def last_deadline(self, is_streaming: bool) -> Deadline:
         """Until when the whole answer has to be there."""
@@ -15638,6 +15709,9 @@ class RelayedStream:
                     return
                 if sent < len(out):
                     self.push(out[sent:])
+            if answer.body.has_more:
+                self.relay.eager.add(self)      # after everybody else had a turn
+                return
             if not (self.is_tls and self.upstream.pending()):
                 return
 
@@ -15756,6 +15830,7 @@ class Relay:
         self.services, self.serve, self.release = services, serve, release
         self.each_second = each_second
         self.streams: set[RelayedStream] = set()
+        self.eager: set[RelayedStream] = set()          # those that need not wait for their socket
         self.idle: dict[Downstream, float] = {}         # -> deadline, monotonic
         self.now = time.monotonic()     # as of the last wake-up: read once for all its events
         self._round: list[RelayedStream] = []           # streams whose turn to be looked at is near
@@ -15880,14 +15955,16 @@ class Relay:
         next_tick = next_look = time.monotonic() + 1
         while not self._is_stopping:
             due = min(next_tick, next_look) if self.streams else next_tick
+            eager, self.eager = self.eager, set()
             try:
-                ready = self._selector.select(max(0.0, due - time.monotonic()))
+                ready = self._selector.select(max(0.0, due - time.monotonic()) if not eager else 0)
             except (OSError, ValueError) as err:    # more sockets than select() takes
                 self.services.log.fault("relay", err)
                 ready = []
                 time.sleep(0.05)
             self.now = now = time.monotonic()
             self._guard([(key.data, mask) for key, mask in ready])
+            self._guard([(stream.on_upstream, 0) for stream in eager])
             while self._inbox:
                 self._guard([self._inbox[0]])
                 self._inbox.popleft()       # not before it is done: a drain looks for it here
@@ -16657,7 +16734,8 @@ def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> N
 
 
 def answer_refresh_token(handler: Handler, exchange: Exchange, match: Any) -> None:
-    """A new access token for every account that has a refresh token."""
+    """A new access token for every account that has a refresh token, and none that is as good as
+    new."""
     services, results = handler.services, {}
     for account in services.pool.accounts:
         if account.credential != "refresh_token":
@@ -16665,7 +16743,8 @@ def answer_refresh_token(handler: Handler, exchange: Exchange, match: Any) -> No
         try:
             if services.pool.is_stopped(account):
                 raise ProxyError("revoked", "stopped until a person acts")
-            services.tokens.access(account, account.access_token, is_shared=False)
+            if not 0 <= services.clock.now() - account.token_at < REFRESHED_AGAIN_S:
+                services.tokens.access(account, account.access_token, is_shared=False)
             results[account.label] = "refreshed"
         except ProxyError as err:
             results[account.label] = redact(err.message)
