@@ -251,6 +251,10 @@ MAX_HEADERS = 100
 MAX_PATH = 1000                 # of a route, in bytes
 MAX_MODEL_NAME = 200
 MAX_JSON_DEPTH = 200
+MAX_JSON_VALUES = 1_000_000     # brackets, commas and quotes; the longest conversation has 100,000
+MAX_STOPS, MAX_STOP_LETTERS = 64, 8192
+MAX_MESSAGE = 1 << 14           # letters of an error, a client's or an upstream's
+MAX_MODEL_TOKENS = 10 ** 9      # a limit that is told above that is nonsense
 MAX_JSON_DIGITS = 40            # older Pythons parse long integers in quadratic time
 MAX_EVENT_BYTES = 16 << 20      # one upstream event
 MAX_UNREAD_USAGES = 1000        # of a stream, kept as they came until somebody asks
@@ -884,9 +888,34 @@ def _without_halves(text: str) -> str:
     return text
 
 
+def refuse_many_values(raw: bytes) -> None:
+    """Raises ValueError for JSON of so many values that they would take far more memory than its
+    bytes, as 32 MB of `[],` do.  What stands in texts does not count."""
+    signs = b"[", b"{", b",", b'"'
+    if len(raw) < MAX_JSON_VALUES or sum(map(raw.count, signs)) < MAX_JSON_VALUES:
+        return
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = bare.count(b'"')
+    if quotes < MAX_JSON_VALUES:
+        quotes += sum(map(b"".join(bare.split(b'"')[::2]).count, signs))
+    if quotes >= MAX_JSON_VALUES:
+        raise ValueError(f"more than some {MAX_JSON_VALUES // 2} values")
+
+
+def json_count(value: Any) -> int:
+    """How many values a JSON value is."""
+    count, level = 0, [value]
+    while level:
+        count += len(level)
+        level = [item for box in level if isinstance(box, (dict, list))
+                 for item in (box.values() if isinstance(box, dict) else box)]
+    return count
+
+
 def json_decode(raw: bytes) -> Any:
-    """Strict JSON: UTF-8, no NaN, bounded integers; lone surrogates become U+FFFD.
-    Raises ValueError with a sentence for whatever is wrong."""
+    """Strict JSON: UTF-8, no NaN, bounded integers and number of values; lone surrogates become
+    U+FFFD.  Raises ValueError with a sentence for whatever is wrong."""
+    refuse_many_values(raw)
     try:
         return _DECODER.decode(_without_halves(raw.decode("utf-8")))
     except UnicodeDecodeError as err:
@@ -928,6 +957,7 @@ def json_items(text: str, at: int) -> tuple[list, list[int], int]:
 BODY_LISTS = {"messages": 3, "contents": 3, "input": 3, "system": 0, "tools": 0}
 LEAST_BODY_BYTES = 4096             # below that nothing is gained
 MOST_BODY_BYTES = 16 << 20          # remembered in all, as JSON; with what is made of it four times
+BYTES_A_VALUE = 200                 # weighed besides the JSON of what is remembered
 MOST_ALIKE = 64                     # lists that begin alike: of agents that one client starts
 _FIRST_BYTES, _MORE_BYTES, _STARTS = 160, 4096, 16
 _LONGEST_START = 64                 # of a list: its name, and gaps up to the bracket
@@ -953,12 +983,17 @@ class KeptList(list):
 
 class _Seen:
     """The first items of a list of an earlier body: `raw` from the bracket on, in which item n
-    ends at `ends[n]`.  `after` is how the next list of that body began, b"" for none."""
-    __slots__ = ("raw", "first", "ends", "values", "made", "after")
+    ends at `ends[n]`; up to there they are `counts[n]` values.  `after` is how the next list of
+    that body began, b"" for none."""
+    __slots__ = ("raw", "first", "ends", "counts", "values", "made", "after")
 
-    def __init__(self, raw: bytes, ends: list[int], values: list, made: list):
-        self.raw, self.ends, self.values, self.made = raw, ends, values, made
+    def __init__(self, raw: bytes, ends: list[int], counts: list[int], values: list, made: list):
+        self.raw, self.ends, self.counts, self.values, self.made = raw, ends, counts, values, made
         self.first, self.after = raw[:ends[0]], b""
+
+    def weight(self) -> int:
+        """About its bytes of memory: short values take more of it than their JSON."""
+        return len(self.raw) + BYTES_A_VALUE * self.counts[-1]
 
     def count(self, raw: bytes, at: int) -> int:
         """How many of the items stand at a place of another body; perhaps not all that do."""
@@ -968,6 +1003,38 @@ class _Seen:
         while count > 1 and not raw.startswith(self.raw[:self.ends[count - 1]], at):
             count //= 2
         return count
+
+
+def json_spans(text: str, at: int = 0) -> Iterator[tuple[Any, int, int, int]]:
+    """(key or index, where the member begins, where its value begins, where that ends) of each
+    member of the object or list at `at`.  The text is known to be JSON."""
+    gap, read = _GAP.match, json.JSONDecoder().raw_decode
+    at = gap(text, at).end()
+    is_object, index = text[at] == "{", 0
+    at = gap(text, at + 1).end()
+    while text[at] not in "}]":
+        begin, key = at, index
+        if is_object:
+            key, at = read(text, at)
+            at = gap(text, gap(text, at).end() + 1).end()       # past the colon
+        _, end = read(text, at)
+        yield key, begin, at, end
+        index, at = index + 1, gap(text, end).end()
+        if text[at] == ",":
+            at = gap(text, at + 1).end()
+
+
+class Repeating(dict):
+    """An object whose JSON has a name more than once; the last one counts."""
+
+
+def _told_once(raw: bytes) -> Any:
+    body = json_decode(raw)
+    if not isinstance(body, dict) or b"\\u" not in raw and all(
+            raw.count(b'"%s"' % name.encode("utf-8")) == 1 for name in body):
+        return body         # as nearly always: 2 us
+    is_once = len(body) == sum(1 for _ in json_spans(raw.decode("utf-8")))
+    return body if is_once else Repeating(body)
 
 
 class BodyMemory:
@@ -985,18 +1052,19 @@ class BodyMemory:
         self._mark = os.urandom(12).hex()               # stands for known items; nobody can know it
 
     def decode(self, raw: bytes) -> Any:
-        """As `json_decode` does."""
+        """As `json_decode` does; an object that has a name twice is a Repeating."""
         if len(raw) < LEAST_BODY_BYTES:
-            return json_decode(raw)
+            return _told_once(raw)
         cuts, parts, at = self._cuts(raw), [], 0
         for number, (begin, seen, count) in enumerate(cuts):
             parts += [raw[at:begin], b'["%s%d"' % (self._mark.encode(), number)]
             at = begin + seen.ends[count - 1]
+        new = b"".join([*parts, raw[at:]]) if cuts else raw
+        refuse_many_values(new)
         try:
-            text = (b"".join([*parts, raw[at:]]) if cuts else raw).decode("utf-8")
-            return self._read(text, cuts)
+            return self._read(new.decode("utf-8"), cuts)
         except (ValueError, LookupError, StopIteration, RecursionError):
-            return json_decode(raw)         # says what is wrong, if anything is
+            return _told_once(raw)          # says what is wrong, if anything is
 
     def _cuts(self, raw: bytes) -> list[tuple[int, _Seen, int]]:
         """(where a list begins, what is known of it, how many of its items that holds for)."""
@@ -1055,6 +1123,8 @@ class BodyMemory:
             if not isinstance(key, str) or text[at] != ":":
                 raise ValueError("no member")
             at = gap(text, at + 1).end()
+            if key in body:
+                raise ValueError("a name twice")
             if key in BODY_LISTS and text[at] == "[":
                 start = text[begin:at + 1].encode("utf-8")
                 body[key], seen, at = self._list(text, at, left, BODY_LISTS[key])
@@ -1074,24 +1144,27 @@ class BodyMemory:
         """(the list at that place, what is to be known of it, where it ends).  `new` is how many of
         its last items may differ next time; what was cut out is taken from `left`."""
         begin, (values, ends, end) = at, json_items(text, at)
-        raw, known, made, bounds = b"", 0, [], []
+        raw, known, made, bounds, counts = b"", 0, [], [], []
         if values and isinstance(values[0], str) and values[0].startswith(self._mark):
             _, seen, known = left.pop(int(values[0][len(self._mark):]))
             begin, values = ends[0], seen.values[:known] + values[1:]
             made, bounds, raw = seen.made[:known], seen.ends[:known], seen.raw
+            counts = seen.counts[:known]
             if len(values) - new <= known == len(seen.ends):
                 return KeptList(values, seen.made), seen, end       # nothing more to be known
             ends = ends[1:]
         kept = max(len(values) - new, known)
-        if not kept:
+        if not kept or BYTES_A_VALUE * kept > self.most_bytes // 2:
             return values, None, end
-        size, parts = bounds[-1] if bounds else 0, []
-        for stop in ends[:kept - known]:
+        size, parts, count = bounds[-1] if bounds else 0, [], counts[-1] if counts else 0
+        for stop, value in zip(ends[:kept - known], values[known:]):
             parts.append(text[begin:stop].encode("utf-8"))
             size, begin = size + len(parts[-1]), stop
             bounds.append(size)
+            count += json_count(value)
+            counts.append(count)
         raw = b"".join([raw[:bounds[known - 1]] if known else b"", *parts])
-        seen = _Seen(raw, bounds, values[:kept], made + [None] * (kept - known))
+        seen = _Seen(raw, bounds, counts, values[:kept], made + [None] * (kept - known))
         return KeptList(values, seen.made), seen, end
 
     def _keep(self, lists: list[tuple[int, bytes, _Seen | None]]) -> None:
@@ -1103,12 +1176,13 @@ class BodyMemory:
             for (_, start, seen), after in zip(lists, nexts):
                 _renew(self._after, start, after)
                 if seen is not None and (LEAST_BODY_BYTES // 4 <= len(seen.raw)
-                                         <= self.most_bytes // 4):
+                                         <= self.most_bytes // 4) and (
+                        seen.weight() <= self.most_bytes // 2):
                     seen.after = after
                     self._keep_one((start, seen.raw[:_FIRST_BYTES]), seen)
             while self._size > self.most_bytes:
                 key = next(iter(self._seen))
-                self._size -= len(self._seen[key].pop(0).raw)
+                self._size -= self._seen[key].pop(0).weight()
                 if not self._seen[key]:
                     del self._seen[key]
 
@@ -1117,7 +1191,7 @@ class BodyMemory:
         # what this one goes on from is not needed beside it
         kept = [row for row in rows if row is not seen and not seen.raw.startswith(row.raw)]
         kept = [*kept, seen][-MOST_ALIKE:]
-        self._size += sum(len(r.raw) for r in kept) - sum(len(r.raw) for r in rows)
+        self._size += sum(r.weight() for r in kept) - sum(r.weight() for r in rows)
         self._seen[key] = kept
 
 
@@ -1172,28 +1246,10 @@ def json_depth_exceeds(value: Any, limit: int = MAX_JSON_DEPTH) -> bool:
     return True
 
 
-def json_spans(text: str, at: int = 0) -> Iterator[tuple[Any, int, int, int]]:
-    """(key or index, where the member begins, where its value begins, where that ends) of each
-    member of the object or list at `at`.  The text is known to be JSON."""
-    gap, read = _GAP.match, json.JSONDecoder().raw_decode
-    at = gap(text, at).end()
-    is_object, index = text[at] == "{", 0
-    at = gap(text, at + 1).end()
-    while text[at] not in "}]":
-        begin, key = at, index
-        if is_object:
-            key, at = read(text, at)
-            at = gap(text, gap(text, at).end() + 1).end()       # past the colon
-        _, end = read(text, at)
-        yield key, begin, at, end
-        index, at = index + 1, gap(text, end).end()
-        if text[at] == ",":
-            at = gap(text, at + 1).end()
-
-
 def json_splice(text: str, changes: Mapping[str, str | None]) -> str:
-    """`text`, a JSON object, with the named members' values replaced by other JSON, added, or taken
-    out (None); everything else stays byte for byte."""
+    """`text`, a JSON object that has no name twice (clients' are Repeating then), with the named
+    members' values replaced by other JSON, added, or taken out (None); everything else stays byte
+    for byte."""
     left, out, done = dict(changes), [], 0
     for key, begin, at, end in json_spans(text) if left else ():
         if key not in left:
@@ -1226,9 +1282,11 @@ _SECRETS: set[str] = set()
 _EXPIRING: collections.deque = collections.deque()      # those that come anew each hour, in order
 _SECRET_SHAPES = re.compile(
     r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
-    r"|(?i:(?:bearer|basic)\s+)[\w.~+/=-]{8,}|(?<=//)[^\s/@\"']+:[^\s/@\"']*(?=@)"
+    r"|(?i:(?:bearer|basic)\s+)[\w.~+/=-]{8,}|(?<=//)[^\s/:@\"']*:[^\s/@\"']*(?=@)"
     r"|(?i:[?&](?:(?:api_?)?key|code|state|code_verifier|client_secret|(?:\w+_)?token)=)[^&\s\"']+")
-_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*\w")
+# from where a name begins only: it is looked for once, not from each of its letters
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w")
+_BEYOND = 1 << 14       # letters, as many as a secret may have: looked at behind a cut
 
 
 def remember_secret(secret: str | None, expires: bool = False) -> None:
@@ -1257,17 +1315,26 @@ def without_secrets(text: str) -> str:
     return _EMAIL.sub("[e-mail]", text) if "@" in text else text
 
 
+def _begin(text: str, limit: int) -> str:
+    """`text` without secrets, of a long one the beginning: no pattern sees more of it, and the last
+    letters, which may be half of a secret, are left out."""
+    told = without_secrets(text[:limit + _BEYOND])
+    return told if len(text) <= limit + _BEYOND else told[:max(0, len(told) - _BEYOND)]
+
+
 def redact(text: str, limit: int = 600) -> str:
     """`text` without secrets, e-mail addresses and control characters, cut at `limit`."""
-    text = without_secrets(text)
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= limit else text[:limit] + "..."
+    told = _begin(text, limit)
+    is_whole = len(told) <= limit and len(text) <= limit + _BEYOND
+    told = told[:limit]
+    if not told.isprintable():
+        told = "".join(c if c.isprintable() else "?" for c in told)
+    return told if is_whole else told + "..."
 
 
 def cut(text: str, limit: int) -> str:
     """The beginning of `text`, which never holds half a secret: that would not be known as one."""
-    return text if len(text) <= limit else without_secrets(text)[:limit]
+    return text if len(text) <= limit else _begin(text, limit)[:limit]
 
 
 def redact_all(value: Any) -> Any:
@@ -1532,6 +1599,15 @@ def maybe_text_at(body: Mapping, name: str, path: str = "") -> str:
 def maybe_dict_at(body: Mapping, name: str, path: str = "") -> dict:
     value = body.get(name)
     return {} if value is None else dict_at(value, path + name)
+
+
+def stops_at(value: Any, path: str) -> tuple:
+    """Stop sequences, which each event of an answer is searched for: not too many."""
+    stops = [text_at(s, f"{path}.{i}") for i, s in enumerate(list_at(value or [], path))]
+    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_LETTERS:
+        raise invalid(path, f"at most {MAX_STOPS} sequences of together {MAX_STOP_LETTERS} "
+                      "characters are supported")
+    return tuple(stops)
 
 
 def model_at(body: Mapping) -> str:
@@ -3203,6 +3279,7 @@ class SseSplitter:
         whole, rest = data[:cut], data[cut:]
         if self._parts:
             whole = b"".join(self._parts) + whole
+            refuse_many_values(whole)
         self._parts, self._size = [rest] if rest else [], len(rest)
         # whole events only, so a character is never cut; decoded once per read
         return self._events(whole.decode("utf-8"))
@@ -4250,7 +4327,6 @@ class TextGate:
         self._tail, self._tokens = "", 0.0
         self._said: list[str] = []
         self._look_at, self._counted = self.budget, 0.0
-        self._longest = max(map(len, self.sequences), default=0)
 
     def feed(self, deltas: list) -> list:
         out: list = []
@@ -4311,9 +4387,8 @@ class TextGate:
                   default=None)
         keep = 0
         if self.sequences and not is_last:
-            keep = next((n for n in range(min(self._longest - 1, len(text)), 0, -1)
-                         if any(s.startswith(text[-n:]) and s != text[-n:]
-                                for s in self.sequences)), 0)
+            keep = max(next((n for n in range(min(len(s) - 1, len(text)), 0, -1)
+                             if text.endswith(s[:n])), 0) for s in self.sequences)
         if hit and not (keep and len(text) - keep <= hit[0]):
             text = text[:hit[0]]
         else:
@@ -4415,6 +4490,7 @@ def deltas_of(reply: Reply) -> list:
 SCHEMA_MAX_DEPTH = 15       # deeper: "maximum schema depth exceeded"
 SCHEMA_MAX_REFS = 10
 SCHEMA_MAX_NODES = 4000
+LETTERS_A_NODE = 1000       # of JSON behind a reference count as one more node
 PLACEHOLDER = "_placeholder"    # Claude in VALIDATED mode refuses an empty object schema
 _TYPES = ("object", "array", "string", "number", "integer", "boolean")
 _HINTED = ("minLength", "maxLength", "pattern", "minimum", "maximum", "exclusiveMinimum",
@@ -4446,17 +4522,22 @@ def _pointer(root: Any, ref: str) -> Any:
     return root
 
 
-def _inline_ref(node: dict, root: dict, refs: tuple) -> tuple[dict, tuple]:
-    """`node` with its $ref put in its place; siblings win.  Cycles end in a plain object."""
+def _inline_ref(node: dict, job: Any, refs: tuple) -> tuple[dict, tuple]:
+    """`node` with its $ref put in its place, which `job.left` pays for by size; siblings win.
+    Cycles end in a plain object."""
     while isinstance(node.get("$ref"), str):
         ref = node["$ref"]
         siblings = {k: v for k, v in node.items() if k != "$ref"}
-        target = _pointer(root, ref)
+        target = _pointer(job.root, ref) if job.left >= 0 else None
+        job.left -= letters_in(target) // LETTERS_A_NODE
         if ref in refs or len(refs) >= SCHEMA_MAX_REFS or not isinstance(target, dict):
             hint = "See: " + ref.rsplit("/", 1)[-1]
             return {"type": "object", "description": hint, **siblings}, refs
         node, refs = {**target, **siblings}, refs + (ref,)
     return node, refs
+
+
+_UNITED = {"properties": dict, "required": list, "description": str}
 
 
 def _merge_all_of(node: dict, job: Any, refs: tuple) -> dict:
@@ -4466,23 +4547,29 @@ def _merge_all_of(node: dict, job: Any, refs: tuple) -> dict:
     if not isinstance(branches, list):
         return node
     merged = {k: v for k, v in node.items() if k != "allOf"}
+    parts = {word: [merged[word]] if isinstance(merged.get(word), kind) else []
+             for word, kind in _UNITED.items()}
     for branch in branches:
         job.left -= 1
-        if not isinstance(branch, dict) or job.left < 0:
+        if job.left < 0:
+            break
+        if not isinstance(branch, dict):
             continue
-        branch, inner = _inline_ref(branch, job.root, refs)
+        branch, inner = _inline_ref(branch, job, refs)
         if len(inner) < SCHEMA_MAX_REFS:
             branch = _merge_all_of(branch, job, inner + ("allOf",))
         for word, value in branch.items():
-            old = merged.get(word)
-            if word == "properties" and isinstance(old, dict) and isinstance(value, dict):
-                merged[word] = {**value, **old}
-            elif word == "required" and isinstance(old, list) and isinstance(value, list):
-                merged[word] = old + value
-            elif word == "description" and isinstance(old, str) and isinstance(value, str):
-                merged[word] = old + " " + value
-            else:
-                merged.setdefault(word, value)
+            merged.setdefault(word, value)
+            if word in _UNITED and isinstance(value, _UNITED[word]):
+                parts[word].append(value)
+    if len(parts["properties"]) > 1:
+        merged["properties"] = {n: row for rows in reversed(parts["properties"])
+                                for n, row in rows.items()}
+    if len(parts["required"]) > 1:
+        merged["required"] = list(dict.fromkeys(n for names in parts["required"] for n in names
+                                                if isinstance(n, str)))
+    if len(parts["description"]) > 1:
+        merged["description"] = " ".join(parts["description"])[:4000]
     return merged
 
 
@@ -4500,7 +4587,7 @@ def _enum_of(branches: list) -> list | None:
     return None if None in rows else [value for row in rows for value in row]
 
 
-def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str], bool, tuple]:
+def _choose_branch(node: dict, job: _Cleaning, refs: tuple) -> tuple[dict, list[str], bool, tuple]:
     """anyOf and oneOf become their richest branch: (schema, hints, whether null was among them,
     the references followed)."""
     branches = [b for word in ("anyOf", "oneOf") if isinstance(node.get(word), list)
@@ -4508,7 +4595,9 @@ def _choose_branch(node: dict, root: dict, refs: tuple) -> tuple[dict, list[str]
     if not branches:
         return node, [], False, refs
     rest = {k: v for k, v in node.items() if k not in ("anyOf", "oneOf")}
-    inlined = [_inline_ref(b, root, refs) for b in branches]
+    branches = branches[:max(1, job.left)]
+    job.left -= len(branches)
+    inlined = [_inline_ref(b, job, refs) for b in branches]
     nullable = any(b.get("type") == "null" for b, _ in inlined)
     # what only requires a property of its neighbours is no form of its own
     inlined = [pair for pair in inlined if pair[0].get("type") != "null"
@@ -4591,9 +4680,9 @@ def _clean(node: Any, job: _Cleaning, depth: int, refs: tuple) -> dict:
         return {"type": "string"}
     if depth > SCHEMA_MAX_DEPTH or job.left < 0:
         return {"type": "object"}
-    node, refs = _inline_ref(node, job.root, refs)
+    node, refs = _inline_ref(node, job, refs)
     node = _merge_all_of(node, job, refs)
-    node, hints, nullable, refs = _choose_branch(node, job.root, refs)
+    node, hints, nullable, refs = _choose_branch(node, job, refs)
     out, type_hints, type_nullable = _clean_type(node)
     nullable = nullable or type_nullable or node.get("nullable") is True
     hints += type_hints
@@ -4726,15 +4815,20 @@ def _squashed(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _own_name(name: str, value: Mapping, schema: Mapping) -> str:
-    """The declared name that a model meant by another spelling, where only one can be meant."""
-    properties, extra = schema["properties"], schema.get("additionalProperties")
-    if name in properties or extra is True or isinstance(extra, dict) or (
-            "patternProperties" in schema or not _squashed(name)):
-        return name
-    meant = [n for n in properties if n not in value and _squashed(n) == _squashed(name)]
-    spellings = [n for n in value if _squashed(n) == _squashed(name)]
-    return meant[0] if len(meant) == len(spellings) == 1 else name
+def _own_names(value: Mapping, schema: Mapping) -> dict[str, str]:
+    """The declared names that a model meant by other spellings, where only one can be meant."""
+    properties, extra = object_of(schema.get("properties")), schema.get("additionalProperties")
+    strange = [n for n in value if n not in properties]
+    if not strange or not 0 < len(properties) <= 5000 or extra is True or isinstance(extra, dict) or (
+            "patternProperties" in schema):
+        return {}
+    meant: dict[str, list] = {}
+    for name in properties:
+        if name not in value:
+            meant.setdefault(_squashed(name), []).append(name)
+    told = collections.Counter(map(_squashed, value))
+    return {n: meant[s][0] for n in strange for s in (_squashed(n),)
+            if s and told[s] == len(meant.get(s, ())) == 1}
 
 
 class _Restoring:
@@ -4748,7 +4842,8 @@ class _Restoring:
         schema = schema if isinstance(schema, dict) else {}
         for _ in range(SCHEMA_MAX_REFS):
             if not isinstance(schema.get("$ref"), str):
-                self.left -= 1
+                self.left -= 1 + sum(len(v) for v in schema.values()
+                                     if isinstance(v, (list, dict))) // 8
                 return _merge_all_of(schema, self, ())
             siblings = {k: v for k, v in schema.items() if k != "$ref"}
             schema = {**object_of(_pointer(self.root, schema["$ref"])), **siblings}
@@ -4837,11 +4932,11 @@ class _Restoring:
 
     def _members(self, value: dict, schema: dict) -> dict:
         properties, required = object_of(schema.get("properties")), schema.get("required")
-        out = {}
+        out, owns = {}, _own_names(value, schema)
         for name, item in value.items():
             if name == PLACEHOLDER and name not in properties:
                 continue
-            own = _own_name(name, value, schema) if properties else name
+            own = owns.get(name, name)
             if own != name and not self.fits(self.restore(item, properties[own]), properties[own]):
                 own = name
             kinds = _types_of(self.resolved(properties.get(own)))
@@ -5276,13 +5371,22 @@ def event_data(event: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _text_member(name: str) -> Any:
-    """A pattern of a member of JSON whose value is a text."""
-    return re.compile(rf'"{name}"\s*:\s*"(?:[^"\\]|\\.)*"')
+def _text_begin(name: str) -> Any:
+    return re.compile(rf'"{name}"\s*:\s*"')
+
+
+def _text_member(name: str, text: str) -> tuple[int, int] | None:
+    """Where the first member of that name whose value is a text stands in JSON.  Its end is not for
+    a pattern, which takes 100 bytes of memory for a letter."""
+    found = _text_begin(name).search(text)
+    with contextlib.suppress(ValueError):       # no JSON: it is for others to say so
+        return (found.start(), scanstring(text, found.end(), False)[1]) if found else None
+    return None
 
 
 # Plain events: a piece of text or of a thought, and nothing else that means anything
 
+MAX_PLAIN = 1 << 18     # letters: a pattern takes 100 bytes of memory for an escape
 COUNT = "(?:0|[1-9][0-9]{0,8})"     # as usage of plain events tells it
 _COUNTED = re.compile("(?<=[: ])[1-9][0-9]*")
 
@@ -5323,6 +5427,8 @@ class PlainEvents:
 
     def __call__(self, event: str) -> tuple[Kind, str, str] | None:
         """(TEXT or THINKING, its text as JSON has it, usage as JSON has it) of a plain event."""
+        if len(event) > MAX_PLAIN:
+            return None
         match = None
         if event.startswith(self._head):
             match = self._body.match(event, self._at)
@@ -5384,7 +5490,8 @@ class EventRelay:
     def renamed(self, text: str) -> str:
         """The first member of that name is the event's own, as Chat orders them: in strings its
         quotes are escaped."""
-        return _text_member(self.member).sub(lambda _: self._named, text, 1)
+        span = _text_member(self.member, text)
+        return text[:span[0]] + self._named + text[span[1]:] if span else text
 
     def usage(self) -> Usage:
         get = self.counts.get
@@ -5871,7 +5978,7 @@ _WISHES = ("stop_sequences", "temperature", "top_p", "top_k", "thinking", "outpu
 
 def _asked_ways(body: Mapping, model: str, effort: str) -> dict:
     """Fields about how to answer, the system's texts with them: errors keep one order."""
-    stops = list_at(body.get("stop_sequences") or [], "stop_sequences")
+    stops = stops_at(body.get("stop_sequences"), "stop_sequences")
     top_k = number_at(body, "top_k", 0, 1 << 31)
     _, wish = model_variant(model)
     asked = _thinking(body, effort)
@@ -5879,7 +5986,7 @@ def _asked_ways(body: Mapping, model: str, effort: str) -> dict:
         "system": _system(body.get("system")),
         "temperature": number_at(body, "temperature", 0, 2),
         "top_p": number_at(body, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
-        "stop_sequences": tuple(text_at(s, f"stop_sequences.{i}") for i, s in enumerate(stops)),
+        "stop_sequences": stops,
         "thinking": replace(wish, shows_text=asked.shows_text) if wish else asked,
         "json_schema": _json_schema(body)}
 
@@ -6846,7 +6953,8 @@ def freeform_text(arguments: str) -> str:
 class InputText:
     """The text of a freeform call, taken out of its JSON (`{"input": "…"}`) as that comes."""
     _BEGIN = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-    _PART = re.compile(r'(?:[^"\\]|\\(?:[^u]|u[0-9a-fA-F]{4}))*')
+    # a repetition takes 100 bytes of memory each time
+    _PART = re.compile(r'[^"\\]*(?:\\(?:[^u]|u[0-9a-fA-F]{4})[^"\\]*){0,4096}')
 
     def __init__(self) -> None:
         self._raw, self._is_inside, self.text = "", False, ""
@@ -6859,7 +6967,10 @@ class InputText:
             if not match:
                 return ""
             self._is_inside, self._raw = True, self._raw[match.end():]
-        part = self._PART.match(self._raw)[0]
+        end = -1
+        while end != (end := self._PART.match(self._raw, max(0, end)).end()):
+            pass
+        part = self._raw[:end]
         half = re.search(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", part)      # of a pair
         part = part[:half.start()] if half else part
         self._raw = self._raw[len(part):]
@@ -7124,14 +7235,14 @@ def _chat_fields(body: dict, model: str) -> dict:
     choice = body.get("function_call", body.get("tool_choice"))
     system, turns = _chat_turns(body.get("messages"))
     stop = body.get("stop")
-    stops = [stop] if isinstance(stop, str) else list_at(stop or [], "stop")
+    stops = stops_at([stop] if isinstance(stop, str) else stop, "stop")
     top_k = number_at(body, "top_k", 0, 1 << 31)
     return {
         **_openai_fields({**body, "tool_choice": choice}, model, tools,
                          (body.get("response_format"), "response_format")),
         "system": system, "turns": turns, "top_k": None if top_k is None else int(top_k),
         "max_tokens": _openai_limit(body, "max_completion_tokens", "max_tokens"),
-        "stop_sequences": tuple(text_at(s, f"stop.{i}") for i, s in enumerate(stops)),
+        "stop_sequences": stops,
         "ext": {"tools": tools.kinds}}
 
 
@@ -8141,11 +8252,13 @@ class ChatRelay(EventRelay):
 
     def _learn(self, event: str) -> None:
         """What stands before and after a text, as it comes and as it goes on."""
-        parts = self._TEXT.fullmatch(event)
+        # a long event is like no other; one of several lines would be searched to its end for each
+        # of its texts
+        parts = len(event) < 8192 and "\n" not in event and self._TEXT.fullmatch(event)
         if parts:
             self._head, self._rest = parts.groups()
             self._named_head = self.renamed(self._head)
-            is_told = _text_member(self.member).search(self._head) is not None
+            is_told = _text_member(self.member, self._head) is not None
             self._named_rest = (self._rest if is_told else self.renamed(self._rest)) + "\n\n"
 
     def read_whole(self, value: dict) -> None:
@@ -9525,7 +9638,8 @@ class _GeminiTurns:
     def __init__(self) -> None:
         self.waiting: dict[str, dict] = {}      # name -> ids of its calls not yet answered
         self.ids: set[str] = set()
-        self.calls, self.thought = 0, ""    # the latter: begun, and not yet signed
+        self.calls = 0
+        self.thought: list[str] = []        # pieces of one that is not yet signed
 
     def read(self, contents: Any) -> tuple:
         turns: list[Turn] = []
@@ -9535,7 +9649,7 @@ class _GeminiTurns:
             if not isinstance(role, (str, type(None))) or role not in _GEMINI_ROLES:
                 raise invalid(path + ".role", "user or model is required")
             if turns and turns[-1].role != _GEMINI_ROLES[role]:
-                self.thought = ""       # nothing followed it
+                self.thought = []       # nothing followed it
             if role == "model" and turns and turns[-1].role != "assistant":
                 self.waiting = {}       # a call that was never answered is not to be answered now
             side, blocks = _GEMINI_ROLES[role], self.parts(content.get("parts"), path)
@@ -9553,13 +9667,15 @@ class _GeminiTurns:
         for position, part in enumerate(rows):
             where = f"{path}.parts.{position}"
             part = {"text": part} if isinstance(part, str) else dict_at(part, where)
-            found, held, self.thought = self._part(part, where), self.thought, ""
-            if part.get("thought") is True and found:   # it came in pieces, signed with the last
-                found = [Thinking(held + found[0].text, found[0].signature)]
+            found, held = self._part(part, where), self.thought
+            if part.get("thought") is True and part.get("text") is not None:
+                held += [found[0].text] * bool(found[0].text)   # in pieces, signed with the last
                 if not found[0].signature:
-                    self.thought = found.pop().text
+                    continue
+                found = [Thinking("".join(held), found[0].signature)]
             elif held:
-                found.insert(0, Thinking(held, ""))
+                found.insert(0, Thinking("".join(held), ""))
+            self.thought = []
             out += found
         return tuple(out)
 
@@ -9585,7 +9701,8 @@ class _GeminiTurns:
     def _call(self, call: dict, path: str) -> ToolCall:
         name, self.calls = text_at(call.get("name"), path + ".name"), self.calls + 1
         call_id = str(call.get("id") or f"{tool_id(name)}-{self.calls}")
-        self.waiting.setdefault(name, {})[call_id] = None
+        # ordered: its first is found at once, however many before it are gone
+        self.waiting.setdefault(name, collections.OrderedDict())[call_id] = None
         self.ids.add(call_id)
         arguments = dict_at(call.get("args") or {}, path + ".args")
         if json_depth_exceeds(arguments):
@@ -9664,7 +9781,8 @@ def _gemini_tools(body: Mapping) -> dict:
     names = [n for n in list_at(_told(config, "allowedFunctionNames") or [], path)
              if text_at(n, path) in tools]
     if names and mode in ("ANY", "VALIDATED"):
-        tools = {n: t for n, t in tools.items() if n in names}
+        wanted = set(names)
+        tools = {n: t for n, t in tools.items() if n in wanted}
     choice = ("tool", names[0]) if mode == "ANY" and len(names) == 1 else (_GEMINI_MODES[mode], "")
     wish = None
     if not tools and {"google_search", "google_search_retrieval"} & set(hosted):
@@ -9715,7 +9833,7 @@ def _gemini_fields(body: Mapping, model: str) -> dict:
     schema = json_schema_of(given.get("response_json_schema") or given.get("response_schema"))
     if schema is None and given.get("response_mime_type") == "application/json":
         schema = ANY_OBJECT
-    stops = list_at(given.get("stop_sequences") or [], "generationConfig.stopSequences")
+    stops = stops_at(given.get("stop_sequences"), "generationConfig.stopSequences")
     most, top_k = given.get("max_output_tokens"), number_at(given, "top_k", 0, 1 << 31)
     if most is not None and (type(most) is not int or most < 0):
         raise invalid("generationConfig.maxOutputTokens", "a whole number is required")
@@ -9723,7 +9841,7 @@ def _gemini_fields(body: Mapping, model: str) -> dict:
         **_gemini_tools(body), "turns": turns, "system": texts, "max_tokens": most or None,
         "temperature": number_at(given, "temperature", 0, 2),
         "top_p": number_at(given, "top_p", 0, 1), "top_k": None if top_k is None else int(top_k),
-        "stop_sequences": tuple(text_at(s, "generationConfig.stopSequences") for s in stops),
+        "stop_sequences": stops,
         "thinking": _gemini_wish(config, model), "json_schema": schema if schema is None else
         dict_at(schema, "generationConfig.responseSchema"),
         "more": {n: number_at(given, n, *MORE_FIELDS[n]) for n in GEMINI_MORE
@@ -9954,21 +10072,27 @@ def _stray_results(turns: Iterable[Turn]) -> bool:
 def _without_strays(contents: Any) -> list:
     """The contents without such results: the Gemini CLI tells each twice in a resumed session, and
     answers also the calls of an answer that was cut off."""
-    out, waiting, last_role = [], [], ""        # (id or None, name) of calls
+    out, last_role, count = [], "", 0
+    waiting: dict[tuple, dict] = {}     # what finds calls -> number -> all that finds this one
     for content in list_at(contents, "contents"):
         rows, parts = objects_of(content.get("parts")), []
         for part in rows:
             told = object_of(_told(part, "functionResponse"))
-            given = told.get("id")
-            call = next((c for c in waiting if given and c[0] == given), None) or next(
-                (c for c in waiting if c[1] == told.get("name") and not (given and c[0])), None)
-            if call or not told:
+            given, name = str(told.get("id") or ""), str(told.get("name"))
+            found = given and waiting.get(("id", given)) or waiting.get(
+                ("bare" if given else "name", name), {})
+            number, keys = next(iter(found.items()), (0, ()))
+            if keys or not told:
                 parts.append(part)
-            waiting = [c for c in waiting if c is not call]
+            for key in keys:
+                del waiting[key][number]
         if content.get("role") == "model":
-            calls = [object_of(_told(part, "functionCall")) for part in rows]
-            waiting = (waiting if last_role == "model" else []) + [
-                (call.get("id"), call.get("name")) for call in calls if call]
+            waiting = waiting if last_role == "model" else {}
+            for call in filter(None, (object_of(_told(part, "functionCall")) for part in rows)):
+                name, given, count = str(call.get("name")), str(call.get("id") or ""), count + 1
+                keys = ("name", name), ("id", given) if given else ("bare", name)
+                for key in keys:
+                    waiting.setdefault(key, collections.OrderedDict())[count] = keys
         last_role = content.get("role")
         out.append({**content, "parts": parts or [{"text": "."}]})
     return out
@@ -10144,7 +10268,7 @@ def _innermost(error: Any, depth: int = 3) -> tuple[str, dict, str]:
         message = told if isinstance(told, str) else "; ".join(
             f"{'.'.join(map(str, row['loc'] if isinstance(row.get('loc'), list) else ()))}: "
             f"{row.get('msg')}" for row in objects_of(told)) or json_encode(told)
-    if depth and message.lstrip().startswith(("{", "[")):
+    if depth and len(message) < 1 << 20 and message.lstrip().startswith(("{", "[")):
         with contextlib.suppress(ValueError, RecursionError):       # it only looked like JSON
             text, _, kind = _innermost(json.loads(message), depth - 1)
             return text, inner, kind
@@ -10219,7 +10343,8 @@ def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
         reasons.add(code if isinstance(code, str) and not code.isdigit() else f"CODE_{code}")
     reasons |= {str(error.get("type") or ""), str(error.get("status") or ""), kind}
     return ErrorFacts(message, frozenset(r.upper() for r in reasons if r), delay,
-                      _link(details, metadata, message), code if isinstance(code, int) else 0)
+                      _link(details, metadata, message)[:2048],
+                      code if isinstance(code, int) else 0)
 
 
 # ── 12. Connections ───────────────────────────────────────────────────────
@@ -10940,7 +11065,7 @@ def model_from_id(name: str, label: str = "", **limits: int) -> Model:
     """A row for an id that the catalogue here lacks: careful limits where none are given."""
     family = next((f for word, f in (("claude", "claude"), ("gpt", "gpt-oss"), ("image", "image"),
                                      ("gemini-2", "gemini25")) if word in name), "gemini3")
-    return Model(name, label or name, family, limits.get("context") or 200000,
+    return Model(name, redact(label, 80) or name, family, limits.get("context") or 200000,
                  limits.get("output") or 32000, limits.get("least") or 1024, 30976,
                  limits.get("budget") or (16000 if family == "claude" else -1), False, "")
 
@@ -12747,7 +12872,8 @@ def _window(scope: str, window: str, row: Mapping, now: float) -> Window:
 def _listed_model(name: str, row: Mapping) -> Model:
     """A catalogue entry as a Model row: ours where we know it."""
     def number(cell: str) -> int:
-        return row[cell] if type(row.get(cell)) is int else 0
+        told = row.get(cell)
+        return told if type(told) is int and abs(told) <= MAX_MODEL_TOKENS else 0
     return MODELS.get(name) or model_from_id(
         name, str(row.get("displayName") or ""), context=number("maxTokens"),
         output=number("maxOutputTokens"), least=number("minThinkingBudget"),
@@ -12768,7 +12894,8 @@ def read_quota(account: Account, provider: Provider, token: str, project: str,
     answer = ask("fetchAvailableModels")
     listed = {name: object_of(row) for name, row in object_of(
         answer.get("models") or object_of(answer.get("response")).get("models")).items()
-        if name.startswith(("gemini-", "claude-", "gpt-"))}
+        if name.startswith(("gemini-", "claude-", "gpt-")) and name.isprintable()
+        and len(name) <= MAX_MODEL_NAME}
     models = tuple(_listed_model(name, row) for name, row in listed.items()
                    if not (row.get("isInternal") or row.get("disabled")))
     windows = [_window(name, "model", row["quotaInfo"], now) for name, row in listed.items()
@@ -12909,7 +13036,8 @@ _SIZES = {      # what a list's row may call a model's limits
 
 def _listed_row(row: Mapping) -> Model:
     """A row of an upstream's list with what sizes it tells."""
-    limits = {what: next((row[n] for n in names if type(row.get(n)) is int and row[n] > 0), 0)
+    limits = {what: next((row[n] for n in names if type(row.get(n)) is int
+                          and 0 < row[n] <= MAX_MODEL_TOKENS), 0)
               for what, names in _SIZES.items()}
     return model_from_id(row["id"], str(row.get("display_name") or row.get("name") or ""), **limits)
 
@@ -14026,7 +14154,7 @@ def told_verbatim(error: ProxyError, status: int, headers: Mapping[str, str], ra
         body = object_of(json_decode(raw))
         told = object_of(body.get("error"))
         is_exact = (body.get("type") != "error" or error.kind != "too_long" or status == 413
-                    or _CLIENTS_WORDS.search(str(told.get("message"))))
+                    or _CLIENTS_WORDS.search(str(told.get("message"))[:MAX_MESSAGE]))
         # its own spelling, and that of its escapes undone
         if is_error(body) and is_exact and not holds_secret(
                 raw.decode("utf-8") + json.dumps(body, ensure_ascii=False)):
@@ -15314,8 +15442,9 @@ def request_row(record: Record, now: float) -> dict:
     row["total_ms"] = round((now - record.started_at) * 1000)
     row["choices"] = [{"at": at, "reason": reason, "sheet": sheet_rows(verdicts, at)}
                       for at, reason, verdicts in record.choices]
-    said = " ".join((record.client, record.asked, record.agent, record.parent))
-    return row if without_secrets(said) == said else redact_all(row)      # clients' own words
+    said = " ".join((record.client, record.asked, record.agent, record.parent, record.note,
+                     *record.failures))         # others' own words
+    return row if without_secrets(said) == said and said.isprintable() else redact_all(row)
 
 
 def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
@@ -15403,7 +15532,7 @@ class Exchange:
         if self.is_open:
             self.downstream.send(self.frame(self.fault_event(error)) + self.last_frame())
             return
-        error.message = without_secrets(error.message)
+        error.message = without_secrets(cut(error.message, MAX_MESSAGE))
         self.record.tell(f"{error.kind}: {error.message}")
         if self.is_started:
             self.keeps_alive = False
@@ -15436,7 +15565,7 @@ class Exchange:
     def fault_event(self, error: ProxyError) -> bytes:
         """The event that ends a stream by `error`, which is noted.  The connection goes on: its
         framing ends as any other, and a client that was promised to keep it may use it at once."""
-        error.message = without_secrets(error.message)
+        error.message = without_secrets(cut(error.message, MAX_MESSAGE))
         self.record.tell(f"{error.kind}: {error.message}")
         if error.rule.step is Step.NEXT:
             error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
@@ -16534,6 +16663,8 @@ class Handler:
             body = BODIES.decode(exchange.body)
         except ValueError as err:
             raise invalid("", f"the body is not valid JSON: {err}") from None
+        if isinstance(body, Repeating):     # what is changed or read here is all that goes on
+            exchange.body = json_encode(body).encode("ascii")
         known: dict = {}
         if exchange.dialect.recall and self.services.replies:
             body, known = exchange.dialect.recall(body, self.services.replies.get)

@@ -66,6 +66,7 @@ import socketserver
 import struct
 import threading
 import time
+import tracemalloc
 
 sys.path.insert(0, HERE)
 import agproxy as ag  # noqa: E402
@@ -310,6 +311,72 @@ def test_secrets_and_addresses_do_not_survive_redaction():
         assert planted not in text
 
 
+def test_redaction_of_a_long_text_looks_at_its_beginning_and_shows_no_half_of_a_secret():
+    secret = "s3cret-" + "0123456789" * 300
+    ag.remember_secret(secret)
+    for text in ("@ " + "a." * (1 << 24), "//" + "a:" * (1 << 24), "@ " + "a-" * (1 << 24)):     # minutes, if each letter began anew
+        assert ag.redact(text) == text[:600] + "..."
+        assert ag.cut(text, 99) == text[:99]
+    for at in range(0, 600 + 2 * ag._BEYOND, 997):     # wherever it stands beside a cut
+        text = "x" * at + " " + secret + "y" * 40_000
+        assert "s3cret" not in ag.redact(text) and "s3cret" not in ag.cut(text, 600)
+    many = " ".join(["me@example.org " + secret] * 300)     # which is shorter without them
+    assert "s3cret" not in ag.redact(many) and "0123" not in ag.redact(many) and ag.redact(many).endswith("...")
+    assert "@" not in ag.redact("to first.last+tag@mail.example.org, (a-b@c.de) x@y.z")
+    assert "hunter2" not in ag.redact("http://me:hunter2@host/ redis://:hunter2@host")
+
+
+@pytest.mark.parametrize("text", ["a." * 200_000, "a@" * 200_000, "a-" * 200_000 + "@", "a@" + "a-" * 200_000, "//" + "a:" * 200_000,
+                                  "bearer" + " " * 300_000, "?" + "a_" * 200_000])
+def test_no_pattern_of_a_secret_begins_anew_from_each_letter(text):
+    assert isinstance(ag.without_secrets("@ " + text), str)         # some minutes, if one did
+
+
+JSON_BOMBS = {"lists": b"[" + b"[]," * 4_000_000 + b"[]]", "nested": b"[" + b'{"a":{}},' * 600_000 + b"0]", "texts": b"[" + b'"ab",' * 3_000_000 + b"0]",
+              "numbers": b'{"x":[' + b"1," * 3_000_000 + b"1]}", "behind a text": b'{"a":"\\\\","b":[' + b"[]," * 1_000_000 + b"0]}"}
+
+
+@pytest.mark.parametrize("raw", JSON_BOMBS.values(), ids=JSON_BOMBS)
+def test_json_of_millions_of_values_is_refused_before_it_is_read(raw, monkeypatch):
+    monkeypatch.setattr(ag, "_without_halves", lambda text: pytest.fail("it was read"))
+    for decode in (ag.json_decode, ag.BodyMemory().decode):
+        with pytest.raises(ValueError, match="values"):
+            decode(raw)
+    splitter = ag.SseSplitter()
+    with pytest.raises(ValueError, match="values"):
+        for at in range(0, len(raw), 1 << 20):
+            splitter.feed((b"" if at else b"data: ") + raw[at:at + (1 << 20)])
+        splitter.feed(b"\n\n")
+
+
+def test_brackets_commas_and_quotes_in_texts_are_no_values():
+    text = '[{,"\\' * 1_000_000
+    raw = json.dumps({"messages": [{"role": "user", "content": text}] * 3, "x": 1}).encode()
+    assert ag.json_decode(raw)["messages"][2]["content"] == text
+
+
+def test_a_list_of_many_small_values_is_not_remembered_and_each_weighs():
+    memory = ag.BodyMemory(1 << 20)
+    for n in range(6):
+        memory.decode(body_bytes(messages=[n, *[[]] * 6_000]))
+        memory.decode(body_bytes(messages=[n, [[]] * 6_000] + ["x"] * 4))
+        memory.decode(body_bytes(messages=[f"{n} " + "x" * 2000, *[[[]]] * 900]))
+    rows = [row for rows in memory._seen.values() for row in rows]
+    assert 0 < sum(ag.json_count(row.values) for row in rows) <= memory.most_bytes // ag.BYTES_A_VALUE
+    assert memory._size <= memory.most_bytes
+
+
+@pytest.mark.parametrize("more", [0, 9000], ids=["short", "long"])
+@pytest.mark.parametrize("body, is_once", [
+    (b'{"model":"a","x":"?"}', True), (b'{"model":"a","x":"?","model":"b"}', False), (b'{"model":"a","mod\\u0065l":"b","x":"?"}', False),
+    (b'{"messages":["?"],"x":{"model":"a"},"model":"b"}', True), (b'{"messages":["?"],"messages":[],"model":"b"}', False),
+    (b'{"x":"\\u00e9?","y":{"x":1,"x":2}}', True)])
+def test_a_body_that_tells_a_name_twice_is_known(body, is_once, more):
+    raw = body.replace(b"?", b"x" * more)
+    told = ag.BodyMemory().decode(raw)
+    assert told == json.loads(raw) and isinstance(told, ag.Repeating) is not is_once
+
+
 def test_a_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f"
     ag.write_atomic(str(path), b"old")
@@ -422,7 +489,7 @@ def test_memory_of_bodies_is_bounded():
     for n in range(60):
         memory.decode(body_bytes(messages=[{"role": "user", "content": f"{n} " + "x" * 5000}] * 5, tools=["t" * 3000]))
         rows = [row for rows in memory._seen.values() for row in rows]
-        assert memory._size == sum(len(row.raw) for row in rows) <= 100_000 and len(rows) < 20
+        assert memory._size == sum(row.weight() for row in rows) <= 100_000 and len(rows) < 20
     memory.decode(body_bytes(messages=["x" * 90_000] * 5))        # too much of it all: the others stay
     assert len([row for rows in memory._seen.values() for row in rows]) == len(rows)
     memory = ag.BodyMemory()
@@ -921,6 +988,37 @@ def test_a_stop_sequence_ends_the_text_before_it_wherever_it_is_cut(stops, text,
         assert (finish.sequence in stops) if finish else expected == text
 
 
+def test_stop_sequences_cost_no_more_than_their_letters(monkeypatch):
+    gate = ag.TextGate(["a" * 7000 + "b", *(f"b{i}" for i in range(63))], None, "", None, ag.Usage)
+    looked = []
+
+    class Watched(str):
+        def __getitem__(self, at):
+            looked.append(at)
+            return str(self)[at]
+    gate.sequences = list(map(Watched, gate.sequences))
+    for _ in range(3):
+        gate.feed([ag.Piece(0, Kind.TEXT, "c" * 7500)])
+    assert 0 < len(looked) <= 3 * ag.MAX_STOP_LETTERS
+
+
+STOPS = [("anthropic", "stop_sequences", lambda stops: ag.anthropic_parse_request(
+             {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}], "stop_sequences": stops}, {})),
+         ("chat", "stop", lambda stops: ag.chat_parse_request(
+             {"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": stops}, {})),
+         ("gemini", "generationConfig.stopSequences", lambda stops: ag.gemini_parse_request(
+             {"contents": [{"parts": [{"text": "x"}]}], "generationConfig": {"stopSequences": stops}}, {}, path="/v1beta/models/m:generateContent"))]
+
+
+@pytest.mark.parametrize("path, parse", [row[1:] for row in STOPS], ids=[row[0] for row in STOPS])
+def test_too_many_stop_sequences_are_refused_by_path(path, parse):
+    assert parse(["x" * 128] * 64).stop_sequences == ("x" * 128,) * 64
+    for stops in (["x"] * 65, ["x" * 8193], ["x" * 129] * 64):
+        with pytest.raises(ag.ProxyError) as caught:
+            parse(stops)
+        assert caught.value.message.startswith(path + ": at most 64") and caught.value.kind == "invalid_request"
+
+
 def test_a_repeated_prefill_is_not_repeated_to_the_client():
     for pieces in every_split('{"a":1}'):
         gate = ag.TextGate((), 1000, "{", False, ag.Usage)
@@ -1170,6 +1268,49 @@ def test_schemas_that_multiply_without_end_are_cut():
     assert ag.restore_arguments({"v": "5"}, schema) == {"v": "5"}
     only = {"properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}
     assert "required" not in ag.clean_schema(only, False)
+
+
+def many(n, row):
+    return [row] * n
+
+
+COSTLY = {
+    "enum by anyOf": ({"E": {"enum": list(range(20_000))}}, {"anyOf": many(20_000, {"$ref": "#/$defs/E"})}),
+    "description by allOf": ({"X": {"description": "d" * 400_000}}, {"allOf": many(3900, {"$ref": "#/$defs/X"})}),
+    "required by allOf": ({}, {"allOf": [{"required": [f"r{i}", f"q{i}"]} for i in range(40_000)]}),
+    "properties by allOf": ({}, {"allOf": [{"properties": {f"p{i}x{j}": {} for j in range(50)}} for i in range(400)]}),
+    "branches by reference": ({"E": {"anyOf": [{"const": i} for i in range(4000)]}}, {"properties": {
+        f"p{i}": {"$ref": "#/$defs/E"} for i in range(3900)}}),
+    "texts by reference": ({"E": {"enum": ["e" * 100_000]}}, {"properties": {f"p{i}": {"$ref": "#/$defs/E"} for i in range(3900)}})}
+
+
+@pytest.mark.parametrize("defs, row", COSTLY.values(), ids=COSTLY)
+def test_no_small_schema_makes_a_large_one_or_minutes_of_work(defs, row):
+    schema = {"type": "object", "$defs": defs, "properties": {"p": row}}
+    cleaned = json.dumps(ag.clean_schema(schema, False))
+    assert len(cleaned) < 2 * len(json.dumps(schema)) + 5_000_000
+    json.dumps(ag.clean_answer_schema(schema))
+    assert ag.restore_arguments({"p": {"x": "1"}}, schema) == {"p": {"x": "1"}}
+
+
+def test_all_of_unites_what_its_branches_say():
+    merged = ag.clean_schema({"properties": {"a": {"type": "string"}}, "required": ["a"], "description": "one", "allOf": [
+        {"properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"], "description": "two"},
+        {"$ref": "#/$defs/c"}], "$defs": {"c": {"properties": {"c": {}}, "required": ["c"], "description": "three"}}}, False)
+    assert merged["required"] == ["a", "b", "c"] and merged["description"] == "one two three"
+    assert {n: row["type"] for n, row in merged["properties"].items()} == {"a": "string", "b": "number", "c": "string"}
+
+
+def test_each_name_of_arguments_is_compared_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ag, "_squashed", lambda name, squashed=ag._squashed: calls.append(name) or squashed(name))
+    schema = {"type": "object", "properties": {f"name{i}": {"type": "object"} for i in range(300)}}
+    assert ag.restore_arguments({f"na_me{i}": {} for i in range(300)}, schema) == {f"name{i}": {} for i in range(300)}
+    assert len(calls) <= 900
+    value = {"l": [{"name_1": 1}] * 30_000}
+    rows = {"items": {"allOf": [{"properties": {f"name{i}": {}}} for i in range(300)], "enum": ["x" * 9] * 1000}}
+    assert ag.restore_arguments(value, {"type": "object", "properties": {"l": rows}})["l"][-1] == {"name_1": 1}
+    assert len(calls) < 40_000
 
 
 JSON_TEXTS = [("```json\n{\"a\": 1}\n```", "object", '{"a": 1}'), ("As in [1], here: {\"t\":\"x\"} ok", "object", '{"t":"x"}'),
@@ -6366,6 +6507,19 @@ def test_safeguards_markers_and_betas_pass_to_anthropic_and_their_results_back(s
         assert json.loads(out) == json.loads(sent) and headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("more", [0, 9000], ids=["short", "long"])
+def test_a_member_told_twice_reaches_the_upstream_once(staged, more):
+    rules = [{"when": {"model": "*"}, "set": {"max_tokens": 7}, "drop": ["temperature"]}]
+    proxy = staged(talks, provider="anthropic")
+    proxy.services.config = ag.replace(proxy.services.config, rules=ag.load_config("x", {}, {}, {"rules": rules}).rules)
+    raw = ('{"model":"%s","temperature":0.1,"max_tokens":99,"stream":true,"messages":[{"role":"user","content":"hi%s"}],'
+           '"max_tokens":100,"mod\\u0065l":"%s","stream":false,"temperature":0.2}' % (OPUS, "x" * more, OPUS + "[1m]")).encode()
+    _, (status, _, _) = relayed(proxy, raw)
+    sent = json.loads(proxy.upstream.heard[0].raw, object_pairs_hook=list)
+    assert status == 200 and sorted(name for name, _ in sent) == ["max_tokens", "messages", "model", "stream"]
+    assert dict(sent)["max_tokens"] == 7 and dict(sent)["model"] == OPUS and dict(sent)["stream"] is False
+
+
 def test_only_our_own_thoughts_are_cut_out_on_the_way_to_anthropic(staged):
     proxy = staged(talks, provider="anthropic")
     ours, theirs = json.dumps(mused("agp1.gfs.simgX")), json.dumps(mused("EqQBown", " é "), ensure_ascii=False)
@@ -11308,6 +11462,86 @@ def test_what_only_an_earlier_usage_told_is_not_lost():
     for row in rows:
         merged.update(ag.gemini_parse_usage(json.loads(row)))
     assert plain.counts(rows) == merged == {"input": 10, "cached": 4, "output": 3, "visible": 3}
+
+
+def gemini_parsed(*contents, **more):
+    return ag.gemini_parse_request({"contents": [{"role": role, "parts": parts} for role, parts in contents], **more}, {},
+                                   path="/v1beta/models/m:generateContent")
+
+
+def test_thoughts_that_come_in_many_pieces_are_joined_once():
+    pieces = [{"text": "y" * 200, "thought": True}] * 60_000        # minutes, if each were put to all before it
+    ends = [{"text": "z", "thought": True, "thoughtSignature": "s"}, {"text": "", "thought": True}, {"text": "w"},
+            {"text": "v", "thought": True}, {"functionCall": {"name": "f"}, "thought": True}]
+    turns = gemini_parsed(("user", [{"text": "x"}]), ("model", pieces + ends), ("user", [{"text": "x"}])).turns
+    first, *others = turns[1].blocks
+    assert first == ag.Thinking("y" * 12_000_000 + "z", "s") and others[:2] == [ag.Text("w"), ag.Thinking("v", "")]
+    assert isinstance(others[2], ag.ToolCall) and len(others) == 3
+
+
+def test_many_allowed_names_and_many_strays_are_looked_up():
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+    names = [Name(f"n{i}") for i in range(3000)]
+    request = gemini_parsed(("user", [{"text": "x"}]), tools=[{"functionDeclarations": [{"name": n} for n in names]}], toolConfig={
+        "functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": [Name(n) for n in names[1:]]}})
+    assert [t.name for t in request.tools] == names[1:]
+    Name.compared = 0
+    calls = [{"functionCall": {"name": "f", "id": Name(n)}} for n in names]
+    answers = [{"functionResponse": {"name": "f", "id": Name(n)}} for n in reversed(names)]
+    told = ag._without_strays([{"role": "model", "parts": calls}, {"role": "user", "parts": answers + answers[:5]}])
+    assert told[1]["parts"] == answers and Name.compared < 200_000
+
+
+@pytest.mark.parametrize("calls, answers, kept", [
+    ([("f", "1"), ("g", None)], [("f", "1"), ("f", "1"), ("g", None), ("g", None)], [0, 2]),
+    ([("f", "1"), ("f", "2")], [("f", None), ("f", "1"), ("f", "2")], [0, 2]),
+    ([("f", None), ("f", "2")], [("f", "9"), ("f", "9"), ("f", "2")], [0, 2]),
+    ([("f", "1")], [("g", None), ("f", "2"), ("f", "1")], [2])])
+def test_an_answer_finds_its_call_by_id_or_else_by_name(calls, answers, kept):
+    def parts(word, rows):
+        return [{word: {"name": name, **({"id": i} if i else {})}} for name, i in rows]
+    rows = parts("functionResponse", answers)
+    told = ag._without_strays([{"role": "model", "parts": parts("functionCall", calls)}, {"role": "user", "parts": rows}])
+    assert told[1]["parts"] == [rows[at] for at in kept]
+
+
+def test_long_events_are_relayed_without_a_pattern_of_their_text():
+    relay = ag.ChatRelay(type("State", (), {"model": "mine", "wants_usage": True}))
+    relay.has_content = True
+    lines = 'data: {"choices":[],\ndata: "x":[' + '"content":"",' * 400_000 + '1],"model":"k"}'    # hours
+    assert relay.feed(lines) == lines.replace('"model":"k"', '"model":"mine"') + "\n\n" and relay._head == "\0"
+    long = 'data: {"model":"' + '\\n\\"' * 500_000 + '","choices":[]}'
+    assert relay.feed(long) == 'data: {"model":"mine","choices":[]}\n\n'
+    assert relay.feed('data: {"model":"cut') == 'data: {"model":"cut\n\n'
+    event = '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"%s"}}'
+    assert ag.AnthropicPlain()(event % "hi") and ag.AnthropicPlain()(event % ("x" * ag.MAX_PLAIN)) is None
+
+
+def test_a_freeform_text_in_one_long_piece_takes_little_more_than_itself():
+    told, text = ag.InputText(), "a\n\"\\" * 100_000
+    tracemalloc.start()
+    try:
+        assert told.feed(json.dumps({"input": text})[:-2]) == text == told.text
+        assert tracemalloc.get_traced_memory()[1] < 40 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_others_say_reaches_the_terminal_without_escapes():
+    for name in ("client", "agent", "parent", "asked", "note"):
+        row = ag.request_row(ag.Record("r", **{name: "a\x1b]0;x\x07b"}), 0)
+        assert row[name] == "a?]0;x?b"
+    assert ag.request_row(ag.Record("r", failures=["\x1b[2J"]), 0)["failures"] == ["?[2J"]
+    rows = [ag._listed_row({"id": "m", "name": "M\x1b[31m" + "x" * 999, "context_length": 10 ** 39}),
+            ag._listed_model("gemini-9", {"displayName": "M\x1b[31m" + "x" * 999, "maxTokens": 10 ** 39})]
+    for row in rows:
+        assert row.label.isprintable() and len(row.label) < 100 and row.context_tokens == 200_000
 
 
 @pytest.mark.parametrize("dialect", ["gemini", "chat"])
