@@ -40,9 +40,13 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
 """
 from __future__ import annotations
 
+import sys
+if __name__ == "__main__" and __file__.endswith(".pyc") and (
+        sys.path[:1] == [__file__.rpartition("/")[0]]):
+    del sys.path[0]     # run from bytecode: no module is looked for beside it
+
 import contextlib
 import os
-import sys
 import time
 
 
@@ -65,7 +69,7 @@ def kept_bytecode(source: str, running: Any = None) -> str:
                                                                    mine.st_size))
     if not sys.dont_write_bytecode:
         os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
-    if not _is_own(os.stat(os.path.dirname(path)), 0o2):
+    if not _is_own(os.stat(os.path.dirname(path)), 0o22):
         return ""
     with contextlib.suppress(OSError, ValueError, EOFError, TypeError), open(path, "rb") as handle:
         is_own, data = _is_own(os.fstat(handle.fileno()), 0o22), handle.read()
@@ -508,7 +512,8 @@ PROVIDERS = {row.id: row for row in (
              "oauth", "antigravity", "on_cloud_code", "antigravity/hub/2.9.1 {os}/{arch}",
              signature_tag="a", **_GOOGLE,
              scopes=f"{_SCOPES} {_SCOPE}cclog {_SCOPE}experimentsandconfigs",
-             redirect="http://localhost:{port}/oauth-callback", ports=tuple(range(51121, 51127)),
+             # not `localhost`, which may mean another's [::1] first (RFC 8252, section 8.3)
+             redirect="http://127.0.0.1:{port}/oauth-callback", ports=tuple(range(51121, 51127)),
              pools=("gemini-cli",),
              policy="Google's terms do not allow third-party clients on this sign-in; "
                     "accounts have been disabled for it."),
@@ -956,7 +961,7 @@ def json_items(text: str, at: int) -> tuple[list, list[int], int]:
 # member -> how many of its last items count as new: clients move marks of theirs with the end
 BODY_LISTS = {"messages": 3, "contents": 3, "input": 3, "system": 0, "tools": 0}
 LEAST_BODY_BYTES = 4096             # below that nothing is gained
-MOST_BODY_BYTES = 16 << 20          # remembered in all, as JSON; with what is made of it four times
+MOST_BODY_BYTES = 6 << 20           # remembered in all, as JSON; with what is made of it nine times
 BYTES_A_VALUE = 200                 # weighed besides the JSON of what is remembered
 MOST_ALIKE = 64                     # lists that begin alike: of agents that one client starts
 _FIRST_BYTES, _MORE_BYTES, _STARTS = 160, 4096, 16
@@ -1330,6 +1335,12 @@ def redact(text: str, limit: int = 600) -> str:
     if not told.isprintable():
         told = "".join(c if c.isprintable() else "?" for c in told)
     return told if is_whole else told + "..."
+
+
+def shown_link(told: Any) -> str:
+    """A link of an upstream's, where it is nothing but one; "" else."""
+    is_link = isinstance(told, str) and re.fullmatch(r"https://[!-~]{1,500}", told)
+    return redact(told) if is_link else ""
 
 
 def cut(text: str, limit: int) -> str:
@@ -1906,6 +1917,8 @@ def _config_provider(name: str, cells: Any, known: Provider | None) -> Provider:
                       "auth_url", "userinfo_url"):
             if not isinstance(value, str):
                 raise ConfigError(f"{where}: text is required")
+            if cell.endswith("_url") and not re.fullmatch(r"https?://[^/\s?#][!-~]*", value):
+                raise ConfigError(f"{where}: a http(s) URL is required")
             row = row._replace(**{cell: value})
         else:
             raise ConfigError(f"{where} is not a cell that can be set")
@@ -4819,8 +4832,8 @@ def _own_names(value: Mapping, schema: Mapping) -> dict[str, str]:
     """The declared names that a model meant by other spellings, where only one can be meant."""
     properties, extra = object_of(schema.get("properties")), schema.get("additionalProperties")
     strange = [n for n in value if n not in properties]
-    if not strange or not 0 < len(properties) <= 5000 or extra is True or isinstance(extra, dict) or (
-            "patternProperties" in schema):
+    if not strange or not 0 < len(properties) <= 5000 or (
+            extra is True or isinstance(extra, dict) or "patternProperties" in schema):
         return {}
     meant: dict[str, list] = {}
     for name in properties:
@@ -10290,14 +10303,14 @@ def _retry_headers_s(headers: Mapping[str, str], now: float) -> Iterator[float]:
 
 
 def _link(details: list[dict], metadata: Mapping, message: str) -> str:
-    if metadata.get("validation_url"):
-        return metadata["validation_url"]
+    if isinstance(metadata.get("validation_url"), str):
+        return shown_link(metadata["validation_url"])
     for detail in details:
         for link in objects_of(detail.get("links")):
             if "learn more" not in str(link.get("description", "")).lower():
-                return str(link.get("url", ""))[:MAX_ERROR_LETTERS]
+                return shown_link(link.get("url"))
     match = _LOGIN_LINK.search(message.replace("\\u0026", "&"))
-    return match[0] if match else ""
+    return shown_link(match and match[0])
 
 
 def error_facts(raw: Any, headers: Mapping[str, str], now: float) -> ErrorFacts:
@@ -10901,6 +10914,20 @@ ACCOUNT_CELLS = ("provider", "pools", "project", "enabled", "priority", "weight"
                  "models", "tags", "proxy", "max_in_flight", "soft_limit", "headers", "user_agent")
 
 
+@functools.lru_cache(maxsize=256)
+def host_key(url: str) -> tuple:
+    """Under what a host rests, for all endpoints that it has."""
+    return "host", "/".join(url.split("/", 3)[:3])
+
+
+def _pools(provider: Provider, providers: Mapping[str, Provider]) -> tuple[Provider, ...]:
+    """Its further pools; one that was pointed at a host of its own, or was left behind when this
+    row was, does not get this row's tokens."""
+    hosts = {host_key(url) for url in provider.base_urls}
+    return tuple(providers[name] for name in provider.pools
+                 if hosts.issuperset(map(host_key, providers[name].base_urls)))
+
+
 def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account:
     """An Account of a validated row of accounts.json."""
     credential = next((name for name in CREDENTIALS if row.get(name)), "")
@@ -10909,7 +10936,7 @@ def account_from_row(row: Mapping, providers: Mapping[str, Provider]) -> Account
                                           "soft_limit", "proxy", "user_agent") if name in row}
     return Account(
         row["name"], provider, credential, row.get(credential, ""),
-        pools=tuple(providers[p] for p in provider.pools), weight=float(row.get("weight", 1)),
+        pools=_pools(provider, providers), weight=float(row.get("weight", 1)),
         models=tuple(row.get("models", ())), tags=tuple(map(str, row.get("tags", ()))),
         headers=tuple((str(k), str(v)) for k, v in row.get("headers", {}).items()), **given)
 
@@ -10943,12 +10970,6 @@ def quota_group(model: Model, provider: Provider) -> str:
     if provider.envelope != "antigravity":
         return model.id
     return {"claude": "3p", "gpt-oss": "3p", "image": "gemini-image"}.get(model.family, "gemini")
-
-
-@functools.lru_cache(maxsize=256)
-def host_key(url: str) -> tuple:
-    """Under what a host rests, for all endpoints that it has."""
-    return "host", "/".join(url.split("/", 3)[:3])
 
 
 class Candidate:
@@ -11421,6 +11442,7 @@ class Rests:
         # newer than what it replaces, even when the clock was set back
         rest.changed_at = max(self.clock.now(), self.items[key].changed_at + 0.001
                               if key in self.items else 0.0)
+        rest.message = redact(rest.message, 1500)
         self.items[key] = rest
         self.keep(key, rest)
 
@@ -12317,16 +12339,25 @@ def _client_variable(provider: Provider) -> str:
     return f"AGPROXY_{provider.id.upper().replace('-', '_')}_CLIENT"
 
 
+def is_googles(provider: Provider) -> bool:
+    """Whether its token endpoint is Google's own."""
+    return provider.token_url == GOOGLE_AUDIENCE
+
+
 def oauth_clients(provider: Provider, environ: Mapping[str, str]) -> list[tuple[str, str]]:
     """(client id, secret) pairs that may have issued this provider's refresh tokens, the likeliest
-    first: environment, accounts file, the list other programs read.  This program ships none."""
-    found = [(environ.get(name + "_ID", ""), environ.get(name + "_SECRET", ""))
-             for name in (_client_variable(provider), "GOOGLE_CLIENT")]
+    first: its own of environment and accounts file; Google's of the environment, and of the list
+    other programs read, are for Google's token endpoint only.  This program ships none."""
+    def pair_of(name: str) -> tuple[str, str]:
+        return environ.get(name + "_ID", ""), environ.get(name + "_SECRET", "")
+    found, is_google = [pair_of(_client_variable(provider))], is_googles(provider)
     own_id, own_secret = provider.client_id, provider.client_secret
     if own_id:
         found.append((resolve_secret(own_id) if ":" in own_id else own_id,
                       resolve_secret(own_secret) if own_secret else ""))
-    for entry in environ.get("ANTIGRAVITY_OAUTH_CLIENTS", "").split(";"):
+    if is_google:
+        found.append(pair_of("GOOGLE_CLIENT"))
+    for entry in environ.get("ANTIGRAVITY_OAUTH_CLIENTS", "").split(";") if is_google else ():
         parts = [p.strip() for p in entry.split("|")]
         found.append((parts[1], parts[2]) if len(parts) > 2 else ("", ""))
     for _, secret in found:
@@ -12338,7 +12369,8 @@ def no_client(provider: Provider) -> ProxyError:
     variable = _client_variable(provider)
     return ProxyError("no_secret", f"no OAuth client is known for {provider.id}: install its own "
                       f"program and sign in with `accounts add`, or set {variable}_ID and the same "
-                      "with _SECRET (GOOGLE_CLIENT_ID and GOOGLE_CLIENT_SECRET work too), or "
+                      "with _SECRET (for Google's own token endpoint GOOGLE_CLIENT_ID and "
+                      "GOOGLE_CLIENT_SECRET work too), or "
                       f"client_id and client_secret in providers.{provider.id}")
 
 
@@ -12370,6 +12402,8 @@ def oauth_post(provider: Provider, fields: Mapping[str, str], connections: Conne
                proxy: str = "") -> tuple[dict, str]:
     """(the token endpoint's answer, "") or ({}, a key of GRANT_ERRORS).  Raises ProxyError
     token_endpoint for everything else: it passes, and never costs an account its place."""
+    if not provider.token_url:
+        raise ProxyError("no_secret", f"providers.{provider.id} has no token_url")
     try:
         status, headers, raw = simple_call(
             connections, "POST", provider.token_url,
@@ -12398,6 +12432,7 @@ def oauth_refresh(refresh_token: str, account: Account, connections: ConnectionC
     """{"access_token", "expires_in", "refresh_token"?} as answered; every client is tried [O2].
     Raises ProxyError revoked when a person must act, token_endpoint for what passes."""
     pairs = list(dict.fromkeys(pair for provider in account.providers
+                               if provider.token_url == account.provider.token_url
                                for pair in oauth_clients(provider, connections.environ)))
     if not pairs:
         raise no_client(account.provider)
@@ -12792,7 +12827,8 @@ def _absence(refused: list[dict]) -> str:
     validation where its owner can act."""
     for row in refused:
         if row.get("validationUrl") or row.get("reasonCode") == "VALIDATION_REQUIRED":
-            told = row.get("validationUrl") or row.get("validationErrorMessage") or "sign in there"
+            told = shown_link(row.get("validationUrl")) or redact(str(
+                row.get("validationErrorMessage") or "sign in there"))
             raise ProxyError("validation", f"Google wants this account verified: {told}; then "
                              "`accounts verify`")
     if any(row.get("reasonCode") == "UNSUPPORTED_CLIENT" for row in refused):
@@ -13010,12 +13046,12 @@ QUOTA_FORMS: dict[str, Callable[[Mapping, float], list[Window]]] = {
     "openrouter": _openrouter_windows}
 
 
-def read_key_quota(account: Account, connections: ConnectionCache, now: float) -> list[Window]:
+def read_key_quota(account: Account, tokens: Tokens, now: float) -> list[Window]:
     """What is left to a key, by its provider's free reading.  Raises ProxyError."""
     provider = account.provider
     status, _, raw = simple_call(
-        connections, "GET", provider.quota,
-        call_headers(auth_header(provider, resolve_secret(account.secret)), own_headers(account)),
+        tokens.connections, "GET", provider.quota,
+        call_headers(auth_header(provider, tokens.access(account)), own_headers(account)),
         None, account.proxy, QUOTA_TIMEOUT_S)
     with contextlib.suppress(ValueError, TypeError, OverflowError):     # no JSON, or an odd one
         if status == 200:
@@ -13042,18 +13078,16 @@ def _listed_row(row: Mapping) -> Model:
     return model_from_id(row["id"], str(row.get("display_name") or row.get("name") or ""), **limits)
 
 
-def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ...]:
+def check_key(account: Account, tokens: Tokens) -> tuple[Model, ...]:
     """The models that a key's upstream lists, by one free call; () where it has no list.  Raises
     ProxyError revoked when the key is not accepted."""
     path, member, headers = _LISTS[account.provider.dialect]
-    secret = resolve_secret(account.secret) if account.secret else ""
+    token = tokens.access(account)      # never the secret: a refresh token is not this host's
     if account.provider.catalogue == "vertex":      # has no free list; a token is proof enough
-        if secret.startswith("{"):
-            google_token(json_decode(secret.encode()), account, connections, time.time())
         return ()
     status, _, raw = simple_call(
-        connections, "GET", account.provider.base_urls[0] + path,
-        call_headers(auth_header(account.provider, secret), headers, own_headers(account)),
+        tokens.connections, "GET", account.provider.base_urls[0] + path,
+        call_headers(auth_header(account.provider, token), headers, own_headers(account)),
         None, account.proxy)
     try:
         answer = object_of(json_decode(raw))
@@ -13068,7 +13102,8 @@ def check_key(account: Account, connections: ConnectionCache) -> tuple[Model, ..
         message = object_of(answer.get("error")).get("message") or f"status {status}, no model list"
         is_refused = status in (400, 401, 403)
         told = "the key was not accepted" if is_refused else "its models could not be listed"
-        raise ProxyError("revoked" if is_refused else "server", f"{told}: {redact(str(message)[:MAX_ERROR_LETTERS])}")
+        raise ProxyError("revoked" if is_refused else "server",
+                         f"{told}: {redact(str(message)[:MAX_ERROR_LETTERS])}")
     rows = (row for row in objects_of(answer[member]) if isinstance(row.get("id"), str)
             and 0 < len(row["id"]) <= MAX_MODEL_NAME and row["id"].isprintable())
     return tuple(MODELS.get(row["id"]) or _listed_row(row)
@@ -13508,7 +13543,7 @@ def import_accounts(source: str, environ: Mapping[str, str]) -> tuple[list[dict]
 
 def known_client(provider: Provider, environ: Mapping[str, str]) -> dict:
     """Cells for a provider whose OAuth client is only found in its installed program."""
-    if provider.auth != "oauth" or oauth_clients(provider, environ):
+    if provider.auth != "oauth" or not is_googles(provider) or oauth_clients(provider, environ):
         return {}
     found = discover_clients(provider, environ)
     return {"client_id": found[0][0], "client_secret": found[0][1]} if found else {}
@@ -13681,7 +13716,7 @@ class Keeper:
             return
         self._read_at[key] = at
         try:
-            self.pool.note_facts(key, Facts("", "", "", check_key(account, self.connections), now))
+            self.pool.note_facts(key, Facts("", "", "", check_key(account, self.tokens), now))
         except (ProxyError, ConfigError) as err:        # what is asked for will tell
             self.log.line("%s: its models could not be listed: %s", account.label, err)
 
@@ -13694,7 +13729,7 @@ class Keeper:
             return
         self._read_at[("quota", *key)] = self.clock.monotonic()
         try:
-            self.pool.note_windows(key, read_key_quota(account, self.connections, now))
+            self.pool.note_windows(key, read_key_quota(account, self.tokens, now))
         except (ProxyError, ConfigError) as err:        # requests go on without it
             self.log.line("%s: %s", account.label, err)
 
@@ -15722,9 +15757,11 @@ def iso_time(epoch_s: float) -> str | None:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch_s)) if epoch_s else None
 
 
-def account_limits(pool: AccountPool) -> dict:
+def account_limits(pool: AccountPool, user: UserKey | None) -> dict:
     """Each account with the binding window of each model it serves.  `email` is the label: no
-    address leaves the accounts file.  An unknown fraction is null, which is not zero."""
+    address leaves the accounts file.  An unknown fraction is null, which is not zero.  What is
+    wrong with an account, with a link perhaps, is its owner's to read."""
+    is_owner = user is None or user.admin
     now, accounts, seen = pool.clock.now(), [], set()
     for account, row in pool.reports():
         limits = {}
@@ -15745,7 +15782,7 @@ def account_limits(pool: AccountPool) -> dict:
         accounts.append({
             "email": row["name"], "provider": row["provider"], "tier": row["tier"],
             "status": _HEALTH_WORDS.get(row["state"], "invalid"), "state": row["state"],
-            "error": row["reason"] or None, "lastUsed": iso_time(row["last_used_at"]),
+            "error": is_owner and row["reason"] or None, "lastUsed": iso_time(row["last_used_at"]),
             "isSoftLimited": row["state"] == "soft-limited", "limits": limits,
             "quotas": row["quotas"],
             "rateLimitCooldownRemaining": int(max(blocked) - now) if blocked else 0})
@@ -16298,7 +16335,7 @@ def is_loopback(address: str) -> bool:
 
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_HOST = re.compile(r"(?s)(.*?)(?::([0-9]{1,5}))?")
+_PORT = re.compile(r":[0-9]{1,5}\Z")
 _BEGUN = re.compile(rb"([A-Za-z]{1,20}) (?:(?i:http)://[!-.0-~]*)?(/[!->@-~]*)")
 
 
@@ -16558,10 +16595,9 @@ class Handler:
         if access.needs_key:
             exchange.user = server.guard.check(keys_of(exchange), time.monotonic())
         host = headers.get("host", "").lower()
-        name, port = _HOST.fullmatch(host).groups()
-        is_own = (name in LOOPBACK_NAMES and (not port or int(port) == server.server_port)
+        is_own = (host in server.own_hosts
                   or not host and exchange.is_http_1_0      # no browser speaks it
-                  or name in map(str.lower, config.hosts))
+                  or _PORT.sub("", host) in map(str.lower, config.hosts))
         exchange.is_stranger = not (is_own or access.by_any_name and exchange.user)
         is_probe = exchange.path == "/health" and not exchange.query
         if exchange.is_stranger and not is_probe:
@@ -16846,16 +16882,15 @@ def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
               "faults": services.log.faults,
               **services.meters.snapshot()}
     if "deep=1" in exchange.query.split("&"):
-        server.guard.check(keys_of(exchange), time.monotonic())
         began = time.monotonic()
-        limits = account_limits(services.pool)
+        limits = account_limits(services.pool, server.guard.check(keys_of(exchange), began))
         took_ms = int((time.monotonic() - began) * 1000)
         report.update(deep_health(limits, services.config.settings, took_ms))
     exchange.send_json(200, report)
 
 
 def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> None:
-    limits = account_limits(handler.services.pool)
+    limits = account_limits(handler.services.pool, exchange.user)
     if "includeHistory=true" in exchange.query.split("&"):
         limits["history"] = handler.services.pool.history()
     if "format=table" in exchange.query.split("&"):
@@ -16867,6 +16902,8 @@ def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> N
 def answer_refresh_token(handler: Handler, exchange: Exchange, match: Any) -> None:
     """A new access token for every account that has a refresh token, and none that is as good as
     new."""
+    if exchange.user and not exchange.user.admin:
+        raise ProxyError("forbidden", "this needs the owner's key, PROXY_API_KEY")
     services, results = handler.services, {}
     for account in services.pool.accounts:
         if account.credential != "refresh_token":
@@ -17012,8 +17049,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.socket = self.listener
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.server_address[:2]
-        scheme = "https" if self.tls else "http"
-        self.own_origins = {f"{scheme}://{name}:{self.server_port}" for name in LOOPBACK_NAMES}
+        scheme, usual = ("https", 443) if self.tls else ("http", 80)
+        self.own_hosts = {f"{name}:{self.server_port}" for name in LOOPBACK_NAMES}
+        if self.server_port == usual:       # then clients leave it out
+            self.own_hosts.update(LOOPBACK_NAMES)
+        self.own_origins = {f"{scheme}://{host}" for host in self.own_hosts}
 
     def get_request(self) -> tuple:
         try:
@@ -19527,9 +19567,15 @@ def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
             """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
 
 
+def open_log(path: str) -> Any:
+    """The file to be appended to; a new one is its owner's alone, an old one keeps its mode."""
+    return open(path, "a", encoding="utf-8",
+                opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
 def log_stream(args: argparse.Namespace) -> Any:
     """Where the log goes; where several processes write to it, they do so line by line."""
-    out = open(args.log_file, "a", encoding="utf-8") if args.log_file else sys.stdout
+    out = open_log(args.log_file) if args.log_file else sys.stdout
     if args.workers > 1:
         out.reconfigure(line_buffering=True)
     return out
@@ -19600,7 +19646,7 @@ def command_run(args: argparse.Namespace) -> int:
     if not client:
         raise ConfigError(f"{args.client} is not installed or not on PATH")
     args.port = 0 if args.port is None else args.port
-    with open(args.log_file or os.devnull, "a", encoding="utf-8") as out:
+    with open_log(args.log_file or os.devnull) as out:
         with running_proxy(args, out) as server:
             config = server.services.config
             if config.users and not config.api_key:     # the client is none of them
@@ -19668,7 +19714,8 @@ def browser_login(args: argparse.Namespace, provider: Provider,
     """(token answer, client cells to store) of a sign-in by browser, by paste, or both at once."""
     clients = oauth_clients(provider, os.environ) if provider.scopes else [("", "")]
     is_found = not clients
-    clients = clients or discover_clients(provider, os.environ)
+    if not clients and is_googles(provider):
+        clients = discover_clients(provider, os.environ)
     if not clients:
         raise no_client(provider)
     login = Login(provider, clients, os.environ)
@@ -19711,13 +19758,14 @@ def check_credential(row: dict, providers: Mapping[str, Provider],
     """Raises ProxyError when the credential does not work.  A rotated refresh token and the e-mail
     address are put into `row`."""
     account = account_from_row({"name": "new", **row}, providers)
-    if account.provider.auth != "oauth":
-        check_key(account, connections)
-        return
 
     def rotated(_: Account, old: str, new: str) -> None:
         row["refresh_token"] = new
-    token = Tokens(connections, Clock(), small_call_error, on_rotate=rotated).access(account)
+    tokens = Tokens(connections, Clock(), small_call_error, on_rotate=rotated)
+    if account.provider.auth != "oauth":
+        check_key(account, tokens)
+        return
+    token = tokens.access(account)
     if not row.get("email"):
         row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
 
@@ -19811,7 +19859,7 @@ def account_list(args: argparse.Namespace) -> int:
 def verify_account(account: Account, found: Services) -> str:
     """`works`, and what does not; raises ProxyError or ConfigError when nothing does."""
     if account.provider.auth != "oauth":
-        check_key(account, found.tokens.connections)
+        check_key(account, found.tokens)
         return "works"
     token, absent = found.tokens.access(account, is_shared=False), []
     for provider in account.providers if account.provider.envelope else ():
@@ -20633,18 +20681,18 @@ def finding_lines(found: Iterable[Finding]) -> list[str]:
     """What is in order on one line a check; the rest each with its evidence and remedy."""
     import textwrap
 
-    def cut(head: str, text: str) -> list[str]:
+    def folded(head: str, text: str) -> list[str]:
         return textwrap.wrap(head + text, 100, subsequent_indent=" " * len(head),
                              break_long_words=False, break_on_hyphens=False)
     lines = []
     for check, rows in itertools.groupby(found, lambda row: row.check):
         rows = list(rows)
         fine = "; ".join(row.cause for row in rows if row.state == "ok")
-        lines += cut(f"ok    {check:11}", fine) if fine else []
+        lines += folded(f"ok    {check:11}", fine) if fine else []
         for row in (row for row in rows if row.state != "ok"):
-            lines += cut(f"{row.state:6}{check:11}", row.cause)
-            lines += cut(f"{'':17}evidence  ", row.evidence)
-            lines += cut(f"{'':17}remedy    ", row.remedy)
+            lines += folded(f"{row.state:6}{check:11}", row.cause)
+            lines += folded(f"{'':17}evidence  ", row.evidence)
+            lines += folded(f"{'':17}remedy    ", row.remedy)
     return lines
 
 

@@ -103,7 +103,8 @@ class Proxy:
 
     def __init__(self, accounts, tmp_path, provider=None, env=None, **settings):
         self.sim = ag.SimUpstream(accounts)
-        stored = {"settings": {"port": 0, "strategy": "sticky", **settings}}
+        # `Host: localhost` is short for tests: without our port it is none of ours
+        stored = {"settings": {"port": 0, "strategy": "sticky", "hosts": ["localhost"], **settings}}
         config = ag.load_config(str(tmp_path / "accounts.json"), {}, env or {}, stored)
         config = ag.sim_config(self.sim, config)
         if provider:        # one for all accounts, or a provider for each
@@ -3603,6 +3604,8 @@ def test_the_client_is_found_in_an_installed_program(tmp_path):
     (package / "gemini.js").chmod(0o755)
     (tmp_path / "bin" / "gemini").symlink_to(package / "gemini.js")
     environ = {"PATH": str(tmp_path / "bin")}
+    assert ag.known_client(ag.PROVIDERS["gemini-cli"], environ) == {"client_id": client, "client_secret": secret}
+    assert ag.known_client(ag.PROVIDERS["gemini-cli"]._replace(token_url="https://other.example/token"), environ) == {}
     assert ag.discover_clients(ag.PROVIDERS["gemini-cli"], environ) == [(client, secret)]
     assert ag.oauth_clients(ag.PROVIDERS["antigravity"], {"GOOGLE_CLIENT_ID": "i", "GOOGLE_CLIENT_SECRET": "s"}) == [("i", "s")]
     assert ag.oauth_clients(ag.PROVIDERS["antigravity"], {"ANTIGRAVITY_OAUTH_CLIENTS": "k|i|s|label;bad"}) == [("i", "s")]
@@ -3847,6 +3850,38 @@ def test_tokens_that_came_and_went_are_forgotten_and_secrets_that_stay_are_not()
     ag._EXPIRING.clear()
 
 
+def test_a_users_key_reads_states_and_quotas_and_refreshes_nothing(make_proxy):
+    proxy = make_proxy({"ann@x.org": None}, env={"PROXY_API_KEY": "k" * 20})
+    vars(proxy.services.config)["users"] = (ag.UserKey("bob", hashed("bobs-key")),)
+    proxy.pool.stop(proxy.pool.accounts[0], ag.ProxyError("validation", "open https://accounts.example/owner"))
+    for key, is_told in (("k" * 20, True), ("bobs-key", False)):
+        for path in ("/account-limits?includeHistory=true", "/health?deep=1"):
+            told = proxy.call("GET", path, headers={"x-api-key": key})[2].decode()
+            assert ("accounts.example" in told) is is_told and "x.org" not in told and '"status":"ok"' not in told.replace('"status":"ok",', "", 1)
+    limits = json.loads(proxy.call("GET", "/account-limits", headers={"x-api-key": "bobs-key"})[2])
+    assert limits["accounts"][0]["state"] == "needs verification" and "quotas" in limits["accounts"][0]
+    proxy.pool.clear(proxy.pool.accounts[0])
+    asked = len(proxy.sim.requests)
+    assert proxy.call("POST", "/refresh-token", headers={"x-api-key": "bobs-key"})[0] == 403 and proxy.pool.accounts[0].access_token == ""
+    assert proxy.call("POST", "/refresh-token", headers={"x-api-key": "k" * 20})[0] == 200 and proxy.pool.accounts[0].access_token
+    assert asked == len(proxy.sim.requests)
+
+
+def test_the_port_may_be_left_out_of_host_only_where_clients_leave_it_out(make_proxy):
+    server = make_proxy({"a": None}).server
+    seen = {}
+    for port, tls in ((80, None), (443, object()), (443, None), (8080, None)):
+        stub = type("Stub", (), {"listener": None, "tls": tls, "socket": type("Socket", (), {"getsockname": lambda self: ("127.0.0.1", port)})(),
+                                 "server_address": None})()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ag, "bind_alone", lambda *_: None)
+            type(server).server_bind(stub)
+        seen[port, bool(tls)] = "localhost" in stub.own_hosts, sorted(stub.own_origins)[-1]
+        assert f"[::1]:{port}" in stub.own_hosts
+    assert seen == {(80, False): (True, "http://localhost:80"), (443, True): (True, "https://localhost:443"),
+                    (443, False): (False, "http://localhost:443"), (8080, False): (False, "http://localhost:8080")}
+
+
 def test_a_short_stated_limit_is_waited_for_with_keep_alives(make_proxy, monkeypatch):
     monkeypatch.setattr(ag, "HOLD_S", 0.05)
     monkeypatch.setattr(ag, "PING_EVERY_S", 0.05)
@@ -4086,8 +4121,8 @@ def hostile_requests():
         yield "header line", with_lines(line), 400
     for name in ag._ONCE:
         yield "header twice", with_lines(*[name.encode() + b": 1"] * (1 if name == "host" else 2)), 400
-    for host in (b"evil.example", b"localhost.evil", b"localhost:1", b"localhost:x", b"localhost@evil", b"127.0.0.1.nip.io", b"127.1", b"0",
-                 b"[::1", b"localhost, evil", b"localhost/", b"\xef\xbd\x8cocalhost", b"localhost:" + b"9" * 5000):
+    for host in (b"evil.example", b"localhost.evil", b"127.0.0.1:1", b"localhost:x", b"localhost@evil", b"127.0.0.1.nip.io", b"127.1", b"0",
+                 b"[::1", b"localhost, evil", b"localhost/", b"127.0.0.1", b"[::1]", b"\xef\xbd\x8cocalhost", b"localhost:" + b"9" * 5000):
         yield "host", b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n", 403
     yield "host", b"GET / HTTP/1.1\r\n\r\n", 400
     for line, status in ((b"Origin: http://evil.example", 403), (b"Origin: null", 403), (b"Sec-Fetch-Site: cross-site", 403),
@@ -7697,7 +7732,7 @@ def test_small_calls_carry_an_accounts_own_headers(monkeypatch):
     seen = []
     monkeypatch.setattr(ag, "simple_call", lambda c, m, u, headers, *rest: seen.append(headers) or (
         200, {}, b'{"data": [{"id": "claude-sonnet-4-6"}, {"id": "gpt-4.1"}, {"id": 5}, {"id": "a\\nb"}, {"id": "%s"}]}' % (b"x" * 999)))
-    assert [m.id for m in ag.check_key(account, None)] == ["claude-sonnet-4-6", "gpt-4.1"]
+    assert [m.id for m in ag.check_key(account, ag.Tokens(None, FakeClock(), None))] == ["claude-sonnet-4-6", "gpt-4.1"]
     assert seen[0]["Editor-Version"] == "x/1" and seen[0]["X-Own"] == "y"
 
 
@@ -7707,7 +7742,106 @@ def test_odd_quota_answers_do_no_harm(monkeypatch, form, answer):
     account = ag.account_from_row({"name": "a", "provider": "z", "api_key": "k" * 9}, {"z": row})
     monkeypatch.setattr(ag, "simple_call", lambda *_: (200, {}, json.dumps(answer).encode()))
     with contextlib.suppress(ag.ProxyError):
-        assert [ag.plausible(w).reset_at for w in ag.read_key_quota(account, None, 1e9)] == [0.0]
+        assert [ag.plausible(w).reset_at for w in ag.read_key_quota(account, ag.Tokens(None, FakeClock(), None), 1e9)] == [0.0]
+
+
+def hosts_told(monkeypatch, stored, environ=None):
+    """Makes an account of each row and every small call that its credential is for, answered without a network: (origin -> all
+    that it was sent, the accounts)."""
+    config, told = ag.load_config("", {}, {}, stored), collections.defaultdict(str)
+
+    def call(connections, method, url, headers, body=None, *rest):
+        told["/".join(url.split("/", 3)[:3])] += f"{method} {url} {json.dumps(dict(headers))} {ag.urllib.parse.unquote((body or b'').decode())}\n"
+        if url.endswith("/token"):
+            return 200, {}, b'{"access_token": "fresh-access-token", "expires_in": 3600}'
+        return 200, {}, b'{"data": [], "models": {}, "buckets": []}'
+    monkeypatch.setattr(ag, "simple_call", call)
+    tokens = ag.Tokens(type("Connections", (), {"environ": environ or {}}), FakeClock(), ag.small_call_error)
+    made = [ag.account_from_row(row, config.providers) for row in config.accounts]
+    for account in made:
+        with contextlib.suppress(ag.ProxyError):        # no client: then nothing may be sent
+            for provider in account.providers if account.provider.envelope else ():
+                ag.discover(account, provider, tokens.access(account), tokens, lambda s: None)
+                ag.read_quota(account, provider, tokens.access(account), "", tokens)
+            if not account.provider.envelope:
+                ag.check_key(account, tokens)
+                ag.read_key_quota(ag.replace(account, provider=account.provider._replace(
+                    quota=account.provider.base_urls[0] + "/quota", quota_form="zai")), tokens, 1e9)
+    return dict(told), made
+
+
+KEY_FILE = json.dumps({"type": "authorized_user", "client_id": "file-client", "client_secret": "file-secret", "refresh_token": "file-refresh"})
+
+
+@pytest.mark.parametrize("auth, credential, secret, kept", [
+    ("oauth", "refresh_token", "own-refresh-token", ("own-refresh-token", "own-secret")),
+    ("google", "api_key", "env:AGPROXY_TEST_FILE", ("file-secret", "file-refresh", "file-client")),
+    ("bearer", "api_key", "plain-key", ())])
+def test_what_makes_a_token_goes_to_the_token_endpoint_and_not_to_the_models_host(monkeypatch, auth, credential, secret, kept):
+    monkeypatch.setenv("AGPROXY_TEST_FILE", KEY_FILE)
+    told, _ = hosts_told(monkeypatch, {"accounts": [{"name": "a", "provider": "v", credential: secret}], "providers": {"v": {
+        "dialect": "chat", "base_url": "http://models.example", "auth": auth, "token_url": "http://login.example/token",
+        "client_id": "own-client", "client_secret": "own-secret"}}})
+    models = told.pop("http://models.example")
+    assert models.count("GET") == 2 and ("fresh-access-token" in models if kept else models.count("Bearer plain-key") == 2)
+    assert not [word for word in kept if word in models]
+    assert all(word in "".join(told.values()) for word in kept) and set(told) <= {"http://login.example"}
+
+
+def test_googles_client_goes_to_google_and_a_row_brings_its_own(monkeypatch):
+    environ = {"GOOGLE_CLIENT_ID": "g-client", "GOOGLE_CLIENT_SECRET": "g-secret", "ANTIGRAVITY_OAUTH_CLIENTS": "k|l-client|l-secret|x"}
+    row = {"dialect": "chat", "base_url": "http://m.example", "auth": "oauth", "token_url": "http://login.example/token"}
+    own = {"client_id": "own-client", "client_secret": "own-secret"}
+    told, _ = hosts_told(monkeypatch, {"providers": {"v": row, "w": {**row, **own}, "gemini-cli": {"token_url": "http://moved.example/token"}},
+                                       "accounts": [{"name": p, "provider": p, "refresh_token": "refresh-" + p}
+                                                    for p in ("v", "w", "antigravity", "gemini-cli")]}, environ)
+    sent = "".join(text for host, text in told.items() if "googleapis.com" not in host)
+    assert "own-secret" in sent and not re.search("[gl]-(client|secret)", sent)
+    assert "g-secret" in told["https://oauth2.googleapis.com"]
+    google = ag.PROVIDERS["antigravity"]
+    assert ag.oauth_clients(google._replace(**own), environ) == [("own-client", "own-secret"), ("g-client", "g-secret"), ("l-client", "l-secret")]
+
+
+@pytest.mark.parametrize("moved, pools", [
+    ((), ["antigravity", "gemini-cli"]), (("gemini-cli",), ["antigravity"]), (("antigravity",), ["antigravity"]),
+    (("antigravity", "gemini-cli"), ["antigravity", "gemini-cli"])])
+def test_a_cloud_code_row_that_was_moved_alone_shares_no_token(monkeypatch, moved, pools):
+    environ = {f"AGPROXY_{p}_CLIENT_{c}": f"{p.lower()}-{c.lower()}" for p in ("ANTIGRAVITY", "GEMINI_CLI") for c in ("ID", "SECRET")}
+    rows = {p: {"base_url": "http://gw.example", "token_url": "http://gw.example/token"} for p in moved}
+    told, made = hosts_told(monkeypatch, {"providers": rows, "accounts": [
+        {"name": "a", "provider": "antigravity", "refresh_token": "refresh-a"}]}, environ)
+    assert [p.id for p in made[0].providers] == pools
+    assert {"gw.example" in host for host in told} == {"antigravity" in moved}
+    # a pool's client is not paired with the token endpoint of another
+    made[0].pools = (made[0].provider._replace(id="gemini-cli", token_url="http://other.example/token"),)
+    sent = []
+    monkeypatch.setattr(ag, "oauth_post", lambda provider, fields, *rest: sent.append(fields["client_id"]) or ({}, "invalid_client"))
+    with pytest.raises(ag.ProxyError):
+        ag.oauth_refresh("refresh-a", made[0], type("Connections", (), {"environ": environ}))
+    assert sent == ["antigravity-id"]
+
+
+BAD_LINK = "https://phish\x1b]0;pwned\x07\x1b[2J\r\nFAKE ya29.SECRETSECRET"
+
+
+def test_a_link_of_an_upstreams_is_a_link_and_nothing_else(make_proxy):
+    for metadata, links in (({"validation_url": BAD_LINK}, []), ({}, [{"description": "Verify", "url": BAD_LINK}]), ({}, [{"url": 5}]),
+                            ({"validation_url": "javascript:alert(1)"}, []), ({"validation_url": "https://" + "x" * 501}, [])):
+        raw = json.dumps({"error": {"code": 403, "message": "no " + BAD_LINK, "status": "PERMISSION_DENIED", "details": [
+            {"reason": "VALIDATION_REQUIRED", "domain": "d", "metadata": metadata}, {"links": links}]}}).encode()
+        error = ag.read_meaning(403, {}, raw, 1e9, lambda: 0, 0)
+        assert error.kind == "validation" and error.message.isprintable() and "SECRET" not in error.message, error.message
+        assert "alert" not in error.message and "x" * 501 not in error.message
+    good = "https://accounts.google.com/verify?x=1"
+    assert ag.shown_link(good) == good and ag.shown_link("https://a.example/?access_token=abcdefgh") == "https://a.example/[secret]"
+    with pytest.raises(ag.ProxyError) as caught:
+        ag._absence([{"validationUrl": BAD_LINK, "validationErrorMessage": BAD_LINK, "reasonCode": "VALIDATION_REQUIRED"}])
+    assert caught.value.message.isprintable() and "SECRET" not in caught.value.message
+    proxy = make_proxy({"a": None})
+    proxy.pool.stop(proxy.pool.accounts[0], ag.ProxyError("validation", BAD_LINK))
+    proxy.pool.rests.note(("account", "a"), ag.ProxyError("server", BAD_LINK), proxy.pool.clock.now())
+    shown = json.dumps([proxy.pool.report(), ag.sheet_rows(proxy.pool.verdicts(proxy.pool.candidates(ag.MODELS["gemini-3-flash"]), ()), 1e9)])
+    assert "phish" in shown and "\\u001b" not in shown and "SECRET" not in shown
 
 
 def test_rules_reach_into_lists_and_by_the_model_that_serves():
@@ -8874,8 +9008,24 @@ def test_bytecode_that_others_may_have_written_is_not_run(program):
     kept.chmod(0o666)
     assert "foreign" not in starts_of(program.parent, source)[1] and kept.stat().st_mode & 0o22 == 0
     kept.write_bytes(head + marshal.dumps(foreign))
-    folder.chmod(0o777)         # there, anybody may put another file in place of a good one
-    assert starts_of(program.parent, source)[0] == 1
+    for mode in (0o777, 0o775):     # there, others may put another file in place of a good one
+        folder.chmod(mode)
+        assert starts_of(program.parent, source)[0] == 1
+
+
+@posix_only
+def test_no_module_is_taken_from_beside_the_bytecode_and_a_new_log_is_its_owners(program, tmp_path):
+    assert starts_of(program.parent, str(program))[0] == 2
+    (program.parent / "__pycache__" / "argparse.py").write_text("print('planted')")
+    starts, told = starts_of(program.parent, str(program))
+    assert starts == 2 and "planted" not in told
+    old = tmp_path / "old.log"
+    old.write_text("")
+    old.chmod(0o640)
+    for path, mode in ((tmp_path / "new.log", 0o600), (old, 0o640)):
+        with ag.open_log(str(path)) as out:
+            out.write("line\n")
+        assert path.stat().st_mode & 0o777 == mode and path.read_text() == "line\n"
 
 
 @posix_only
@@ -8944,7 +9094,8 @@ def vendor(tmp_path):
     path.write_text(json.dumps({"settings": {"quota_poll_s": 5}, "providers": {
         p: urls for p in ("antigravity", "gemini-cli", "gemini")}}))
     sim.path = str(path)
-    sim.env = {"ACCOUNTS_CONFIG_PATH": str(path), "GOOGLE_CLIENT_ID": "sim-client", "GOOGLE_CLIENT_SECRET": "sim-secret"}
+    sim.env = {"ACCOUNTS_CONFIG_PATH": str(path), **{f"AGPROXY_{p}_CLIENT_{cell}": "sim-" + value for p in ("ANTIGRAVITY", "GEMINI_CLI")
+                                                    for cell, value in (("ID", "client"), ("SECRET", "secret"))}}
     yield sim
     sim.stop()
 
