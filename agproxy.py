@@ -961,7 +961,7 @@ def json_items(text: str, at: int) -> tuple[list, list[int], int]:
 # member -> how many of its last items count as new: clients move marks of theirs with the end
 BODY_LISTS = {"messages": 3, "contents": 3, "input": 3, "system": 0, "tools": 0}
 LEAST_BODY_BYTES = 4096             # below that nothing is gained
-MOST_BODY_BYTES = 6 << 20           # remembered in all, as JSON; with what is made of it nine times
+MOST_BODY_BYTES = 8 << 20           # remembered in all: JSON, and each value in it; see `weight`
 BYTES_A_VALUE = 200                 # weighed besides the JSON of what is remembered
 MOST_ALIKE = 64                     # lists that begin alike: of agents that one client starts
 _FIRST_BYTES, _MORE_BYTES, _STARTS = 160, 4096, 16
