@@ -115,8 +115,58 @@ if __name__ == "__main__" and os.name == "posix" and __file__.endswith(".py") an
     with contextlib.suppress(OSError, ValueError, NotImplementedError):     # no place for a cache
         start_from_bytecode()
 
+STATUS_WAIT_S = 1.0     # for the answer of a server on this machine
+
+
+def status_query(raw: bytes) -> str:
+    """The path by which a server is asked for Claude Code's status line; `raw` is the JSON that
+    Claude Code tells."""
+    import json
+    told = {}
+    try:
+        row = json.loads(raw)
+        told = {"session": row["session_id"], "model": row["model"]["id"]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass        # another program asks, or a person
+    return "/statusline?" + "&".join(name + "=" + "".join(
+        chr(byte) if chr(byte).isalnum() and byte < 128 else f"%{byte:02X}"
+        for byte in str(value).encode("utf-8", "replace")[:300]) for name, value in told.items())
+
+
+def quick_status_line() -> bytes:
+    """The status line from the server that Claude Code itself speaks to, asked before the imports
+    below, which take longer than all of this; b"" where none answers.  It is told the key that it
+    is told anyway."""
+    import io
+    import socket
+    url, key = (os.environ.get("ANTHROPIC_" + name, "") for name in ("BASE_URL", "AUTH_TOKEN"))
+    host, _, port = url.partition("://")[2].partition("/")[0].rpartition(":")
+    if not url.startswith("http://") or not port.isdecimal() or not (url + key).isprintable():
+        return b""
+    raw = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(1 << 20)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(raw))       # to be read again where nobody answers
+    data, sent = b"", (f"GET {status_query(raw)} HTTP/1.1\r\nHost: {host}:{port}\r\n"
+                       f"x-api-key: {key}\r\nConnection: close\r\n\r\n").encode("utf-8")
+    with socket.create_connection((host.strip("[]"), int(port)), STATUS_WAIT_S) as sock:
+        sock.sendall(sent)
+        more = sent
+        while more and len(data) < 65536:
+            more = sock.recv(65536)
+            data += more
+    head, _, line = data.partition(b"\r\n\r\n")
+    return line if head.startswith(b"HTTP/1.1 200 ") and b"\n" not in line else b""
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["statusline"]:
+    with contextlib.suppress(OSError, ValueError, AttributeError):      # nobody is there
+        quick_line = quick_status_line()
+        if quick_line:
+            sys.stdout.buffer.write(quick_line + b"\n")
+            sys.exit()
+
 import argparse
 import base64
+import bisect
 import collections
 import copy
 import difflib
@@ -131,6 +181,7 @@ import http.server
 import io
 import itertools
 import json
+import operator
 import queue
 import random
 import re
@@ -139,6 +190,7 @@ import selectors
 import signal
 import socket
 import ssl
+import stat
 import string
 import subprocess
 import threading
@@ -219,6 +271,14 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "max_upstream_calls": Setting(1536, "", "upstream calls in flight"),
     "max_body_bytes": Setting(32 << 20, "", "request body; the Messages API's own limit"),
     "max_state_bytes": Setting(64 << 20, "", "state.db; the oldest requests go first"),
+    "json_logs": Setting(False, "", "log one JSON object a line"),
+    "log_file_bytes": Setting(10_000_000, "", "a log file this large is put aside; 0 is no limit"),
+    "log_files": Setting(5, "", "log files in all, the newest included"),
+    "capture": Setting("errors", "", "requests whose bodies are kept in state.db: `none`, "
+                       "`errors`, `all`"),
+    "capture_body_bytes": Setting(16 << 10, "", "... beginning and end of each, this much in all"),
+    "capture_bytes": Setting(16 << 20, "", "... all together, packed; the oldest go first"),
+    "capture_s": Setting(86400, "", "... for so long"),
     "hosts": Setting((), "", "further Host names that requests may be addressed to"),
     "cors_origins": Setting((), "CORS_ORIGINS", "web origins that may call from a browser"),
     "tls_cert": Setting("", "", "PEM file of a certificate and its chain: clients are served by "
@@ -244,6 +304,10 @@ RETURN_MEMORY_S = 10.0          # a millisecond of work without any lock
 MOST_LINES = 10_000             # of the log that wait to be written
 THREAD_IDLE_S = 3.0             # a thread without work ends
 LOG_EVERY_S = 0.05              # lines of that time are written together
+NEWEST_REQUESTS, NEWEST_LINES = 50, 200         # kept for who looks on
+BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)    # of histograms
+MOST_SERIES = 500               # (account, model, status) that are counted apart
+TELL_WORKERS_S = 2.0            # workers tell each other their counters this often
 KEPT_BY_THREAD_S = 1.0          # a thread stays this long with a connection it answered
 CLIENT_WINDOW, CLIENT_WIDE_WINDOW = 200_000, 1_000_000     # what Claude Code takes for a window
 WIDE_SINCE = (2, 1, 329)        # ... of models it does not know, as seen in November 2026
@@ -312,6 +376,8 @@ RECHECK_S = 900                 # a long stated limit is looked at again by a fr
 FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
 ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
+KEEP_SPENT_S = 32 * 86400       # what users used: the longest window is a month
+MOST_RUNNING_S = 3600           # as long as a request lasts, whose process may have been killed
 SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
 MOST_SIGNATURES, MOST_SIGNATURE_LETTERS = 5000, 8 << 20
 MAX_SIGNATURE_LETTERS = 64 << 10    # of one
@@ -653,6 +719,7 @@ ERRORS = {
     "media_type": Rule(415, _BAD),
     "head_too_large": Rule(431, _BAD),
     "locked_out": Rule(429, "rate_limit_error"),
+    "over_limit": Rule(429, "rate_limit_error"),
     "internal": Rule(500, _API),
     "busy": Rule(503, _API),
     "full": Rule(529, "overloaded_error"),
@@ -1287,6 +1354,7 @@ _SECRETS: set[str] = set()
 _EXPIRING: collections.deque = collections.deque()      # those that come anew each hour, in order
 _SECRET_SHAPES = re.compile(
     r"ya29\.[\w.-]+|1//[\w-]{8,}|sk-[\w-]{8,}|GOCSPX-[\w-]+|AIza[\w-]{8,}"
+    r"|agp-[\w-]{20,}"
     r"|(?i:(?:bearer|basic)\s+)[\w.~+/=-]{8,}|(?<=//)[^\s/:@\"']*:[^\s/@\"']*(?=@)"
     r"|(?i:[?&](?:(?:api_?)?key|code|state|code_verifier|client_secret|(?:\w+_)?token)=)[^&\s\"']+")
 # from where a name begins only: it is looked for once, not from each of its letters
@@ -1486,6 +1554,11 @@ def human_s(seconds: float) -> str:
             rest = seconds % size // smaller
             return f"{seconds // size}{unit} {rest}{name}" if rest else f"{seconds // size}{unit}"
     return f"{seconds}s"
+
+
+def percentile(values: Iterable[float], share: float) -> float | None:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
 
 
 class Deadline:
@@ -1690,14 +1763,36 @@ CONDITIONS = {      # of a rule: what each looks at -> its type
     "thinks": bool, "streams": bool}
 
 
+class Limit(NamedTuple):
+    """How much one may use: `most` of `what` in each window of the calendar, which is UTC's."""
+    owner: str              # whose uses are counted: `user NAME` or `key ID`
+    what: str               # requests, tokens, concurrency
+    per: str                # one of WINDOWS; "" where it counts what runs at once
+    most: int
+
+
+WINDOWS = ("minute", "hour", "day", "week", "month")        # the week begins on Monday
+LIMIT_NAMES = ("concurrency", *(f"{what}/{per}" for what in ("requests", "tokens")
+                                for per in WINDOWS))
+
+
 class UserKey(NamedTuple):
     """One of a user's keys, of which only the hash is stored."""
     user: str
-    key_hash: str           # scrypt:<salt hex>:<hash hex>
+    key_hash: str           # scrypt:<salt hex>:<hash hex>; "" for a user without any key
     hint: str = ""          # how the key ends: what ends otherwise is not worth the hashing
     expires_at: float = 0   # epoch seconds; 0 is never
     models: tuple[str, ...] = ()        # patterns of the names it may ask for; () is all
     admin: bool = False
+    id: str = ""
+    enabled: bool = True                # its user
+    guest: bool = False                 # models only: nothing about the accounts
+    limits: tuple[Limit, ...] = ()      # the key's and its user's
+    groups: Mapping[str, Group] = {}    # all, where some are the user's own; {}: the global ones
+
+    def may_ask(self, model: str) -> bool:
+        name = model.lower()
+        return not self.models or any(fnmatch.fnmatchcase(name, p) for p in self.models)
 
 
 @dataclass(frozen=True)
@@ -1830,7 +1925,8 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
     if not isinstance(value, str):
         wanted = "text" if isinstance(default, str) else "a number"
         raise ConfigError(f"{where}: {wanted} is required")
-    words = {"strategy": STRATEGY_NAMES, "unknown_model": ("reject", "default", "pass")}.get(name)
+    words = {"strategy": STRATEGY_NAMES, "capture": ("none", "errors", "all"),
+             "unknown_model": ("reject", "default", "pass")}.get(name)
     if words and value not in words:
         raise ConfigError(f"{where}: one of {', '.join(words)} is required, not {value!r}")
     if name == "proxy" and value:
@@ -2127,31 +2223,83 @@ def _config_rules(stored: Iterable) -> tuple[Edit, ...]:
     return tuple(rules)
 
 
-def _config_users(rows: Any) -> tuple[UserKey, ...]:
-    """A row for each key of each user; `key_hash` on the user is short for one of `keys`."""
+def _config_limits(cells: Any, owner: str, where: str) -> tuple[Limit, ...]:
+    if not isinstance(cells, dict):
+        raise ConfigError(f'{where}: an object is required, as {{"tokens/day": 1000000}}')
+    for name, most in cells.items():
+        if name not in LIMIT_NAMES:
+            raise ConfigError(f"{where}.{name}: one of {', '.join(LIMIT_NAMES)} is required")
+        if type(most) is not int or not 0 < most < 1e15:
+            raise ConfigError(f"{where}.{name}: a whole number above zero is required")
+    parts = [(*name.partition("/"), most) for name, most in cells.items()]
+    return tuple(Limit(owner, what, per, most) for what, _, per, most in parts)
+
+
+USER_FIELDS = ("name", "admin", "enabled", "models", "limits", "groups", "key_hash", "keys")
+KEY_FIELDS = {      # of one of a user's keys; `hash_key` makes `key_hash`
+    "id": (str, "a text"), "key_hash": (str, "scrypt:<salt hex>:<hash hex>"),
+    "hint": (str, "a text"), "expires_at": ((int, float), "epoch seconds, 0 for never"),
+    "created_at": ((int, float), "epoch seconds"), "models": (list, "a list of names"),
+    "limits": (dict, "an object"), "guest": (bool, "true or false"),
+    "admin": (bool, "true or false")}
+
+
+def check_key_fields(cells: Mapping, where: str) -> None:
+    """Raises ConfigError naming a field of a key, or of a user, that is not as it must be."""
+    for name, (kind, wanted) in KEY_FIELDS.items():
+        value = cells.get(name, kind() if isinstance(kind, type) else 0)
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool) or (
+                kind is list and not all(isinstance(item, str) and item for item in value)):
+            raise ConfigError(f"{where}.{name}: {wanted} is required")
+
+
+def _config_key(key: Any, row: Mapping, shared: UserKey, where: str) -> UserKey:
+    """One of the keys of the user in `row`; what it does not say is the user's, `shared`."""
+    cells = {"models": row.get("models", []), "admin": shared.admin, **object_of(key)}
+    warn_unknown(cells, KEY_FIELDS, where + ".keys.")
+    check_key_fields(cells, where)
+    if not re.fullmatch(r"scrypt:([0-9a-f]{2}){8,}:[0-9a-f]{64}", cells.get("key_hash", "")):
+        raise ConfigError(f"{where}.key_hash: scrypt:<salt hex>:<hash hex> is required")
+    key_id = cells.get("id") or "key_" + cells["key_hash"][-8:]
+    return shared._replace(
+        key_hash=cells["key_hash"], hint=cells.get("hint", ""), id=key_id,
+        expires_at=cells.get("expires_at", 0), models=tuple(m.lower() for m in cells["models"]),
+        admin=cells["admin"] and not cells.get("guest"), guest=cells.get("guest", False),
+        limits=shared.limits + _config_limits(cells.get("limits", {}), "key " + key_id,
+                                              where + ".limits"))
+
+
+def _config_users(rows: Any, groups: Mapping) -> tuple[UserKey, ...]:
+    """A row for each key of each user; `key_hash` on the user is short for one of `keys`.  A user
+    without keys has a row too: where there are users, nobody gets in without a key."""
     keys: list[UserKey] = []
     for position, row in enumerate(rows if isinstance(rows, list) else [None]):
         where = f"users.{position}"
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not row["name"]:
-            raise ConfigError(f"{where}: an object with a `name` is required")
-        warn_unknown(row, ("name", "admin", "models", "key_hash", "keys"), where + ".")
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not re.fullmatch(
+                r"[^\s/][^/\x00-\x1f\x7f]{0,63}", row["name"]):
+            raise ConfigError(f"{where}: an object with a `name` is required, of at most 64 "
+                              "letters without `/`")
+        if any(key.user == row["name"] for key in keys):
+            raise ConfigError(f"{where}.name: {row['name']!r} is there twice")
+        warn_unknown(row, USER_FIELDS, where + ".")
+        check_key_fields({k: v for k, v in row.items() if k in ("models", "limits", "admin")},
+                         where)
+        own = row.get("groups", {})
+        if type(row.get("enabled", True)) is not bool or not isinstance(own, dict):
+            raise ConfigError(f"{where}: `enabled` is true or false, `groups` is an object")
+        try:
+            merged = _config_groups({**groups, **own}) if own else {}
+        except ConfigError as err:
+            raise ConfigError(f"{where}.{err}") from err
+        shared = UserKey(row["name"], "", admin=row.get("admin", False), groups=merged,
+                         enabled=row.get("enabled", True), limits=_config_limits(
+                             row.get("limits", {}), "user " + row["name"], where + ".limits"))
         given = row.get("keys", [{"key_hash": row["key_hash"]}] if "key_hash" in row else [])
-        for key in given if isinstance(given, list) else [None]:
-            cells = {"hint": "", "expires_at": 0, "models": row.get("models", []),
-                     "admin": row.get("admin", False), **object_of(key)}
-            warn_unknown(cells, ("id", *UserKey._fields), where + ".keys.")
-            if not re.fullmatch(r"scrypt:([0-9a-f]{2}){8,}:[0-9a-f]{64}",
-                                str(cells.get("key_hash"))):
-                raise ConfigError(f"{where}.key_hash: scrypt:<salt hex>:<hash hex> is required")
-            if not isinstance(cells["hint"], str) or type(cells["admin"]) is not bool or (
-                    type(cells["expires_at"]) not in (int, float)) or not (
-                    isinstance(cells["models"], list)
-                    and all(isinstance(m, str) for m in cells["models"])):
-                raise ConfigError(f"{where}: `hint` is a text, `expires_at` epoch seconds, "
-                                  "`models` a list of names, `admin` true or false")
-            keys.append(UserKey(row["name"], cells["key_hash"], cells["hint"],
-                                cells["expires_at"], tuple(m.lower() for m in cells["models"]),
-                                cells["admin"]))
+        keys += [_config_key(key, row, shared, where)
+                 for key in (given if isinstance(given, list) else [None])] or [shared]
+    twice = [i for i, n in collections.Counter(k.id for k in keys if k.id).items() if n > 1]
+    if twice:
+        raise ConfigError(f"users: two keys have the id {twice[0]}")
     return tuple(keys)
 
 
@@ -2202,7 +2350,7 @@ def load_config(path: str, flags: Mapping[str, Any], environ: Mapping[str, str],
     return Config(path, config_settings(stored.get("settings", {}), flags, environ),
                   providers, tuple(accounts), aliases, _config_groups(stored.get("groups", {})),
                   _config_routes(stored.get("routes", {})), _config_rules(stored.get("rules", [])),
-                  api_key, _config_users(stored.get("users", [])))
+                  api_key, _config_users(stored.get("users", []), stored.get("groups", {})))
 
 
 def _accounts_json(stored: dict, path: str) -> bytes:
@@ -2292,6 +2440,108 @@ def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) 
     return edit_accounts(path, change)
 
 
+# Users and their keys, in the stored object
+
+def hash_key(key: str) -> str:
+    """What is stored of a key."""
+    salt = os.urandom(16)
+    made = hashlib.scrypt(key.encode(), salt=salt, n=16384, r=8, p=1, dklen=32)
+    return f"scrypt:{salt.hex()}:{made.hex()}"
+
+
+def stored_user(stored: Mapping, name: str) -> dict:
+    """The user of that name; raises ConfigError with the names there are."""
+    rows = [row for row in stored.get("users") or () if isinstance(row, dict)]
+    found = next((row for row in rows if row.get("name") == name), None)
+    if found is None:
+        names = ", ".join(str(row.get("name")) for row in rows) or "none"
+        raise ConfigError(f"no user {name}; there are: {names}")
+    return found
+
+
+def stored_key(stored: Mapping, wanted: str) -> tuple[dict, dict]:
+    """(user, key) of a key's id or hint; raises ConfigError.  `key_hash` on the user becomes one
+    of its `keys`."""
+    found, ids = [], []
+    for user in stored.get("users") or ():
+        if "key_hash" in user and "keys" not in user:
+            user["keys"] = [{"key_hash": user.pop("key_hash")}]
+        for key in user.get("keys", ()):
+            key.setdefault("id", "key_" + key["key_hash"][-8:])
+            ids.append(key["id"])
+            if wanted and wanted in (key["id"], key.get("hint")):
+                found.append((user, key))
+    if len(found) != 1:
+        raise ConfigError(f"{'several keys are' if found else 'no key'} {wanted}; there are: "
+                          f"{', '.join(ids) or 'none'}")
+    return found[0]
+
+
+def renew_key(cells: dict) -> str:
+    """A new key, of which its row `cells` gets the hash: the only time that it is to be seen."""
+    import secrets
+    key = "agp-" + secrets.token_urlsafe(24)
+    remember_secret(key)
+    cells.update(key_hash=hash_key(key), hint=key[-4:])
+    return key
+
+
+def add_key(stored: dict, name: str, cells: Mapping[str, Any], now: float) -> tuple[str, str]:
+    """(key, its id) of a new key of that user, with `cells` of KEY_FIELDS."""
+    user = stored_user(stored, name)
+    if "key_hash" in user and "keys" not in user:
+        user["keys"] = [{"key_hash": user.pop("key_hash")}]
+    row: dict = {"id": new_id("key_")[:12]}
+    key = renew_key(row)
+    row.update({k: v for k, v in cells.items() if v}, created_at=int(now))
+    user.setdefault("keys", []).append(row)
+    return key, row["id"]
+
+
+def add_user(stored: dict, name: str, cells: Mapping[str, Any]) -> None:
+    """A new user without a key, with `cells` of USER_FIELDS."""
+    if any(object_of(row).get("name") == name for row in stored.setdefault("users", [])):
+        raise ConfigError(f"there is a user {name} already; `keys create {name}` gives another key")
+    stored["users"].append({"name": name, **{k: v for k, v in cells.items() if v}})
+
+
+_LIMIT = re.compile(r"(?i)\s*([\d][\d_,.]*)\s*([kmg]?)\s*(?:(tok|req)[a-z]*\s*(?:/|per|an?)\s*"
+                    r"(min|h|d|w|mo)[a-z]*|concurren[a-z]+|parallel|at once)\s*")
+_LIMIT_WORDS = {"tok": "tokens", "req": "requests", "min": "minute", "h": "hour", "d": "day",
+                "w": "week", "mo": "month"}
+
+
+def parse_limit(text: str) -> tuple[str, int]:
+    """(one of LIMIT_NAMES, how many) of `1M tok/day`, `60 req/min`, `4 at once`."""
+    match = _LIMIT.fullmatch(text)
+    with contextlib.suppress(ValueError):
+        number = float(match[1].replace(",", "").replace("_", "")) if match else 0.0
+        most = int(number * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()] if match else 0)
+        if most:
+            words = [_LIMIT_WORDS[w.lower()] for w in (match[3], match[4]) if w]
+            return "/".join(words) or "concurrency", most
+    raise ConfigError(f'a limit is "1M tok/day", "60 req/min" or "4 at once" (per minute, hour, '
+                      f"day, week or month), not {text!r}")
+
+
+def parse_expiry(text: str, now: float) -> float:
+    """Epoch seconds of `30d`, `12h`, `2w`, or a date, that is its end (UTC); 0 of `never`."""
+    match = re.fullmatch(r"(?i)(\d{1,5})([hdw])", text)
+    if match:
+        return int(now + int(match[1]) * {"h": 3600, "d": 86400, "w": 604800}[match[2].lower()])
+    if text == "never":
+        return 0
+    import calendar
+    try:
+        at = calendar.timegm(time.strptime(text, "%Y-%m-%d")) + 86400
+    except ValueError:
+        at = 0
+    if at <= now:
+        raise ConfigError(f"--expires: 30d, 12h, 2w, never or a date to come as 2030-12-31 is "
+                          f"required, not {text!r}")
+    return at
+
+
 def save_rotated_token(path: str, account: str, old: Iterable[str], new: str) -> None:
     """Writes a rotated refresh token over one of the old ones, on the file as it is now."""
     def change(stored: dict) -> None:
@@ -2326,18 +2576,36 @@ class Record:
     failures: list[str] = field(default_factory=list)   # "account: kind" of each failed try
     attempts: int = 0
     note: str = ""
+    is_cut: bool = False        # broke off after its stream had begun
     session: str = ""           # hash of the conversation, as its requests are grouped by
     agent: str = ""
     parent: str = ""            # of the agent
     mended: Mapping[str, int] = field(default_factory=dict)     # repairs of the conversation
     refused: tuple = ()         # repairs that refusals asked for
     choices: list = field(default_factory=list)         # (at, reason, verdicts) of each selection
+    user: str = ""              # whose key it came with
+    key: str = ""               # its id
 
     def tell(self, note: str) -> None:
         """One more thing for the log's line; what stands there already stays."""
         note = redact(note, 200)
         if note not in self.note:
             self.note = f"{self.note}; {note}" if self.note else note
+
+
+FACTS = ("id", "user", "key", "client", "asked", "used", "account", "status", "is_cut", "attempts",
+         "failures", "note", "session", "agent", "parent", "input_tokens", "cached_tokens",
+         "output_tokens")
+_facts_of = operator.attrgetter(*FACTS)
+
+
+def request_facts(record: Record, now: float, now_at: float) -> dict:
+    """A request as JSON, some words as its client said them; `now` is monotonic, `now_at` the same
+    moment by the wall clock.  `at` is when it began."""
+    row = dict(zip(FACTS, _facts_of(record)))
+    first, began = record.first_byte_at, record.started_at
+    return {"at": round(now_at - (now - began), 3), **row, "total_ms": round((now - began) * 1000),
+            "first_ms": round((first - began) * 1000) if first else None}
 
 
 def request_line(record: Record, now: float) -> str:
@@ -2350,21 +2618,96 @@ def request_line(record: Record, now: float) -> str:
     return (f"{record.id}  {record.client}  {record.asked} -> {record.used}  {record.account}"
             f"  {record.status}  {tries}  first {first_ms:.0f} ms  total {total_ms:.0f} ms"
             f"  in {record.input_tokens} cached {record.cached_tokens} out {record.output_tokens}"
+            + (f"  user {record.user}" if record.user not in ("", "owner") else "")
             + (f"  {record.note}" if record.note else ""))
 
 
+class LogFile:
+    """A log file with ceilings: one that is full becomes `path.1`, that one `path.2`, and so on.
+    Several processes may write to it: each writes whole lines at the file's end, looks before
+    whether the name is another file's by now, and only one of them puts a full one aside."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.most_bytes = SETTINGS["log_file_bytes"].default
+        self.most_files = SETTINGS["log_files"].default
+        self._file: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """What the name is now; what a program other than this one moved is let go."""
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                             | getattr(os, "O_BINARY", 0), 0o600)
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "replace")
+        if self._file is None or not self._is_ours():
+            self._open()
+        found = os.fstat(self._file)
+        # terminals and pipes have no end to be reached
+        if stat.S_ISREG(found.st_mode) and 0 < self.most_bytes < found.st_size + len(data):
+            self._put_aside(len(data))
+        while data:
+            data = data[os.write(self._file, data):]
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
+
+    def _put_aside(self, coming: int) -> None:
+        # the log goes on in the old file where this cannot be: a folder that is read-only, or on
+        # Windows another process that has the file open
+        with contextlib.suppress(OSError), file_lock(self.path):
+            self._open()        # another process may have done it
+            if os.fstat(self._file).st_size + coming <= self.most_bytes or (
+                    not os.fstat(self._file).st_size):
+                return
+            os.close(self._file)        # Windows moves no open file
+            self._file = None
+            with contextlib.suppress(OSError):
+                for number in range(self.most_files - 1, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(f"{self.path}.{number - 1}" if number > 1 else self.path,
+                                   f"{self.path}.{number}")
+                if self.most_files < 2:
+                    os.remove(self.path)
+            self._open()
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
 class Log:
-    """Readable lines on one text stream.  Formatting and writing happen in the log's own thread;
-    `line` only enqueues.  When nobody drains the queue, lines are dropped and counted."""
+    """Lines, readable or JSON, on one text stream.  Formatting and writing happen in the log's own
+    thread; `line` only enqueues.  When nobody drains the queue, lines are dropped and counted."""
 
     def __init__(self, out: Any):
         self.out, self.dropped = out, 0
+        self.is_json = False
         self.faults = 0                     # of the program's own, each told in a line
+        self.newest: collections.deque = collections.deque(maxlen=NEWEST_REQUESTS)  # as facts
+        self.lines: collections.deque = collections.deque(maxlen=NEWEST_LINES)      # as written
         self._lock = threading.Lock()       # guards dropped and faults
         self._lines: collections.deque = collections.deque()
         self._wake, self._is_closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
+
+    def set_up(self, config: Config) -> None:
+        """Form and ceilings as configured."""
+        self.is_json = config.json_logs
+        if isinstance(self.out, LogFile):
+            self.out.most_bytes, self.out.most_files = config.log_file_bytes, config.log_files
 
     def line(self, text: str, *values: Any) -> None:
         if len(self._lines) >= MOST_LINES:
@@ -2410,8 +2753,9 @@ class Log:
             while self._lines:
                 out.append(self._told(*self._lines.popleft()))
             try:
-                self.out.write("".join(out))
-                self.out.flush()
+                if out:
+                    self.out.write("".join(out))
+                    self.out.flush()
             except (OSError, ValueError):
                 self._drop(len(out))        # the terminal is gone; serving goes on
             # one wake-up for the lines of a moment: 25 us a request against 97 under load
@@ -2419,11 +2763,20 @@ class Log:
 
     def _told(self, at: float, text: str, values: tuple) -> str:
         try:
+            facts = {} if text else request_facts(*values, at)
             told = redact(text % values if text else request_line(*values), 1000)
+            if facts:
+                self.newest.append(facts)
         except Exception as err:        # a thread's top: one line is lost, not the log
             self._drop(1)
             told = f"a line could not be written ({type(err).__name__}): {text[:100]!r}"
-        return f"{time.strftime('%H:%M:%S', time.localtime(at))} {told}\n"
+            facts = {}
+        told = f"{time.strftime('%H:%M:%S', time.localtime(at))} {told}"
+        self.lines.append(told)
+        if not self.is_json:
+            return told + "\n"
+        row = redact_all(facts) if facts else {"text": told[9:]}
+        return json_encode({"logged_at": round(at, 3), **row}) + "\n"
 
 
 # state.db
@@ -2443,6 +2796,10 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
        CREATE TABLE learned(key TEXT PRIMARY KEY, json TEXT, at REAL);""",
     """CREATE TABLE replies(id TEXT PRIMARY KEY, json BLOB, at REAL);
        CREATE INDEX replies_at ON replies(at);""",
+    """CREATE TABLE spent(owner TEXT, what TEXT, per TEXT, start REAL, writer TEXT, amount INTEGER,
+           at REAL, PRIMARY KEY(owner, what, per, start, writer));""",
+    """CREATE TABLE bodies(id TEXT PRIMARY KEY, json BLOB, at REAL);
+       CREATE INDEX bodies_at ON bodies(at);""",
 )
 
 
@@ -2483,11 +2840,14 @@ class State:
     `delete` only enqueue; one thread writes, urgent rows at once, others four times a second.
     Without write access, or with a newer version's file, it lives in memory, which is said once."""
 
-    def __init__(self, path: str, tell: Callable[[str], None], max_bytes: int = 64 << 20):
+    def __init__(self, path: str, tell: Callable[[str], None], max_bytes: int = 64 << 20,
+                 is_reader: bool = False):
         self.path, self.tell, self.max_bytes = path, tell, max_bytes
         self.on_foreign_change: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None     # its file is another one now: put again
         self.dropped = 0
+        self.most_body_bytes, self.bodies_last_s = 16 << 20, 86400.0        # of captured ones
+        self._body_bytes = 0            # put there since it was tidied
         self.is_crowded = False         # much was written: time to tidy
         self.is_shared = False          # other processes are known that learn and look here
         self._reading = threading.Lock()        # guards the reader and what it has seen
@@ -2495,11 +2855,14 @@ class State:
         self._jobs: collections.deque = collections.deque()     # (SQL, Event or None, values)
         self._wake = threading.Event()
         self._lock = threading.Lock()       # guards the connection
-        self._dropping = threading.Lock()       # guards dropped
+        self._dropping = threading.Lock()       # guards dropped and _body_bytes
         self._told = ""                 # the trouble that was told last
         self._retry_at = 0.0            # when what could not be written is tried again
         self._wanted, self._again_at = path, 0.0        # a file that could not be had, and when
-        self._db = self._prepare()                      # it is tried again
+        # it is tried again; who only reads gets a copy
+        if is_reader:
+            self.path = self._wanted = ""
+        self._db = self._read_only(path) if is_reader else self._prepare()
         # from here on a foreign commit is noticed, and another file in its place
         self._seen, self._opened = self._version(), self._file_id()
         self._thread = threading.Thread(target=self._run, name="state", daemon=True)
@@ -2563,6 +2926,11 @@ class State:
                 self._reader.close()
             self._reader, self._read_version, self._read_to = None, -1, 0
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the file now; "" for nothing."""
+        return self._told
+
     def flush(self) -> None:
         """Returns when everything enqueued so far was written, or could not be."""
         done = threading.Event()
@@ -2612,7 +2980,7 @@ class State:
         for how in ("immutable=1", "mode=ro"):      # the second sees the newest, where it can
             with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(
                     f"file:{urllib.parse.quote(path)}?{how}", timeout=0, uri=True)) as source:
-                for table in ("rests", "facts"):
+                for table in ("rests", "facts", "quotas"):
                     for row in source.execute(f"SELECT * FROM {table}").fetchall():
                         marks = ", ".join("?" * len(row))
                         db.execute(f"INSERT OR REPLACE INTO {table} VALUES({marks})", row)
@@ -2814,13 +3182,10 @@ class State:
         db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
         db.execute("DELETE FROM signatures WHERE at < ? OR key NOT IN (SELECT key FROM signatures "
                    "ORDER BY at DESC LIMIT ?)", (now - SIGNATURES_LAST_S, MOST_SIGNATURES))
-        left = MOST_REPLY_BYTES
-        db.execute("DELETE FROM replies WHERE at < ?", (now - REPLIES_LAST_S,))
-        for reply_id, size in db.execute("SELECT id, length(json) FROM replies ORDER BY at DESC"
-                                         ).fetchall():
-            left -= size
-            if left < 0:
-                db.execute("DELETE FROM replies WHERE id = ?", (reply_id,))
+        db.execute("DELETE FROM spent WHERE at < ?", (now - KEEP_SPENT_S,))
+        db.execute("DELETE FROM learned WHERE key LIKE 'worker %' AND at < ?", (now - 86400,))
+        left = self._tidy_heap("replies", now - REPLIES_LAST_S, MOST_REPLY_BYTES)
+        self._tidy_heap("bodies", now - self.bodies_last_s, self.most_body_bytes)
         # one that ended must stay until every process has seen it
         db.execute("DELETE FROM rests WHERE until < ? AND changed_at < ?", (now, now - 86400))
         while True:
@@ -2833,6 +3198,24 @@ class State:
                     "LIMIT 1 + (SELECT count(*) / 4 FROM requests))").rowcount:
                 break
         db.execute("PRAGMA incremental_vacuum")
+
+
+    def note_bodies(self, size: int) -> None:
+        """So much was put there; tidied before it is much more than is to stay."""
+        with self._dropping:
+            self._body_bytes += size
+            if self._body_bytes > self.most_body_bytes:
+                self._body_bytes, self.is_crowded = 0, True
+
+    def _tidy_heap(self, table: str, since: float, left: int) -> int:
+        """Forgets the rows of before, and the oldest of more than `left` bytes; what is left."""
+        self._db.execute(f"DELETE FROM {table} WHERE at < ?", (since,))
+        for row_id, size in self._db.execute(
+                f"SELECT id, length(json) FROM {table} ORDER BY at DESC").fetchall():
+            left -= size
+            if left < 0:
+                self._db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))
+        return left
 
 
 class Calibration:
@@ -2889,12 +3272,177 @@ class Calibration:
         return max(0.7, min(1.6, ordered[len(ordered) // 2]))
 
 
+def window_of(per: str, now: float) -> tuple[float, float]:
+    """(begin, end) of the window that `now` is in; of what counts at once, always."""
+    if not per:
+        return 0.0, float("inf")
+    if per == "month":
+        import calendar
+        year, month = time.gmtime(now)[:2]
+        return (calendar.timegm((year, month, 1, 0, 0, 0)),
+                calendar.timegm((year + month // 12, month % 12 + 1, 1, 0, 0, 0)))
+    size = {"minute": 60, "hour": 3600, "day": 86400, "week": 604800}[per]
+    start = now - (now - 4 * 86400) % size      # 1970 began on a Thursday
+    return start, start + size
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process may still be there."""
+    if os.name == "nt":         # where signal 0 is another one
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass        # another user's
+    return True
+
+
+class Slot:
+    """One window of one limit: `mine` was used by way of this process, `held` is reserved."""
+    __slots__ = ("start", "end", "mine", "held")
+
+    def __init__(self, start: float, end: float):
+        self.start, self.end, self.mine, self.held = start, end, 0, 0
+
+
+class Spending:
+    """What users and keys have used of their limits.  Each process counts for itself and writes its
+    sums, a row each, to state.db; what the others wrote counts too, within a second.  The lock
+    guards everything."""
+
+    def __init__(self, clock: Clock, state: State | None = None):
+        self.clock, self.state = clock, state
+        self.writer = f"{os.getpid()} {new_id('')[:8]}"
+        self._lock = threading.Lock()
+        self._slots: dict[tuple, Slot] = {}             # (owner, what, per)
+        self._others: dict[tuple, int] = {}             # (owner, what, per, start) -> amount
+        self._on_its_way: dict[tuple, float] = {}       # the same -> when it was put
+        if state is not None:
+            before = state.on_foreign_change
+
+            def look() -> None:
+                before()
+                self.take_over()
+            state.on_foreign_change = look
+            self.take_over()
+
+    def take_over(self) -> None:
+        """What other processes, those that have ended too, have written."""
+        now, others = self.clock.now(), collections.Counter()
+        for *key, writer, amount, at in self.state.rows(
+                "spent", "writer != ? AND at > ?", self.writer, now - KEEP_SPENT_S):
+            if key[1] != "concurrency" or (amount and now - at < MOST_RUNNING_S
+                                           and _is_running(int(writer.partition(" ")[0]))):
+                others[tuple(key)] += amount
+        with self._lock:
+            self._others = others
+
+    def _slot(self, limit: Limit, now: float) -> Slot:
+        slot = self._slots.get(limit[:3])
+        if slot is None or now >= slot.end:
+            slot = self._slots[limit[:3]] = Slot(*window_of(limit.per, now))
+        return slot
+
+    def _used(self, limit: Limit, slot: Slot) -> int:
+        return slot.mine + slot.held + self._others.get((*limit[:3], slot.start), 0)
+
+    def _add(self, limit: Limit, slot: Slot, amount: int, now: float) -> None:
+        slot.mine += amount
+        key = (*limit[:3], slot.start)
+        # once until it is written; what was dropped from a full queue is put again
+        if self.state is not None and now - self._on_its_way.get(key, 0.0) > 10:
+            self._on_its_way[key] = now
+            self.state.put("spent", *key, self.writer, lambda: self._sum(key, slot), now,
+                           urgent=not limit.per and self.state.is_shared)
+
+    def _sum(self, key: tuple, slot: Slot) -> int:
+        """In the thread that writes: all that was used until now."""
+        with self._lock:
+            self._on_its_way.pop(key, None)
+            return slot.mine
+
+    def used(self, limit: Limit) -> tuple[int, float]:
+        """(how much, reserved tokens too, when the window ends)."""
+        now = self.clock.now()
+        with self._lock:
+            slot = self._slot(limit, now)
+            return self._used(limit, slot), slot.end
+
+    def take(self, limits: tuple[Limit, ...], tokens: int) -> list[tuple[Limit, Slot, int]]:
+        """What `settle` wants when the request is over: `tokens`, an estimate, are reserved.
+        Raises ProxyError over_limit where one of the limits would be exceeded."""
+        now = self.clock.now()
+        with self._lock:
+            slots = [(limit, self._slot(limit, now)) for limit in limits]
+            refused = [self._over(limit, slot, needs, now) for limit, slot in slots
+                       for needs in (tokens if limit.what == "tokens" else 1,)
+                       if self._used(limit, slot) + needs > limit.most]
+            if refused:         # the one that lasts longest: asking before is of no use
+                raise max(refused, key=lambda e: (e.retry_after_s is None, e.retry_after_s or 0))
+            for limit, slot in slots:
+                if limit.what == "tokens":
+                    slot.held += tokens
+                else:
+                    self._add(limit, slot, 1, now)
+        return [(limit, slot, tokens) for limit, slot in slots]
+
+    def settle(self, taken: list[tuple[Limit, Slot, int]], tokens: int) -> None:
+        """The request has used `tokens`; they count in the window that is now."""
+        now = self.clock.now()
+        with self._lock:
+            for limit, slot, held in taken:
+                if limit.what == "tokens":
+                    slot.held -= held
+                    self._add(limit, self._slot(limit, now), tokens, now)
+                elif not limit.per:
+                    self._add(limit, slot, -1, now)
+
+    def _over(self, limit: Limit, slot: Slot, needs: int, now: float) -> ProxyError:
+        whose, used = limit.owner.partition(" ")[0], self._used(limit, slot)
+        if not limit.per:
+            return ProxyError("over_limit", f"this {whose} may have {limit.most} requests under "
+                              f"way at once, and {used} are; it is free when one ends", 1)
+        text = f"this {whose} may use {limit.most:,} {limit.what} a {limit.per}: {used:,} are used"
+        text += f", this request needs about {needs:,}" if limit.what == "tokens" else ""
+        if needs > limit.most:
+            return ProxyError("over_limit", f"{text}: more than the limit; no time will free it")
+        if used - slot.held + needs <= limit.most:
+            return ProxyError("over_limit", f"{text}, {slot.held:,} of them reserved for requests "
+                              "under way; ask again when one has ended", 1)
+        at = time.strftime("%Y-%m-%d %H:%M", time.gmtime(slot.end))
+        return ProxyError("over_limit", f"{text}; it is free again in "
+                          f"{human_s(slot.end - now)}, at {at} UTC", slot.end - now)
+
+
+class Histogram:
+    """How many values fell into each of BUCKETS_S and beyond, and their sum.  Not for several
+    threads at once."""
+    __slots__ = ("counts", "sum")
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(BUCKETS_S) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(BUCKETS_S, value)] += 1
+        self.sum += value
+
+
 class Meters:
-    """Counters of this process.  Guarded by one lock: requests, errors, tokens."""
+    """Counters of this process.  One lock guards all but `running`: the requests for models that
+    are under way, by id."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._counts: collections.Counter = collections.Counter()
+        self._served: dict[tuple, list] = {}    # (account, model, status) -> [requests, tokens ...]
+        self._failed: collections.Counter = collections.Counter()   # (account, kind) of tries
+        self._first, self._total = Histogram(), Histogram()
+        self._firsts: collections.deque = collections.deque(maxlen=200)     # the latest, seconds
+        # [second, requests, errors] of the last five minutes, monotonic
+        self._seconds: collections.deque = collections.deque(maxlen=300)
+        self.running: dict[str, Record] = {}
 
     def add(self, **amounts: int) -> None:
         with self._lock:
@@ -2904,6 +3452,84 @@ class Meters:
     def snapshot(self) -> dict[str, int]:
         with self._lock:
             return dict(self._counts)
+
+    def ended(self, record: Record, now: float) -> None:
+        """One more request is over; those that ask for a model are looked at closely."""
+        is_error, counts = record.status >= 400 or record.is_cut, self._counts
+        self.running.pop(record.id, None)
+        with self._lock:
+            counts["requests"] += 1
+            counts["errors"] += is_error
+            if record.asked != "-":
+                self._count(record, is_error, now)
+
+    def _count(self, record: Record, is_error: bool, now: float) -> None:
+        counts, tokens = self._counts, (record.input_tokens, record.cached_tokens,
+                                        record.output_tokens)
+        counts["retries"] += max(0, record.attempts - 1)
+        counts["input_tokens"] += tokens[0]
+        counts["output_tokens"] += tokens[2]
+        key = record.account, record.used, "cut" if record.is_cut else str(record.status or "left")
+        row = self._served.get(key)
+        if row is None:
+            key = key if len(self._served) < MOST_SERIES else ("others", "others", key[2])
+            row = self._served.setdefault(key, [0, 0, 0, 0])
+        for place, amount in enumerate((1, *tokens)):
+            row[place] += amount
+        for failure in record.failures:
+            account, _, kind = failure.rpartition(": ")
+            self._failed[account, kind.partition(" ")[0]] += 1
+        self._total.add(now - record.started_at)
+        if record.first_byte_at:
+            self._first.add(record.first_byte_at - record.started_at)
+            self._firsts.append(record.first_byte_at - record.started_at)
+        if not self._seconds or self._seconds[-1][0] != int(now):
+            self._seconds.append([int(now), 0, 0])
+        self._seconds[-1][1] += 1
+        self._seconds[-1][2] += is_error
+
+    def report(self, now: float) -> dict:
+        """Everything as JSON.  `minute` are requests of the last one; `recent` requests and errors
+        of the last five; `firsts` the latest times to a first byte, in seconds."""
+        with self._lock:
+            recent = [row for row in self._seconds if row[0] > now - 300]
+            return {"counts": dict(self._counts),
+                    "served": [[*key, *row] for key, row in self._served.items()],
+                    "failed": [[*key, count] for key, count in self._failed.items()],
+                    "first_byte_s": [list(self._first.counts), round(self._first.sum, 3)],
+                    "total_s": [list(self._total.counts), round(self._total.sum, 3)],
+                    "minute": sum(row[1] for row in recent if row[0] > now - 60),
+                    "recent": [sum(row[1] for row in recent), sum(row[2] for row in recent)],
+                    "firsts": [round(value, 3) for value in self._firsts]}
+
+
+# Captured bodies
+
+_EDGES = (b'"', b" ", b"\n", b",", b"'")
+
+
+def excerpt(body: bytes, limit: int) -> bytes:
+    """The beginning and the end of a body, `limit` bytes in all.  They end between words: half a
+    secret would not be known as one."""
+    if len(body) <= limit:
+        return body
+    half = limit // 2
+    end = max(body.rfind(edge, 0, half) for edge in _EDGES) + 1
+    found = [at for at in (body.find(edge, len(body) - half) for edge in _EDGES) if at >= 0]
+    begin = min(found, default=len(body))
+    return b"%s[... %d bytes ...]%s" % (body[:end], begin - end, body[begin:])
+
+
+def packed_bodies(asked: bytes, answered: bytes) -> bytes:
+    """A request's body and its answer's, redacted, as state.db has them."""
+    texts = {name: without_secrets(body.decode("utf-8", "replace"))
+             for name, body in (("request", asked), ("answer", answered))}
+    return zlib.compress(json_encode(texts).encode())
+
+
+def unpacked_bodies(packed: bytes) -> dict:
+    """{"request": text, "answer": text}."""
+    return json.loads(zlib.decompress(packed))
 
 
 class Memory:
@@ -3615,6 +4241,11 @@ def is_paired(turns: Iterable[Turn], minds_strays: bool = True) -> bool:
     return not waiting
 
 
+def conversation_of(seed: str) -> str:
+    """32 hex digits by which a conversation is known: of its session, or how it begins."""
+    return hashlib.sha256(seed.encode("utf-8", "replace")).hexdigest()[:32]
+
+
 class _Once:
     """A property that is found once; threads may find the same twice.  functools.cached_property
     has one lock for all requests up to Python 3.11: 0.5 us against 0.2, and threads that wait."""
@@ -3700,7 +4331,7 @@ class Request:
             first = next((b.text for t in self.turns if t.role == "user"
                           for b in t.blocks if isinstance(b, Text)), "")
             seed = "".join([text[:4000] + "\0" for text in (*self.system, first)])
-        return hashlib.sha256(seed.encode("utf-8", "replace")).hexdigest()[:32]
+        return conversation_of(seed)
 
 
 _FETCHED = frozenset(("image_url", "file_url", "file_data", "fileUri", "file_uri"))
@@ -12010,11 +12641,12 @@ class AccountPool:
             with self._lock:
                 self.queue.hand_over(self.queue.drop(ask))
 
-    def explain(self, candidates: Iterable[Candidate]) -> tuple[Verdict | None, str, tuple]:
+    def explain(self, candidates: Iterable[Candidate],
+                conversation: str = "") -> tuple[Verdict | None, str, tuple]:
         """A dry run: (what would be chosen, why, the score sheet)."""
         sheet = self.verdicts(candidates, ())
         with self._lock:
-            return (*self._choose(sheet, Ask(), self.clock.now()), sheet)
+            return (*self._choose(sheet, Ask(conversation), self.clock.now()), sheet)
 
     def outlook(self, candidate: Candidate) -> tuple[Verdict, Window | None]:
         """One line of the sheet, and the reading that binds it."""
@@ -12274,10 +12906,12 @@ class AccountPool:
 
     def reports(self) -> list[tuple[Account, dict]]:
         """The same beside the accounts, which an edit may replace at any moment."""
-        now = self.clock.now()
-        with self._lock:
-            return [(a, account_report(a, self.rests, self.readings, self.settings, now))
-                    for a in self.accounts]
+        now, rows = self.clock.now(), []
+        for account in list(self.accounts):     # one at a time: requests wait for this lock
+            with self._lock:
+                rows.append((account, account_report(account, self.rests, self.readings,
+                                                     self.settings, now)))
+        return rows
 
 
 def explain(verdicts: Iterable[Verdict], now: float) -> str:
@@ -14792,6 +15426,7 @@ class Services:
     keeper: Keeper | None = None
     simulator: str = ""         # its URL, where it is the upstream
     workers: int = 1            # processes that serve the port
+    worker: int = 1             # which of them this is
     retries: RetryShare = field(default_factory=RetryShare)
     learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
     learning: Any = field(default_factory=threading.Lock)       # guards what is added to learned
@@ -14813,6 +15448,10 @@ class Services:
 
     def candidates(self, name: str, wanted: str = "") -> list[Candidate]:
         return self.plan(name, wanted).candidates
+
+    def with_groups(self, groups: Mapping[str, Group]) -> Services:
+        """The same for a user who has groups of their own."""
+        return replace(self, config=replace(self.config, groups=groups))
 
     def count(self, request: Request, model: Model) -> int:
         """Our own count of a request's input tokens for a model, as calibrated."""
@@ -15467,14 +16106,10 @@ def http_date(epoch_s: int) -> str:
             f"{at.tm_year} {at.tm_hour:02}:{at.tm_min:02}:{at.tm_sec:02} GMT")
 
 
-def request_row(record: Record, now: float) -> dict:
-    """A finished request as `why` tells it; `now` is monotonic."""
-    row = {name: getattr(record, name) for name in (
-        "id", "client", "asked", "used", "account", "status", "attempts", "failures", "note",
-        "session", "agent", "parent",
-        "refused", "input_tokens", "cached_tokens", "output_tokens")}
+def request_row(record: Record, now: float, now_at: float) -> dict:
+    """A finished request as `why` tells it; `now` is monotonic, `now_at` of the wall clock."""
+    row = {**request_facts(record, now, now_at), "refused": record.refused}
     row["mended"] = {what: count for what, count in record.mended.items() if count}
-    row["total_ms"] = round((now - record.started_at) * 1000)
     row["choices"] = [{"at": at, "reason": reason, "sheet": sheet_rows(verdicts, at)}
                       for at, reason, verdicts in record.choices]
     said = " ".join((record.client, record.asked, record.agent, record.parent, record.note,
@@ -15514,6 +16149,7 @@ class Exchange:
         self.keeps_alive = "close" not in wants and (not self.is_http_1_0 or "keep-alive" in wants)
         self.cors_origin = ""
         self.user: UserKey | None = None            # whose key it brought
+        self.taken: Any = None                      # of that key's limits, until it is over
         self.is_stranger = False                    # addressed to a name that is not ours
         self.body_bytes = 0                         # also when the body is no longer needed
         self.is_started = self.is_open = False      # head sent; stream opened
@@ -15525,6 +16161,8 @@ class Exchange:
         self.state: Any = None                      # of the dialect's renderer
         self.request: Request | None = None
         self.is_woken, self._waker, self.is_relayed = False, None, False
+        self.capture = "none"                       # whose bodies are kept, once it is for a model
+        self.answered: list[bytes] = []             # what went out, as far as that is kept
         self.last_out_at = self.last_content_at = time.monotonic()
 
     # Answers
@@ -15537,10 +16175,12 @@ class Exchange:
                   "date": http_date(int(time.time())), **headers}
         if self.cors_origin:
             fields.update({"access-control-allow-origin": self.cors_origin, "vary": "origin"})
+        is_guest = self.user is not None and self.user.guest
         if self.record.used != "-":
             fields["x-agproxy-model"] = self.record.used
-            fields["x-agproxy-account"] = self.record.account
-        if self.route:
+            if not is_guest:
+                fields["x-agproxy-account"] = self.record.account
+        if self.route and not is_guest:
             fields["x-agproxy-route"] = self.route
         if self.dialect is not DIALECTS["anthropic"]:       # where OpenAI's SDKs look for it
             fields["x-request-id"] = self.record.id
@@ -15555,6 +16195,8 @@ class Exchange:
 
     def send_bytes(self, status: int, content_type: str, data: bytes,
                    headers: Mapping[str, str] | None = None) -> None:
+        if self.capture != "none":
+            self.answered = [data]
         fields = {"content-type": content_type, "content-length": str(len(data)), **(headers or {})}
         head = self.head_bytes(status, fields)
         self.downstream.send(head if self.method == "HEAD" else head + data)
@@ -15588,6 +16230,8 @@ class Exchange:
             if is_long:
                 headers["x-should-retry"] = "false"
             error.retry_at = self.services.clock.now() + error.retry_after_s
+        elif error.kind == "over_limit":        # it would never fit
+            headers["x-should-retry"] = "false"
         status = error.rule.status if self.dialect.begins_early else {529: 503}.get(
             error.rule.status, error.rule.status)       # a number of Anthropic's own
         self.send_json(status, self.dialect.render_error(error, self.record.id), headers)
@@ -15602,10 +16246,34 @@ class Exchange:
         framing ends as any other, and a client that was promised to keep it may use it at once."""
         error.message = without_secrets(cut(error.message, MAX_MESSAGE))
         self.record.tell(f"{error.kind}: {error.message}")
+        self.record.is_cut = True
         if error.rule.step is Step.NEXT:
             error = ProxyError(error.kind, "the answer broke off here; the next turn may go "
                                f"elsewhere: {error.message}")
-        return self.render(Fault(error)).encode("ascii")
+        event = self.render(Fault(error)).encode("ascii")
+        if self.capture == "errors":
+            self.answered = [event]
+        return event
+
+    def begin_capture(self, capture: str) -> None:
+        """Bodies are kept from here on: `errors` only where it comes to one, or `all`."""
+        self.capture = capture
+        if capture == "all":        # in place of the method: nobody else pays for it
+            self.frame = self._frame_and_keep
+
+    def _frame_and_keep(self, data: bytes) -> bytes:
+        self.answered.append(data)
+        if len(self.answered) > 64:
+            limit, whole = self.services.config.capture_body_bytes, b"".join(self.answered)
+            self.answered = [whole] if len(whole) <= 2 * limit else [whole[:limit], whole[-limit:]]
+        return Exchange.frame(self, data)
+
+    def let_go(self) -> None:
+        """What only the first content needed is not kept for minutes: 5 KB of 28 for a stream."""
+        limit = self.services.config.capture_body_bytes if self.capture != "none" else 0
+        self.body, self.headers = excerpt(self.body, limit) if limit else b"", {}
+        if not self.dialect.keep:
+            self.request = None
 
     def frame(self, data: bytes) -> bytes:
         return data if self.is_http_1_0 or not data else chunk(data)
@@ -15733,22 +16401,37 @@ class Exchange:
         """The request's line and counters, once it is over."""
         record, now = self.record, time.monotonic()
         self.pipe = None        # it renders by this exchange: a circle would wait for a collector
+        if self.taken is not None:
+            spending, taken = self.taken
+            spending.settle(taken, record.input_tokens + record.cached_tokens
+                            + record.output_tokens)
+            self.taken = None
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
         elif record.note:       # a wrong path or key: why a client finds nothing here
             self.services.log.line("%s  %s  %s %s  %s  %s", record.id, record.client, self.method,
                                    cut(self.path, 200), record.status, record.note)
+        at = self.services.clock.now()
         if record.asked != "-" and self.services.state is not None:
-            self.services.state.put("requests", record.id, self.services.clock.now(),
-                                    lambda: json_encode(request_row(record, now)))
-        self.services.meters.add(requests=1, errors=record.status >= 400,
-                                 retries=max(0, record.attempts - 1),
-                                 input_tokens=record.input_tokens,
-                                 output_tokens=record.output_tokens)
+            self.services.state.put("requests", record.id, at,
+                                    lambda: json_encode(request_row(record, now, at)))
+        if self.capture == "all" or self.capture != "none" and (
+                record.status >= 400 or record.is_cut):
+            self._keep_bodies(at)
+        self.services.meters.ended(record, now)
+
+    def _keep_bodies(self, at: float) -> None:
+        vars(self).pop("frame", None)       # a circle, as a pipe would be
+        limit, state = self.services.config.capture_body_bytes, self.services.state
+        asked, answered = (excerpt(body, limit) for body in (self.body, b"".join(self.answered)))
+        if state is not None and limit:
+            state.put("bodies", self.record.id, lambda: packed_bodies(asked, answered), at)
+            state.note_bodies(len(asked) + len(answered))
 
 
 # Quotas in the form that people's scripts read
 
+_SHORT_NAME = re.compile(r"opus|sonnet|haiku")       # what people call a model of Claude Code
 _HEALTH_WORDS = {"ready": "ok", "limited": "rate-limited", "resting": "rate-limited",
                  "soft-limited": "soft-limited", "absent": "error"}
 
@@ -15790,6 +16473,50 @@ def account_limits(pool: AccountPool, user: UserKey | None) -> dict:
             "accounts": accounts}
 
 
+def clock_time(at: float, now: float) -> str:
+    """A moment as a clock on the wall tells it; the day too where it is not soon."""
+    return time.strftime("%H:%M" if at - now < 64800 else "%a %H:%M" if at - now < 5 * 86400
+                         else "%d %b", time.localtime(at))
+
+
+def next_dry_out(pool: AccountPool, candidates: Iterable[Candidate], now: float) -> tuple:
+    """(when the first of these is empty at its present pace, its label), where no reset comes
+    before; else (0, "")."""
+    found = []
+    for account, row in pool.reports():
+        scopes = {(c.provider.id, scope) for c in candidates if c.account is account
+                  for scope in c.scopes}
+        found += [(now + q["empty_in_s"], account.label) for q in row["quotas"]
+                  if (q["pool"], q["scope"]) in scopes and q["trend"] == "burning"
+                  and not 0 < q["reset_at"] - now < q["empty_in_s"]]
+    return min(found, default=(0, ""))
+
+
+def status_line(pool: AccountPool, config: Config, name: str, session: str) -> str:
+    """`opus 62% until 16:40 | work | next dry-out 17:05`: what is left at the account that would
+    serve this session now, until it is filled again, and who runs dry first."""
+    now, short = pool.clock.now(), _SHORT_NAME.search(name.lower())
+    shown = short[0] if short else redact(name, 40) or "agproxy"
+    try:
+        candidates = pool.plan(name, "", config).candidates
+    except ProxyError:
+        return f"{shown} is not known to agproxy" if name else shown
+    verdict, _, sheet = pool.explain(candidates, conversation_of(session) if session else "")
+    if verdict is None:
+        soonest = min((v.until for v in sheet if now < v.until < float("inf")), default=0)
+        return f"{shown} exhausted until {clock_time(soonest, now)}" if soonest else (
+            f"{shown}: no account can serve it")
+    least, label = pool.outlook(verdict.candidate)[1], verdict.candidate.account.label
+    if least is not None:
+        shown += f" {least.fraction:.0%}"
+        shown += f" until {clock_time(least.reset_at, now)}" if least.reset_at > now else ""
+    dry_at, who = next_dry_out(pool, candidates, now)
+    parts = [shown, label]
+    if dry_at:
+        parts.append(f"next dry-out {clock_time(dry_at, now)}" + f" ({who})" * (who != label))
+    return " | ".join(parts)
+
+
 def deep_health(limits: dict, settings: Mapping[str, Any], took_ms: int) -> dict:
     """The rich health report: counts, and each account with its models."""
     words = [a["status"] for a in limits["accounts"]]
@@ -15828,6 +16555,250 @@ def limits_table(limits: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What the server tells about itself, by name and number: the same to people and to programs
+
+def _worker_report(services: Services, server: Any) -> dict:
+    """The counters of this process, what it is at, and its newest requests."""
+    log, state, pool, meters = services.log, services.state, services.pool, services.meters
+    now, at = time.monotonic(), services.clock.now()
+    running = [request_facts(r, now, at) for r in reversed(list(meters.running.values()))]
+    ended = [row for row in reversed(list(log.newest)) if row["asked"] != "-"]
+    gauges = {"in_flight": len(running), "queued": len(pool.queue.waiting),
+              "streams": len(server.relay.streams), "threads": threading.active_count(),
+              "connections": len(server.connections), "faults": log.faults,
+              "log_dropped": log.dropped, "state_dropped": state.dropped if state else 0}
+    return {**meters.report(now), "worker": services.worker, "gauges": gauges,
+            "started_at": round(at - now + server.started_at),
+            "requests": redact_all((running + ended)[:NEWEST_REQUESTS])}
+
+
+def _workers_key(services: Services) -> str:
+    """Under what the workers of one crew tell each other their reports."""
+    return f"worker {os.getppid()} {services.worker}"
+
+
+def worker_reports(services: Services, server: Any) -> list[dict]:
+    """Of all processes that serve the port: this one's as it is, the others' as last told."""
+    reports = {services.worker: _worker_report(services, server)}
+    if services.workers > 1 and services.state is not None:
+        for _, text, _ in services.state.rows(
+                "learned", "key LIKE ?", _workers_key(services).rpartition(" ")[0] + " %"):
+            with contextlib.suppress(ValueError):
+                told = json.loads(text)
+                reports.setdefault(told["worker"], told)
+    return [reports[number] for number in sorted(reports)]
+
+
+def account_rows(pool: AccountPool) -> list[dict]:
+    """The pool's report as a status has it: no windows of single models where those of their
+    groups are known, and no infinity, which JSON has not."""
+    rows = []
+    for row in pool.report():
+        grouped = {q["pool"] for q in row["quotas"] if q["window"] != "model"}
+        quotas = [q for q in row["quotas"] if q["window"] != "model" or q["pool"] not in grouped]
+        limits = [{**limit, "until": limit["until"] if limit["until"] < float("inf") else None}
+                  for limit in row["limits"]]
+        rows.append({**row, "quotas": quotas, "limits": limits})
+    return rows
+
+
+USABLE_STATES = ("ready", "soft-limited", "limited", "resting")
+
+
+def family_rows(accounts: Iterable[Mapping], now: float) -> list[dict]:
+    """What is left of each family of models: its name, how many accounts have it, the sum of
+    their fractions by the windows that bind, when it runs dry at the pace of now, and when the
+    next window begins anew (epoch seconds, None for unknown)."""
+    binding: dict[str, dict[str, Mapping]] = collections.defaultdict(dict)
+    for account in accounts:
+        for quota in account["quotas"] if account["state"] in USABLE_STATES else ():
+            row, left = binding[quota["scope"]], quota["fraction"]
+            if left is not None and left < row.get(account["name"], {"fraction": 2})["fraction"]:
+                row[account["name"]] = quota
+    rows = []
+    for family, windows in sorted((f, w) for f, w in binding.items() if w):
+        left = sum(q["fraction"] for q in windows.values())
+        pace = sum(-q["per_hour"] for q in windows.values() if (q["per_hour"] or 0) < 0)
+        resets = [q["reset_at"] for q in windows.values() if q["reset_at"] > now]
+        dry_at = now + left / pace * 3600 if pace else now if not left else None
+        if dry_at is not None and dry_at > now and resets and dry_at > max(resets):
+            dry_at = None           # all windows begin anew before
+        rows.append({"family": family, "accounts": len(windows), "left": round(left, 3),
+                     "dry_at": dry_at and round(dry_at),
+                     "reset_at": min(resets, default=None)})
+    return rows
+
+
+def status_warnings(services: Services, accounts: Iterable[Mapping],
+                    families: Iterable[Mapping], gauges: Mapping[str, int]) -> list[str]:
+    """What a person should look at, each in a sentence."""
+    now = services.clock.now()
+    found = [f"{row['name']}: {row['state']}" + (f": {row['reason']}" if row["reason"] else "")
+             for row in accounts if row["state"] not in (*USABLE_STATES, "disabled")]
+    if not any(row["state"] in ("ready", "soft-limited", "resting") for row in accounts):
+        found.append("no account can serve now")
+    found += [f"{f['family']}: nothing is left" + (
+        f" for {human_s(f['reset_at'] - now)}" if f["reset_at"] else "")
+        for f in families if not f["left"]]
+    for name, about in (("faults", "failures inside the proxy; its log tells each"),
+                        ("log_dropped", "lines of the log were lost"),
+                        ("state_dropped", "facts were not kept in state.db")):
+        if gauges[name]:
+            found.append(f"{gauges[name]} {about}")
+    if services.state is not None and services.state.trouble:
+        found.append(services.state.trouble)
+    return redact_all(found)
+
+
+def status_report(services: Services, server: Any) -> dict:
+    """The one status of a server, as JSON, that terminal and page show: shares and fractions are
+    0..1, times epoch seconds.  For its owner: it names users."""
+    reports, at = worker_reports(services, server), services.clock.now()
+    accounts = account_rows(services.pool)
+    families = family_rows(accounts, at)
+    totals, gauges = collections.Counter(), collections.Counter()
+    for report in reports:
+        totals.update(report["counts"])
+        gauges.update(report["gauges"])
+    recent, errors = (sum(r["recent"][i] for r in reports) for i in (0, 1))
+    firsts = [value for report in reports for value in report["firsts"]]
+    dry = min((f for f in families if (f["dry_at"] or 0) > at), key=lambda f: f["dry_at"],
+              default=None)
+    return {"version": VERSION, "at": round(at, 3),
+            "uptime_s": int(time.monotonic() - server.started_at),
+            "is_demo": bool(services.simulator), "workers": services.workers,
+            "per_minute": sum(r["minute"] for r in reports),
+            "error_share": round(errors / recent, 4) if recent else 0.0,
+            "first_byte_p50_s": percentile(firsts, 0.5),
+            "first_byte_p95_s": percentile(firsts, 0.95),
+            "next_dry_out": dry and {"family": dry["family"], "at": dry["dry_at"]},
+            "families": families,
+            "warnings": status_warnings(services, accounts, families, gauges),
+            **{name: gauges[name] for name in ("in_flight", "queued", "streams", "threads",
+                                               "connections")},
+            "counts": dict(totals), "accounts": redact_all(accounts),
+            "requests": sorted((row for r in reports for row in r["requests"]),
+                               key=lambda row: -row["at"])[:NEWEST_REQUESTS],
+            "log": list(services.log.lines)}
+
+
+def status_for_user(report: Mapping, user: str) -> dict:
+    """The part of a status that anybody with a key may see: no requests but the own ones, no log,
+    nothing about projects."""
+    rows = [{**row, "pools": [{**pool, "project": None} for pool in row["pools"]]}
+            for row in report["accounts"]]
+    return {**{name: value for name, value in report.items() if name != "log"}, "accounts": rows,
+            "requests": [row for row in report["requests"] if user and row["user"] == user]}
+
+
+def _series(name: str, labels: Mapping[str, Any]) -> str:
+    """A name with its labels, as Prometheus quotes them."""
+    told = ",".join('%s="%s"' % (key, redact(str(value), 200).replace("\\", "\\\\").replace(
+        '"', '\\"')) for key, value in labels.items())
+    return f"agproxy_{name}{{{told}}}" if told else f"agproxy_{name}"
+
+
+METRICS = {     # name without the prefix -> (kind, what it is)
+    "build_info": ("gauge", "The version that serves."),
+    "start_time_seconds": ("gauge", "When the process began, epoch seconds."),
+    "http_requests_total": ("counter", "All requests, also those that ask for no model."),
+    "requests_total": ("counter", "Requests for models by status; cut: the answer broke off; left: "
+                                  "the client did before one."),
+    "errors_total": ("counter", "Requests that ended in an error, whatever they asked for."),
+    "retries_total": ("counter", "Tries beyond the first one of a request."),
+    "failed_tries_total": ("counter", "Tries that failed, most of them healed by another."),
+    "local_answers_total": ("counter", "Probes and warm-ups that cost no upstream call."),
+    "repairs_total": ("counter", "Requests that a refusal asked to be repaired."),
+    "tokens_total": ("counter", "Tokens by kind; input is without what the cache had."),
+    "first_byte_seconds": ("histogram", "Time to the first byte of an answer."),
+    "request_duration_seconds": ("histogram", "Time to the end of an answer."),
+    "in_flight": ("gauge", "Requests for models under way."),
+    "queued": ("gauge", "Requests that wait for a place at a busy account."),
+    "streams": ("gauge", "Streams in the relay."),
+    "threads": ("gauge", "Threads of the process."),
+    "connections": ("gauge", "Connections of clients."),
+    "faults_total": ("counter", "Failures inside the proxy, each with a line in the log."),
+    "log_lines_dropped_total": ("counter", "Lines of the log that were lost."),
+    "state_dropped_total": ("counter", "Facts that were not kept in state.db."),
+    "account_state": ("gauge", "1 for the state that an account is in."),
+    "quota_fraction": ("gauge", "What is left of a quota window, 0 to 1."),
+    "quota_reset_timestamp_seconds": ("gauge", "When a quota window begins anew."),
+    "cooldown_seconds": ("gauge", "How long something is not asked."),
+}
+COUNTED = {     # metric -> where its number is in a report
+    "http_requests_total": ("counts", "requests"), "errors_total": ("counts", "errors"),
+    "retries_total": ("counts", "retries"), "local_answers_total": ("counts", "saved"),
+    "repairs_total": ("counts", "repaired"), "faults_total": ("gauges", "faults"),
+    "log_lines_dropped_total": ("gauges", "log_dropped"),
+    "state_dropped_total": ("gauges", "state_dropped"),
+    **{name: ("gauges", name) for name in ("in_flight", "queued", "streams", "threads",
+                                           "connections")}}
+
+
+def _worker_samples(report: Mapping) -> Iterator[tuple[str, str, dict, float]]:
+    """(metric, ending, labels, value) of one process."""
+    worker = {"worker": report["worker"]}
+    yield "start_time_seconds", "", worker, report["started_at"]
+    for name, (part, member) in COUNTED.items():
+        yield name, "", worker, report[part].get(member, 0)
+    for account, model, status, requests, *tokens in report["served"]:
+        labels = {**worker, "account": account, "model": model}
+        yield "requests_total", "", {**labels, "status": status}, requests
+        for kind, count in zip(("input", "cached", "output"), tokens if any(tokens) else ()):
+            yield "tokens_total", "", {**labels, "kind": kind}, count
+    for account, kind, count in report["failed"]:
+        yield "failed_tries_total", "", {**worker, "account": account, "kind": kind}, count
+    for name, member in (("first_byte_seconds", "first_byte_s"),
+                         ("request_duration_seconds", "total_s")):
+        (counts, total), so_far = report[member], 0
+        for bound, count in zip((*BUCKETS_S, "+Inf"), counts):
+            so_far += count
+            yield name, "_bucket", {**worker, "le": bound}, so_far
+        yield name, "_sum", worker, float(total)
+        yield name, "_count", worker, so_far
+
+
+def _pool_samples(services: Services) -> Iterator[tuple[str, str, dict, float]]:
+    """The same of the accounts, of which all processes know the same."""
+    now = services.clock.now()
+    for row in account_rows(services.pool):
+        account = {"account": row["name"], "provider": row["provider"]}
+        yield "account_state", "", {**account, "state": row["state"]}, 1
+        for quota in row["quotas"]:
+            labels = {**account, **{key: quota[key] for key in ("pool", "scope", "window")}}
+            if quota["fraction"] is not None:
+                yield "quota_fraction", "", labels, float(quota["fraction"])
+            if quota["reset_at"] > 0:
+                yield "quota_reset_timestamp_seconds", "", labels, float(quota["reset_at"])
+        rests: dict[tuple, float] = {}
+        for limit in row["limits"]:
+            key = limit["scope"], limit["kind"]
+            until = float("inf") if limit["until"] is None else limit["until"]
+            rests[key] = max(rests.get(key, 0.0), until - now)
+        for (scope, kind), left in rests.items():
+            yield "cooldown_seconds", "", {**account, "scope": scope, "kind": kind}, left
+
+
+def metrics_text(services: Services, server: Any) -> str:
+    """Everything in Prometheus' text form.  Each process counts for itself: `worker` tells which,
+    so that one that begins anew is a reset of its own counters only."""
+    found: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+    version = [("build_info", "", {"version": VERSION}, 1)]
+    samples = itertools.chain(version, *map(_worker_samples, worker_reports(services, server)),
+                              _pool_samples(services))
+    for name, ending, labels, value in samples:
+        series, rows = _series(name + ending, labels), found[name]
+        # what has the same labels, as accounts of one name at two hosts, may stand there once
+        rows[series] = (max(rows.get(series, value), value) if METRICS[name][0] == "gauge"
+                        else rows.get(series, 0) + value)
+    lines = []
+    for name, (kind, about) in METRICS.items():
+        lines += [f"# HELP agproxy_{name} {about}", f"# TYPE agproxy_{name} {kind}"]
+        lines += [f"{series} {'+Inf' if value == float('inf') else repr(value)}"
+                  for series, value in found[name].items()]
+    return "\n".join(lines) + "\n"
+
+
 # The relay
 
 class RelayedStream:
@@ -15842,10 +16813,8 @@ class RelayedStream:
         self.outcome: ProxyError | None = None
         self.last_in_at = self.stalled_at = time.monotonic()
         self.is_tls = isinstance(self.upstream, ssl.SSLSocket)
-        # what only the first content needed is not kept for minutes: 5 KB of 28 for each stream
-        exchange.body, exchange.headers, stream.answer.headers = b"", {}, {}
-        if not exchange.dialect.keep:
-            exchange.request = None
+        stream.answer.headers = {}
+        exchange.let_go()
 
     def begin(self) -> None:
         self.relay.watch(self.upstream, selectors.EVENT_READ, self.on_upstream)
@@ -15975,6 +16944,7 @@ class RelayedStream:
             exchange.report()
             has_failed = False
         finally:
+            exchange.services.meters.running.pop(exchange.record.id, None)
             if has_failed or is_gone or not exchange.keeps_alive:
                 self.relay.release(exchange.downstream, not (has_failed or is_gone))
             else:
@@ -16237,9 +17207,11 @@ class Access(NamedTuple):
     needs_key: bool = True      # where there is one
     by_any_name: bool = False   # a right key is enough under any Host: a rebound page has none
     is_owners: bool = False     # the owner's key, from this machine; state is changed by JSON only
+    is_private: bool = False    # no guest's key
 
 
 ACCESS = {"public": Access(needs_key=False), "api": Access(by_any_name=True),
+          "accounts": Access(by_any_name=True, is_private=True),
           "admin": Access(is_owners=True)}
 
 
@@ -16277,10 +17249,15 @@ class KeyGuard:
         keys = [key.encode("utf-8", "replace") for key in given if key]
         if config.api_key and any([hmac.compare_digest(k, config.api_key.encode()) for k in keys]):
             return OWNER
+        why = ""
         for key in keys if config.users else ():
             user = self._user_of(key, config.users, now)
             if user is not None:
-                return user
+                why = self._why_not(user)
+                if not why:
+                    return user
+        if why:         # told to whom the key was given, and no guess
+            raise ProxyError("authentication", f"invalid x-api-key: {why}")
         with self._lock:
             if keys:
                 self._wrong += 1
@@ -16291,6 +17268,15 @@ class KeyGuard:
         raise ProxyError("authentication", "invalid x-api-key: this proxy wants its PROXY_API_KEY, "
                          "as x-api-key, x-goog-api-key or Authorization: Bearer")
 
+    def _why_not(self, user: UserKey) -> str:
+        """Why a right key is of no use now; "" where it is."""
+        if not user.enabled:
+            return "its user is disabled"
+        if 0 < user.expires_at <= self.services.clock.now():
+            at = time.strftime("%Y-%m-%d %H:%M", time.gmtime(user.expires_at))
+            return f"it was good until {at} UTC; ask whoever gave it to you for another"
+        return ""
+
     def _user_of(self, key: bytes, users: tuple[UserKey, ...], now: float) -> UserKey | None:
         mark = hmac.new(self._salt, key, "sha256").digest()
         with self._lock:
@@ -16299,15 +17285,14 @@ class KeyGuard:
             user = self._known.get(mark)
             is_slowed = self._wrong >= WRONG_KEYS and now < self._next_at
         if user is None:
-            fits = [u for u in users if key.endswith(u.hint.encode()) and (
+            fits = [u for u in users if u.key_hash and key.endswith(u.hint.encode()) and (
                 u.hint or not is_slowed)]
             user = next((u for u in fits if self._is_key_of(key, u)), None)
             if user is not None:
                 remember_secret(key.decode("utf-8", "replace"))
                 with self._lock:
                     self._known[mark] = user
-        is_over = user is not None and 0 < user.expires_at < self.services.clock.now()
-        return None if is_over else user
+        return user
 
     def _is_key_of(self, key: bytes, user: UserKey) -> bool:
         _, salt, told = user.key_hash.split(":")
@@ -16594,6 +17579,8 @@ class Handler:
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
         if access.needs_key:
             exchange.user = server.guard.check(keys_of(exchange), time.monotonic())
+        if exchange.user is not None:
+            self._know_user(exchange, exchange.user, access)
         host = headers.get("host", "").lower()
         is_own = (host in server.own_hosts
                   or not host and exchange.is_http_1_0      # no browser speaks it
@@ -16604,6 +17591,13 @@ class Handler:
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
         if access.is_owners:
             self._admit_owner(exchange)
+
+    def _know_user(self, exchange: Exchange, user: UserKey, access: Access) -> None:
+        if access.is_private and user.guest:
+            raise ProxyError("forbidden", "a guest's key asks for models only")
+        exchange.record.user, exchange.record.key = user.user or "owner", user.id
+        if user.groups:
+            exchange.services = exchange.services.with_groups(user.groups)
 
     def _admit_owner(self, exchange: Exchange) -> None:
         if not is_loopback(self.downstream.sock.getpeername()[0]):
@@ -16618,14 +17612,18 @@ class Handler:
 
     def generate(self, exchange: Exchange, match: Any, dialect: str) -> bool:
         exchange.dialect = DIALECTS[dialect]
+        exchange.begin_capture(self.services.config.capture)
         request = self.parse(exchange, False)
-        model = self._local_model(request)
+        self.services.meters.running[exchange.record.id] = exchange.record
+        model = self._local_model(exchange.services, request)
         if model is not None:
             exchange.aim(model, False)
             self._reply_locally(exchange, request)
             return False
+        if exchange.user is not None and exchange.user.limits:
+            self._take_limits(exchange, request)
         request = self._routed(exchange, request)
-        conducting = Conducting(self.services, request, exchange, exchange.record)
+        conducting = Conducting(exchange.services, request, exchange, exchange.record)
         try:
             answer = conducting.run(fold=not request.is_streaming)
         except ProxyError as err:
@@ -16637,20 +17635,30 @@ class Handler:
         self._reply_whole(exchange, answer)
         return False
 
+    def _take_limits(self, exchange: Exchange, request: Request) -> None:
+        """Reserves what the request will use of its key's limits: about a token for four bytes, but
+        for pictures."""
+        spending, limits = self.server.spending, exchange.user.limits
+        tokens = (exchange.services.count(request, exchange.model) if request.media else
+                  max(1, exchange.body_bytes // 4))
+        exchange.taken = spending, spending.take(limits, tokens)
+
     def _routed(self, exchange: Exchange, request: Request) -> Request:
         """The request under the name that the owner's routes say; what nobody serves stays."""
-        name, why = route_for(request, exchange.headers, self.services.config,
-                              lambda: self.services.count(request, exchange.model))
-        if not name or not self._serves(name):
+        services = exchange.services
+        name, why = route_for(request, exchange.headers, services.config,
+                              lambda: services.count(request, exchange.model))
+        if not name or not self._serves(services, name):
             if name:
                 exchange.record.tell(f"not routed: {why} says {name}, which no account serves")
             return request
         exchange.record.tell(f"routed: {why}" + (f", {request.small}" if request.small else ""))
         return as_variant(replace(request, model=name, wanted=name, routed=why), name)
 
-    def _serves(self, name: str) -> bool:
+    @staticmethod
+    def _serves(services: Services, name: str) -> bool:
         with contextlib.suppress(ProxyError):       # nobody knows the name
-            return bool(self.services.candidates(name))
+            return bool(services.candidates(name))
         return False
 
     def _no_search(self, exchange: Exchange, error: ProxyError) -> Reply:
@@ -16664,14 +17672,14 @@ class Handler:
                       Found(call_id, name, (), "unavailable"), Text(error.message)),
                      Finish(Stop.END, usage))
 
-    def _local_model(self, request: Request) -> Model | None:
+    @staticmethod
+    def _local_model(services: Services, request: Request) -> Model | None:
         """The model in whose name a request is answered here, None where a real one is needed:
         probes, warm-ups, and what asks for no token need none; an upstream of the client's own
         language fills its cache by the latter."""
         if request.refusal is not None or not (request.small in ("probe", "warmup")
                                                or request.max_tokens == 0):
             return None
-        services = self.services
         candidates = services.candidates(request.model, request.wanted)
         if request.max_tokens == 0:
             is_local = not any(request.is_native_to(c.provider) for c in candidates)
@@ -16690,9 +17698,18 @@ class Handler:
         blocks = (Text("OK"),) if request.max_tokens else ()
         self._reply_whole(exchange, Reply(blocks, Finish(stop, usage)))
 
-    def named_model(self, name: str) -> Model:
-        """The model that a name means here; raises ProxyError not_found."""
-        return self.services.plan(name.rpartition("models/")[2] or name).models[0]
+    def named_model(self, exchange: Exchange, name: str) -> Model:
+        """The model that a name means here; raises ProxyError not_found, or forbidden."""
+        name = name.rpartition("models/")[2] or name
+        self._check_model(exchange, name)
+        return exchange.services.plan(name).models[0]
+
+    @staticmethod
+    def _check_model(exchange: Exchange, name: str) -> None:
+        user = exchange.user
+        if user is not None and not user.may_ask(name):
+            raise ProxyError("forbidden", f"this key may not ask for {name[:80]}; it may "
+                             f"ask for {', '.join(user.models)}")
 
     def parse(self, exchange: Exchange, is_count: bool) -> Request:
         try:
@@ -16715,10 +17732,7 @@ class Handler:
                               or request.small not in config.small_requests):
             request = replace(request, small="")
         exchange.request = request
-        may_ask = exchange.user.models if exchange.user else ()
-        if may_ask and not any(fnmatch.fnmatchcase(request.model.lower(), p) for p in may_ask):
-            raise ProxyError("forbidden", f"this key may not ask for {request.model[:80]}; it may "
-                             f"ask for {', '.join(may_ask)}")
+        self._check_model(exchange, request.model)
         record = exchange.record
         record.asked, record.session = cut(request.model, 80), request.conversation[:12]
         record.agent, record.parent = cut(request.agent, 80), cut(request.parent, 80)
@@ -16770,7 +17784,7 @@ class Handler:
 def answer_count_tokens(handler: Handler, exchange: Exchange, match: Any,
                         dialect: str = "anthropic") -> None:
     exchange.dialect = DIALECTS[dialect]
-    services, request = handler.services, handler.parse(exchange, True)
+    services, request = exchange.services, handler.parse(exchange, True)
     models, candidates, _ = services.plan(request.model, request.wanted)
     exchange.record.asked = "-"         # clients send these by the dozen: not worth a line
     count = count_upstream(services, request)
@@ -16801,10 +17815,10 @@ def send_models(handler: Handler, exchange: Exchange, name: str | None, member: 
     """One row or all; `pageSize` and `pageToken` cut pages out of them."""
     if name:
         name = urllib.parse.unquote(name)[:MAX_MODEL_NAME]
-        row = render(handler.named_model(name))
+        row = render(handler.named_model(exchange, name))
         exchange.send_json(200, {**row, label: row[label] if label == "name" else name})
         return
-    rows = [render(model) for model, _ in handler.server.listed()]
+    rows = [render(model) for model, _ in handler.server.listed(exchange)]
     size, start = query.get("pageSize", "1000"), query.get("pageToken", "0")
     if not re.fullmatch(r"[1-9]\d{0,3}", size) or not re.fullmatch(r"\d{1,6}", start):
         raise invalid("pageSize", "whole numbers are required")
@@ -16816,12 +17830,12 @@ def send_models(handler: Handler, exchange: Exchange, name: str | None, member: 
 
 
 def anthropic_models(handler: Handler, exchange: Exchange, match: Any) -> None:
-    rows = handler.server.model_rows()
+    rows = handler.server.model_rows(exchange)
     if match["id"]:
         name = urllib.parse.unquote(match["id"])[:MAX_MODEL_NAME]
         row = next((r for r in rows if r["id"] == name), None)
         if row is None:
-            row = {**anthropic_render_model(handler.named_model(name)), "id": name}
+            row = {**anthropic_render_model(handler.named_model(exchange, name)), "id": name}
         exchange.send_json(200, row)
         return
     query = dict(urllib.parse.parse_qsl(exchange.query))
@@ -16852,7 +17866,8 @@ def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
     is_anthropic = "anthropic-version" in exchange.headers or exchange.headers.get(
         "user-agent", "").startswith(("claude", "anthropic", "Anthropic"))
     if "client_version" in query:
-        rows = [codex_render_model(m, n) for n, (m, _) in enumerate(handler.server.listed())]
+        found = handler.server.listed(exchange)
+        rows = [codex_render_model(m, n) for n, (m, _) in enumerate(found)]
         body = json_encode({"models": rows}).encode("ascii")
         tag = f'"{zlib.crc32(body):08x}"'
         exchange.send_bytes(200, "application/json", body, {"etag": tag})
@@ -16883,7 +17898,10 @@ def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
               **services.meters.snapshot()}
     if "deep=1" in exchange.query.split("&"):
         began = time.monotonic()
-        limits = account_limits(services.pool, server.guard.check(keys_of(exchange), began))
+        user = server.guard.check(keys_of(exchange), began)
+        if user is not None:
+            handler._know_user(exchange, user, ACCESS["accounts"])
+        limits = account_limits(services.pool, user)
         took_ms = int((time.monotonic() - began) * 1000)
         report.update(deep_health(limits, services.config.settings, took_ms))
     exchange.send_json(200, report)
@@ -16897,6 +17915,28 @@ def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> N
         exchange.send_bytes(200, "text/plain; charset=utf-8", limits_table(limits).encode())
     else:
         exchange.send_json(200, limits)
+
+
+def answer_status_line(handler: Handler, exchange: Exchange, match: Any) -> None:
+    told = dict(urllib.parse.parse_qsl(exchange.query))
+    line = status_line(handler.services.pool, handler.services.config, told.get("model", ""),
+                       told.get("session", ""))
+    exchange.send_bytes(200, "text/plain; charset=utf-8", line.encode("utf-8", "replace"))
+
+
+def answer_metrics(handler: Handler, exchange: Exchange, match: Any) -> None:
+    text = metrics_text(handler.services, handler.server)
+    exchange.send_bytes(200, "text/plain; version=0.0.4; charset=utf-8", text.encode())
+
+
+def answer_stats(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """The whole status for the owner, here, and of simulated accounts, whose requests are
+    nobody's."""
+    report, user = status_report(handler.services, handler.server), exchange.user
+    is_owners = user and user.admin and is_loopback(handler.downstream.sock.getpeername()[0])
+    if not (report["is_demo"] or is_owners):
+        report = status_for_user(report, user.user if user else "")
+    exchange.send_json(200, report)
 
 
 def answer_refresh_token(handler: Handler, exchange: Exchange, match: Any) -> None:
@@ -16968,8 +18008,11 @@ ROUTES = tuple(r._replace(pattern=re.compile(r.pattern), access=ACCESS[r.access]
     Route("GET HEAD", r"/", "public", answer_root),
     Route("GET HEAD", r"/api/hello", "public", answer_root),
     Route("GET HEAD", r"/health", "public", answer_health),
-    Route("GET HEAD", r"/account-limits", "api", answer_account_limits),
-    Route("POST", r"/refresh-token", "api", answer_refresh_token),
+    Route("GET HEAD", r"/account-limits", "accounts", answer_account_limits),
+    Route("GET", r"/statusline", "accounts", answer_status_line),
+    Route("GET HEAD", r"/metrics", "accounts", answer_metrics),
+    Route("GET HEAD", r"/stats", "accounts", answer_stats),
+    Route("POST", r"/refresh-token", "accounts", answer_refresh_token),
     Route("GET POST", r"/api/(?:event_logging|claude_code|claude_cli|oauth)/.*", "public",
           answer_discard),
     Route("GET POST DELETE", r"/v1/(?:messages/batches|files|complete|skills)(?:/.*)?", "api",
@@ -17024,12 +18067,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.listener = listener        # one that is bound already
         self.services, self.routes = services, ROUTES
         self.guard = KeyGuard(services)
+        self.spending = Spending(services.clock, services.state)
         self.tls = tls_context(services.config)
         self.connections: set[Downstream] = set()
         self.refused: set[Downstream] = set()       # beyond the limit: they read why
         self.by_peer: collections.Counter = collections.Counter()       # of `connections`
         self._lock = threading.Lock()
         self.active = 0         # requests in threads
+        self._told, self._told_at = None, 0.0       # what other workers were told, of the relay
         # a stream has two sockets: one for it, one for its upstream call
         self.max_connections = min(services.config.max_connections,
                                    max(8, (raise_descriptor_limit() - 32) // 2))
@@ -17110,6 +18155,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.services.connections.sweep()
         for downstream in self.workers.overdue(now):
             self._refuse(downstream)
+        if self.services.workers > 1 and self.services.state is not None:
+            self._tell_workers(now)
+
+    def _tell_workers(self, now: float) -> None:
+        """The other processes of this port answer for this one too."""
+        meters = self.services.meters
+        seen = meters.snapshot().get("requests", 0), len(meters.running)
+        if now - self._told_at >= TELL_WORKERS_S and (
+                seen != self._told or now - self._told_at > 60):
+            self._told, self._told_at = seen, now
+            self.services.state.put(
+                "learned", _workers_key(self.services),
+                lambda: json_encode(_worker_report(self.services, self)), time.time())
 
     def release(self, downstream: Downstream, linger: bool = False) -> None:
         """Closes a connection, with `linger` after its client saw the answer; it counts until it
@@ -17151,26 +18209,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.services.log.fault("accept", sys.exc_info()[1])
 
-    def listed(self) -> list[tuple[Model, list[Candidate]]]:
-        """What is served by name; groups and plain aliases first."""
-        rows, services = [], self.services
+    def listed(self, exchange: Exchange,
+               is_asked: Callable[[UserKey, str], bool] = UserKey.may_ask
+               ) -> list[tuple[Model, list[Candidate]]]:
+        """What is served by name to whoever asks; groups and plain aliases first."""
+        rows, services, user = [], exchange.services, exchange.user
         for name in (*services.config.groups, *services.config.aliases):
             with contextlib.suppress(ProxyError):       # nobody serves it now
                 plan = services.pool.plan(name, name, services.config)
                 if plan.candidates and not set("*?[") & set(name):
                     rows.append((plan.models[0]._replace(id=name, label=name), plan.candidates))
         known = {model.id for model, _ in rows}
-        return rows + [row for row in services.pool.offers() if row[0].id not in known]
+        rows += [row for row in services.pool.offers() if row[0].id not in known]
+        return [row for row in rows if user is None or is_asked(user, row[0].id)]
 
-    def model_rows(self) -> list[dict]:
+    def model_rows(self, exchange: Exchange) -> list[dict]:
         """What /v1/models lists: each served model, under a claude- name too where it has none."""
-        rows = []
-        for model, _ in self.listed():
+        rows, user = [], exchange.user
+        for model, _ in self.listed(exchange, lambda *_: True):
             row = anthropic_render_model(model)
             rows.append(row)
             if not model.id.startswith("claude"):
                 rows.append({**row, "id": "claude-" + model.id})
-        return rows
+        return [row for row in rows if user is None or user.may_ask(row["id"])]
 
     def _is_busy(self, waits_for_all: bool) -> bool:
         """Whether a request is under way, or has arrived and was not looked at yet."""
@@ -19048,8 +20109,9 @@ class BenchClient:
 
 
 # ── 19. Terminal ──────────────────────────────────────────────────────────
-# The pool's report as lines of text, for `accounts list`, `quota` and `why`.
-# Knows only the report; an unknown fraction is shown as unknown.
+# The pool's report as lines of text, for `accounts list`, `quota` and `why`,
+# and a server's status as one screen.  Knows only what it is given; an unknown
+# fraction is shown as unknown.
 
 BAR_WIDTH = 12
 
@@ -19112,6 +20174,174 @@ def sheet_lines(sheet: Iterable[Mapping]) -> list[str]:
     return lines
 
 
+# `top`: a status as rows of (style, text), each at most as wide as the screen
+
+STYLES = {"": "", "head": "\x1b[1m", "dim": "\x1b[2m", "warn": "\x1b[33m", "bad": "\x1b[31m"}
+TOP_KEYS = {        # key -> (pane or act, what it does); the panes are entered and left by theirs
+    "a": ("accounts", "accounts with every window"), "l": ("log", "the log"),
+    "r": ("refresh", "read again now"), "?": ("help", "this help"),
+    "j": ("down", "down, as the arrow"), "k": ("up", "up"), "q": ("quit", "quit")}
+TOP_COLUMNS = (     # of requests, while they fit: title, width, text
+    ("TIME", 8, lambda r: time.strftime("%H:%M:%S", time.localtime(r["at"]))),
+    ("STATUS", 6, lambda r: "cut" if r.get("is_cut") else r["status"] or "..."),
+    ("MODEL", 26, lambda r: (r["used"] if r["used"] != "-" else r["asked"])),
+    ("MS", 7, lambda r: r["total_ms"]),
+    ("ACCOUNT", 12, lambda r: r["account"]),
+    ("IN", 7, lambda r: r["input_tokens"] + r["cached_tokens"]),
+    ("OUT", 6, lambda r: r["output_tokens"]),
+    ("CACHED", 6, lambda r: "%.0f%%" % (100 * r["cached_tokens"] / max(
+        1, r["input_tokens"] + r["cached_tokens"]))),
+    ("USER", 10, lambda r: r.get("user") or "-"),
+    ("ASKED", 26, lambda r: r["asked"]),
+    ("CLIENT", 16, lambda r: r["client"]),
+    ("NOTE", 40, lambda r: r["note"]))
+
+
+def flowed(parts: Iterable[str], width: int, gap: str = "   ") -> list[str]:
+    """Parts side by side, on as many lines as they need."""
+    lines = [""]
+    for part in filter(None, parts):
+        if lines[-1] and len(lines[-1]) + len(gap) + len(part) > width:
+            lines.append("")
+        lines[-1] += (gap if lines[-1] else "") + part
+    return lines
+
+
+def plain_text(text: str, is_ascii: bool) -> str:
+    """`text` as any terminal takes it: an escape sequence in a name must not reach it."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else "?" for c in text)
+    return text.encode("ascii", "replace").decode("ascii") if is_ascii else text
+
+
+def clock_text(at: float, now: float) -> str:
+    return time.strftime("%H:%M" if at - now < 43200 else "%d %b %H:%M", time.localtime(at))
+
+
+def _strip_rows(status: Mapping, width: int, now: float, is_ascii: bool) -> list[tuple]:
+    """What a glance should tell: state, load, when something runs dry, what is left."""
+    def ms(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{seconds * 1000:.0f} ms"
+    dry = status["next_dry_out"]
+    workers = f"{status['workers']} workers" if status["workers"] > 1 else ""
+    rows = [("head", line) for line in flowed((
+        f"agproxy {status['version']}", "demo" if status["is_demo"] else "", workers,
+        f"up {human_s(status['uptime_s'])}",
+        f"{status['in_flight']} in flight", f"{status['queued']} queued" * bool(status["queued"]),
+        f"{status['per_minute']}/min", f"errors {status['error_share']:.0%}",
+        f"first byte {ms(status['first_byte_p50_s'])}, p95 {ms(status['first_byte_p95_s'])}",
+        f"next dry-out {dry['family']} {clock_text(dry['at'], now)}" if dry else ""), width)]
+    left = [f"{f['family']} {f['left'] / f['accounts']:.0%} of {f['accounts']}"
+            + (f", dry {clock_text(f['dry_at'], now)}" if (f["dry_at"] or 0) > now else "")
+            for f in status["families"]]
+    rows += [("", line) for line in flowed(["left:", *left], width) if left][:3]
+    mark = "!" if is_ascii else "▲"
+    return rows + [("warn", f"{mark} {text}") for text in status["warnings"][:3]]
+
+
+def _account_row(row: Mapping, width: int, now: float, is_ascii: bool) -> tuple[str, str]:
+    """An account on one line: as many of its windows as fit, each scope's least first."""
+    text = (f"{row['name'][:15]:16}{row['state'][:12]:13}{row['in_flight'] or '':<5}"
+            if width >= 60 else f"{row['name'][:13]:14}{row['state'][:10]:11}")
+    rest = max((limit["until"] or 0 for limit in row["limits"]), default=0)
+    if rest > now:
+        text += f"free in {human_s(rest - now)}  "
+    quotas = sorted(row["quotas"], key=lambda q: 2 if q["fraction"] is None else q["fraction"])
+    binding = {quota["scope"]: quota for quota in reversed(quotas)}
+    for quota in sorted(quotas, key=lambda q: binding[q["scope"]] is not q):
+        burns = (">" if is_ascii else "↓") * (quota["trend"] == "burning")
+        ends = f" {human_s(quota['reset_at'] - now)}" if quota["reset_at"] > now else ""
+        bar = quota_bar(quota["fraction"], is_ascii)
+        forms = (f"{quota['scope'][:16]} {quota['window'][:8]} {bar}{burns}{ends}", bar[-4:] + ends)
+        fitting = [form for form in forms if len(text) + len(form) <= width]
+        if not fitting or len(fitting) < 2 and quota is not quotas[0]:
+            break
+        text += fitting[0] + "  "
+    return {"ready": "", "disabled": "dim", "soft-limited": "warn", "resting": "warn",
+            "limited": "warn"}.get(row["state"], "bad"), text
+
+
+def _request_rows(requests: Iterable[Mapping], width: int) -> list[tuple[str, str]]:
+    columns, used = [], 0
+    for title, size, tell in TOP_COLUMNS:
+        left = width - used
+        if left < min(size, 10):
+            break
+        columns.append((title, min(size, left), tell))      # the last one may be cut
+        used += size + 1
+    rows = [("head", " ".join(f"{title:{size}}" for title, size, _ in columns))]
+    for request in requests:
+        style = "bad" if request["status"] >= 400 or request.get("is_cut") else (
+            "" if request["status"] else "head")
+        rows.append((style, " ".join(f"{str(tell(request))[:size]:{size}}"
+                                     for _, size, tell in columns)))
+    return rows
+
+
+class TopScreen:
+    """What `top` shows: a pane, and how far it was scrolled, both by keys."""
+
+    def __init__(self):
+        self.pane, self.offset = "", 0
+
+    def press(self, key: str) -> str:
+        """What is to be done besides showing it anew: quit, refresh, or nothing."""
+        act = {"up": "up", "down": "down", "\x1b": ""}.get(key) or TOP_KEYS.get(key, ("",))[0]
+        if act in ("up", "down"):
+            self.offset = max(0, self.offset + (1 if act == "down" else -1))
+        elif act in ("accounts", "log", "help"):
+            self.pane, self.offset = ("" if self.pane == act else act), 0
+        elif key == "\x1b":
+            self.pane, self.offset = "", 0
+        return act if act in ("quit", "refresh") else ""
+
+    def rows(self, status: Mapping, width: int, height: int, is_ascii: bool,
+             lost: str = "") -> list[tuple[str, str]]:
+        """The whole screen, at most `height` rows; `lost` tells why the status is an old one."""
+        now = time.time() if lost else status["at"]
+        age = f"no connection for {human_s(now - status['at'])}: {lost}" if lost else ""
+        head = [("bad", age)] if lost else []
+        if self.pane:
+            body = self._pane_rows(status, now, is_ascii)
+            self.offset = min(self.offset, max(0, len(body) - 1))
+            body = body[self.offset:]
+        else:
+            head += _strip_rows(status, width, now, is_ascii)
+            body = self._overview(status, width, max(4, height - len(head) - 1), now, is_ascii)
+        keys = "  ".join(f"{key} {act}" for key, (act, _) in TOP_KEYS.items() if key not in "jk")
+        shown = [*head, *body][:max(1, height - 1)]
+        return [(style, plain_text(text, is_ascii)[:width])
+                for style, text in [*shown, ("dim", keys)]]
+
+    def _overview(self, status: Mapping, width: int, height: int, now: float,
+                  is_ascii: bool) -> list[tuple[str, str]]:
+        """Accounts in at most half of the rows, those at work and in trouble first; requests."""
+        requests = _request_rows(status["requests"], width)
+        accounts = sorted(status["accounts"], key=lambda row: (
+            -row["in_flight"], row["state"] in ("ready", "disabled"), -row["last_used_at"]))
+        most = max(1, height - min(len(requests), height // 2) - 3)
+        rows = [("head", f"{'ACCOUNT':16}{'STATE':13}BUSY LEFT"[:width] if width >= 60
+                 else "ACCOUNT       STATE      LEFT")]
+        self.offset = min(self.offset, max(0, len(accounts) - most))
+        shown = accounts[self.offset:self.offset + most]
+        rows += [_account_row(row, width, now, is_ascii) for row in shown]
+        hidden = len(accounts) - len(shown)
+        rows += [("dim", f"... {hidden} more: j and k move, a shows all")] if hidden else []
+        return [*rows, ("", ""), *requests]
+
+    def _pane_rows(self, status: Mapping, now: float, is_ascii: bool) -> list[tuple[str, str]]:
+        if self.pane == "help":
+            return [("", f"{key}   {about}") for key, (_, about) in TOP_KEYS.items()]
+        if self.pane == "accounts":
+            report = [{**row, "limits": [{**limit, "until": limit["until"] or float("inf")}
+                                         for limit in row["limits"]]} for row in status["accounts"]]
+            return [("" if line.startswith(" ") else "head", line)
+                    for line in status_lines(report, now, is_ascii)]
+        return [("", line) for line in reversed(status.get("log") or (
+            "the log is shown to the owner's key only (PROXY_API_KEY); elsewhere it is where "
+            "`serve` runs, or in its --log-file",))]
+
+
 # ── 20. Commands ──────────────────────────────────────────────────────────
 # A command parses, calls one function of a room above, prints, and returns an
 # exit code: 0 fine, 1 failure, 2 usage, 4 needs an account or a login, 5 all
@@ -19119,6 +20349,7 @@ def sheet_lines(sheet: Iterable[Mapping]) -> list[str]:
 
 DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
 DEMO_PACE_S = 0.02
+ASK_SERVER_S, TOP_EVERY_S = 5.0, 2.0        # of `top`: for an answer; between two questions
 _WEAK_KEYS = (      # words of samples, and of the README's own examples
     "changeme", "change-me", "sk-test", "your", "password", "secret", "example", "sample", "dummy",
     "test-", "placeholder", "default", "agproxy", "proxy_api_key", "12345", "abcde", "qwerty")
@@ -19217,11 +20448,18 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
     state = State(os.path.join(os.path.dirname(os.path.realpath(kept)), "state.db") if kept else "",
                   warn, config.max_state_bytes)
     state.is_shared = told is not None
+
+    def set_up(config: Config) -> None:
+        state.most_body_bytes, state.bodies_last_s = config.capture_bytes, config.capture_s
+        if recovers:        # a command's few lines are for who gave it
+            log.set_up(config)
+    set_up(config)
     pool = AccountPool([account_from_row(row, config.providers) for row in config.accounts],
                        clock, config.settings, state)
 
     def apply(edited: Config) -> None:
         services.config = edited
+        set_up(edited)
         pool.replace([account_from_row(row, edited.providers) for row in edited.accounts],
                      edited.settings)
     file = AccountsFile(path, flags, log, apply)
@@ -19229,7 +20467,8 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
     tokens = Tokens(connections, clock, small_call_error, kept, file.keep_token)
     services = Services(config, pool, connections, clock, log, Meters(), Memory(clock, state),
                         tokens, Calibration(clock, state), state, Replies(clock, state),
-                        simulator=sim.url if sim else "", workers=getattr(args, "workers", 1))
+                        simulator=sim.url if sim else "", workers=getattr(args, "workers", 1),
+                        worker=told.number if told else 1)
     services.keeper = Keeper(pool, tokens, file.watch, log,
                              lambda candidate: touch_account(services, candidate),
                              is_first=not told or told.number == 1)
@@ -19567,18 +20806,13 @@ def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
             """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
 
 
-def open_log(path: str) -> Any:
-    """The file to be appended to; a new one is its owner's alone, an old one keeps its mode."""
-    return open(path, "a", encoding="utf-8",
-                opener=lambda name, flags: os.open(name, flags, 0o600))
-
-
 def log_stream(args: argparse.Namespace) -> Any:
     """Where the log goes; where several processes write to it, they do so line by line."""
-    out = open_log(args.log_file) if args.log_file else sys.stdout
+    if args.log_file:
+        return LogFile(args.log_file)
     if args.workers > 1:
-        out.reconfigure(line_buffering=True)
-    return out
+        sys.stdout.reconfigure(line_buffering=True)
+    return sys.stdout
 
 
 def live(server: ProxyServer | Crew, heard: list[int], is_demo: bool) -> None:
@@ -19646,7 +20880,7 @@ def command_run(args: argparse.Namespace) -> int:
     if not client:
         raise ConfigError(f"{args.client} is not installed or not on PATH")
     args.port = 0 if args.port is None else args.port
-    with open_log(args.log_file or os.devnull) as out:
+    with contextlib.closing(LogFile(args.log_file or os.devnull)) as out:
         with running_proxy(args, out) as server:
             config = server.services.config
             if config.users and not config.api_key:     # the client is none of them
@@ -20012,7 +21246,211 @@ def command_quota(args: argparse.Namespace) -> int:
         if not args.watch:
             return code
         time.sleep(60)
-        say("")
+        # one screen on a terminal, a growing list elsewhere
+        say("\x1b[2J\x1b[H" + time.strftime("%H:%M:%S") if sys.stdout.isatty() else "")
+
+
+# A running server, looked at from outside
+
+def server_answer(args: argparse.Namespace, config: Config, path: str) -> tuple[int, bytes]:
+    """(status, body) of a GET to the server, with the owner's key.  Raises ProxyError where nobody
+    answers."""
+    key = config.api_key
+    status, _, raw = simple_call(
+        ConnectionCache(Clock(), os.environ, lambda: config.settings), "GET",
+        (args.url or local_url(config, args.port or config.port)).rstrip("/") + path,
+        {"x-api-key": key} if key else {}, proxy="direct", timeout_s=ASK_SERVER_S)
+    return status, raw
+
+
+def server_status(args: argparse.Namespace, config: Config, state: State | None) -> dict:
+    """The status of the server: whole to its owner, else what anybody may see, with the requests
+    that the owner's own state.db remembers.  Raises ProxyError with a sentence."""
+    code, raw = server_answer(args, config, "/stats")
+    told = {}
+    with contextlib.suppress(ValueError):
+        told = object_of(json.loads(raw))
+    if code == 401:
+        raise ProxyError("authentication", "the server wants its key: set PROXY_API_KEY")
+    if code != 200 or "accounts" not in told:
+        raise ProxyError("bad_request", "what answers there is no agproxy of this version "
+                         f"({code})")
+    if state is not None and not told["requests"]:
+        told["requests"] = [{"at": at, **json.loads(text)} for _, at, text in state.rows(
+            "requests", "at > ? ORDER BY at DESC LIMIT ?", time.time() - 86400, NEWEST_REQUESTS)]
+    return told
+
+
+class Keys:
+    """The keyboard, key by key, on a terminal; as it was when it is closed."""
+
+    def __init__(self):
+        self._before, self._typed = None, ""
+        if os.name == "nt":
+            os.system("")           # lets the console understand escape sequences
+        else:
+            import termios
+            import tty
+            self._before = termios.tcgetattr(sys.stdin)
+            tty.setcbreak(sys.stdin)
+
+    def read(self, seconds: float) -> str:
+        """The next key, "" after so long without one; arrows are `up` and `down`."""
+        if os.name != "nt":
+            if not self._typed and readable([sys.stdin], seconds):      # its end means quit
+                self._typed = os.read(sys.stdin.fileno(), 64).decode("utf-8", "replace") or "q"
+            found = re.match(r"\x1b[\[O][\d;]*.|(?s:.?)", self._typed)[0]
+            self._typed = self._typed[len(found):]
+            return {"A": "up", "B": "down"}.get(found[-1], "") if len(found) > 1 else found
+        import msvcrt
+        deadline = time.monotonic() + seconds
+        while not msvcrt.kbhit():
+            if time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.02)
+        told = msvcrt.getwch()
+        return {"H": "up", "P": "down"}.get(msvcrt.getwch(), "") if told in "\x00\xe0" else told
+
+    def close(self) -> None:
+        if self._before is not None:
+            import termios
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+
+
+def frame_text(rows: Iterable[tuple[str, str]], is_terminal: bool) -> str:
+    """Rows as they are written: on a terminal over what stands there."""
+    if not is_terminal:
+        return "\n".join(text.rstrip() for _, text in rows)
+    styles = {} if os.environ.get("NO_COLOR") else STYLES
+    return "\x1b[H" + "\r\n".join(f"{styles.get(style, '')}{text}\x1b[0m\x1b[K"
+                                 for style, text in rows) + "\x1b[J"
+
+
+@contextlib.contextmanager
+def own_screen() -> Iterator[Keys]:
+    """The keyboard, and a screen of its own without a cursor; both as before on the way out."""
+    with contextlib.closing(Keys()) as keys:
+        try:
+            print("\x1b[?1049h\x1b[?25l", end="")
+            yield keys
+        finally:
+            print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+
+
+def watch_status(ask: Callable[[], dict], status: dict, is_ascii: bool) -> None:
+    """The live screen, until `q`."""
+    import shutil
+    screen, lost, act, read_at = TopScreen(), "", "", time.monotonic()
+    with own_screen() as keys:
+        while act != "quit":
+            if act == "refresh" or time.monotonic() - read_at >= TOP_EVERY_S:
+                try:
+                    status, lost = ask(), ""
+                except ProxyError as err:
+                    lost = err.message
+                read_at = time.monotonic()
+            width, height = shutil.get_terminal_size()
+            print(frame_text(screen.rows(status, width, height, is_ascii, lost), True),
+                  end="", flush=True)
+            act = screen.press(keys.read(0.5))
+
+
+def command_top(args: argparse.Namespace) -> int:
+    """One screen of a running server; 3 where none runs."""
+    import shutil
+    path = config_path(args.accounts, os.environ)
+    config = load_config(path, {}, os.environ)
+    is_ascii = "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
+    stored = os.path.join(os.path.dirname(os.path.realpath(path)), "state.db")
+    with contextlib.ExitStack() as stack:
+        state = None
+        if not args.url and os.path.exists(stored):
+            state = stack.enter_context(contextlib.closing(State(stored, lambda trouble: None)))
+
+        def ask() -> dict:
+            return server_status(args, config, state)
+        try:
+            status = ask()
+        except ProxyError as err:
+            warn(err.message)
+            return 3 if err.kind in ("network", "stall") else 1
+        if args.json:
+            say(json.dumps(status, indent=2))
+        elif args.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            width = shutil.get_terminal_size((100, 24)).columns
+            rows = TopScreen().rows(status, width, 10_000, is_ascii)
+            say(frame_text(rows[:-1], False))       # no keys: nobody can press them
+        else:
+            watch_status(ask, status, is_ascii)
+    return 0
+
+
+_LABELS = "{{account}} {{model}}"
+GRAFANA_PANELS = (      # title, unit, what is drawn: (PromQL, legend)
+    ("Requests by status", "reqps",
+     (("sum by (status) (rate(agproxy_requests_total[5m]))", "{{status}}"),)),
+    ("Errors", "percentunit", (
+        ("sum(rate(agproxy_errors_total[5m])) / sum(rate(agproxy_http_requests_total[5m]))",
+         "of all requests"),)),
+    ("Time to first byte", "s", tuple(
+        (f"histogram_quantile({share}, sum by (le) (rate(agproxy_first_byte_seconds_bucket[5m])))",
+         f"p{share * 100:.0f}") for share in (0.5, 0.95, 0.99))),
+    ("Time in all", "s", tuple(
+        (f"histogram_quantile({share}, sum by (le) "
+         "(rate(agproxy_request_duration_seconds_bucket[5m])))", f"p{share * 100:.0f}")
+        for share in (0.5, 0.95, 0.99))),
+    ("Quota left", "percentunit", (("agproxy_quota_fraction",
+                                    "{{account}} {{pool}} {{scope}} {{window}}"),)),
+    ("Cooldowns", "s", (("agproxy_cooldown_seconds < Inf", "{{account}} {{scope}} {{kind}}"),)),
+    ("Tokens per minute", "short", (
+        ("sum by (account, model, kind) (rate(agproxy_tokens_total[5m])) * 60",
+         _LABELS + " {{kind}}"),)),
+    ("Failed tries", "short", (
+        ("sum by (account, kind) (increase(agproxy_failed_tries_total[5m]))",
+         "{{account}} {{kind}}"),)),
+    ("In flight", "short", (("sum(agproxy_in_flight)", "in flight"),
+                            ("sum(agproxy_queued)", "queued"),
+                            ("sum(agproxy_streams)", "streams"))),
+    ("Threads and connections", "short", (("sum(agproxy_threads)", "threads"),
+                                          ("sum(agproxy_connections)", "connections"))),
+    ("State of accounts", "short", (("agproxy_account_state", "{{account}}: {{state}}"),)),
+    ("Inside the proxy", "short", tuple(
+        (f"sum(increase(agproxy_{name}_total[5m]))", name)
+        for name in ("faults", "log_lines_dropped", "state_dropped"))))
+
+
+def grafana_dashboard() -> dict:
+    """A dashboard over /metrics, as Grafana imports it; it asks for the data source."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    panels = [{"id": number + 1, "type": "timeseries", "title": title, "datasource": source,
+               "gridPos": {"h": 8, "w": 12, "x": number % 2 * 12, "y": number // 2 * 8},
+               "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+               "targets": [{"refId": chr(65 + i), "datasource": source, "expr": query,
+                            "legendFormat": legend} for i, (query, legend) in enumerate(drawn)]}
+              for number, (title, unit, drawn) in enumerate(GRAFANA_PANELS)]
+    return {"title": "agproxy", "uid": "agproxy", "schemaVersion": 39, "version": 1,
+            "editable": True, "refresh": "30s", "time": {"from": "now-6h", "to": "now"},
+            "tags": ["agproxy"], "annotations": {"list": []}, "panels": panels,
+            "templating": {"list": [{"name": "datasource", "type": "datasource",
+                                     "query": "prometheus", "label": "Data source"}]}}
+
+
+def command_metrics(args: argparse.Namespace) -> int:
+    """What Prometheus would read of the running server, or a dashboard that draws it."""
+    if args.grafana:
+        say(json.dumps(grafana_dashboard(), indent=2))
+        return 0
+    config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
+    try:
+        code, raw = server_answer(args, config, "/metrics")
+    except ProxyError as err:
+        warn(err.message)
+        return 3
+    if code != 200:
+        raise ProxyError("authentication", f"the server answered {code}" + (
+            ": set PROXY_API_KEY" if code == 401 else ""))
+    say(raw.decode("utf-8", "replace").rstrip("\n"))
+    return 0
 
 
 def command_why(args: argparse.Namespace) -> int:
@@ -20020,6 +21458,8 @@ def command_why(args: argparse.Namespace) -> int:
     with offline(args) as found:
         wanted = ("1 ORDER BY at DESC LIMIT 1",) if args.id == "last" else ("id = ?", args.id)
         rows = found.state.rows("requests", *wanted)
+        bodies = [unpacked_bodies(packed) for row in rows[:args.bodies]
+                  for _, packed, _ in found.state.rows("bodies", "id = ?", row[0])]
     if not rows and args.demo:
         warn("the demo forgets its requests when it ends, and tells them to nobody else; its log "
              "says what happened")
@@ -20030,7 +21470,7 @@ def command_why(args: argparse.Namespace) -> int:
         return 1
     row = json_decode(rows[0][2].encode())
     if args.json:
-        say(json.dumps(row, indent=2))
+        say(json.dumps({**row, "bodies": bodies} if args.bodies else row, indent=2))
         return 0
     say(f"{row['id']}  {row['client']}  {row['asked']} -> {row['used']}  by {row['account']}  "
         f"status {row['status']}  {row['total_ms']} ms  {row['note']}".rstrip())
@@ -20041,6 +21481,9 @@ def command_why(args: argparse.Namespace) -> int:
     say(*(f"  mended  after a refusal: {repair}" for repair in row.get("refused", ())))
     say(*(f"  mended  {what}{f' ({count} times)' if count > 1 else ''}"
           for what, count in row.get("mended", {}).items()))
+    if args.bodies and not bodies:
+        say("  its bodies were not captured: the setting `capture` says whose are")
+    say(*(f"  {name}:\n{text}" for told in bodies for name, text in told.items()))
     return 0
 
 
@@ -20077,6 +21520,11 @@ def routing_lines(config: Config) -> list[str]:
             cells = {c: v for c, v in item._asdict().items() if c != "model" and v not in ("", 1.0)}
             lines.append(f"    {number}. {item.model}"
                          + "".join(f"  {cell}={value}" for cell, value in cells.items()))
+    own = {key.user: key.groups for key in config.users}
+    lines += [f"group  {name} ({group.strategy}) of user {user}: "
+              + ", ".join(item.model for item in group.items)
+              for user, groups in own.items() for name, group in sorted(groups.items())
+              if config.groups.get(name) != group]
     for role, (to, over) in config.routes.items():
         lines.append(f"route  {role}{f' over {over} tokens' if role == 'long_context' else ''}"
                      f" -> {to}")
@@ -20196,7 +21644,384 @@ def command_groups(args: argparse.Namespace) -> int:
         return command_explain(args)
     if args.action in (None, "list"):
         return show_routing(args)
-    return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](stored, args))
+    return edit_routing(args, lambda stored: GROUP_ACTIONS[args.action][0](
+        stored_user(stored, args.user) if args.user else stored, args))
+
+
+# Users and keys
+
+GUEST_LIMITS = ("2M tok/day", "4 at once")      # of a shared key that says nothing else
+TUNNELS = {         # program -> (its arguments, how it tells the address that it made)
+    "cloudflared": (("tunnel", "--no-autoupdate", "--url", "{url}"),
+                    r"https://[a-z0-9-]+\.trycloudflare\.com"),
+    "ngrok": (("http", "{url}", "--log", "stdout"), r"(?<=url=)https://[^\s\"]+"),
+    "tailscale": (("funnel", "{url}"), r"https://[\w.-]+\.ts\.net[\w:]*"),
+}
+
+
+def accounts_path(args: argparse.Namespace) -> str:
+    """The accounts file of a command that has users in it."""
+    if args.demo:
+        raise ConfigError("the demo has no users: it keeps no file")
+    return config_path(args.accounts, os.environ)
+
+
+def key_cells(args: argparse.Namespace, kind: str = "key") -> dict[str, Any]:
+    """What the options say of a user or a key, as it stands in the accounts file."""
+    limits = args.limit or []
+    cells = {"limits": {} if limits == ["none"] else dict(map(parse_limit, limits)),
+             "models": [m for text in args.models or () for m in text.replace(" ", "").split(",")
+                        if m],
+             "admin": args.admin or False}
+    given = {name for name, value in (("limits", args.limit), ("models", args.models),
+                                      ("admin", args.admin)) if value is not None}
+    if kind == "key" and args.expires is not None:
+        given.add("expires_at")
+        cells["expires_at"] = parse_expiry(args.expires, time.time())
+    return {name: value for name, value in cells.items() if name in given}
+
+
+def show_key(args: argparse.Namespace, user: str, key_id: str, key: str, done: str,
+             was_open: bool = False) -> None:
+    """The one time that a key is shown."""
+    if args.json:
+        say(json.dumps({"user": user, "id": key_id, "key": key}))
+        return
+    say(f"{done}: key {key_id} of {user}.  It is shown this once; agproxy keeps its hash only:", "",
+        f"    {key}", "", "A running server takes it up by itself.")
+    if was_open:
+        say("From now on everybody needs a key, on this machine too; the owner's is PROXY_API_KEY.")
+    say("Next: python3 agproxy.py keys list")
+
+
+def serves_keyless(config: Config) -> bool:
+    return not (config.users or config.api_key)
+
+
+def user_create(args: argparse.Namespace) -> int:
+    """A new user with a first key."""
+    path, cells = accounts_path(args), key_cells(args, "user")
+    expires_at = parse_expiry(args.expires, time.time()) if args.expires else 0
+    was_open = serves_keyless(load_config(path, {}, os.environ))
+
+    def change(stored: dict) -> tuple[str, str]:
+        add_user(stored, args.name, cells)
+        return add_key(stored, args.name, {"expires_at": expires_at}, time.time())
+    key, key_id = edit_accounts(path, change)
+    show_key(args, args.name, key_id, key, "created", was_open)
+    return 0
+
+
+def user_edit(args: argparse.Namespace) -> int:
+    """Limits, models or rights of a user; of a key, its end too."""
+    is_key = args.command == "keys"
+    cells = key_cells(args, args.command[:-1])
+    if not cells:
+        raise ConfigError("say what is to change: --limit, --models, --admin"
+                          + ", --expires" * is_key)
+
+    def change(stored: dict) -> None:
+        row = stored_key(stored, args.name)[1] if is_key else stored_user(stored, args.name)
+        row.update(cells)
+    edit_accounts(accounts_path(args), change)
+    say(f"changed: {args.name}.  Next: python3 agproxy.py {args.command} list")
+    return 0
+
+
+def user_enable(args: argparse.Namespace) -> int:
+    is_on = args.action == "enable"
+    edit_accounts(accounts_path(args), lambda stored: stored_user(stored, args.name).update(
+        enabled=is_on))
+    back = "" if is_on else f"; back by: python3 agproxy.py users enable {args.name}"
+    say(f"{args.action}d: {args.name}{back}.  Next: python3 agproxy.py users list")
+    return 0
+
+
+def is_agreed(args: argparse.Namespace, question: str) -> bool:
+    return args.yes or ask_person(question + " [y/N] ").lower() in ("y", "yes")
+
+
+def user_delete(args: argparse.Namespace) -> int:
+    path = accounts_path(args)
+    count = len([k for k in load_config(path, {}, os.environ).users
+                 if k.user == args.name and k.key_hash])
+    if not is_agreed(args, f"Delete user {args.name} and {count} keys?"):
+        say("nothing was changed")
+        return 1
+    edit_accounts(path, lambda stored: stored["users"].remove(stored_user(stored, args.name)))
+    say(f"deleted: {args.name}")
+    if serves_keyless(load_config(path, {}, os.environ)):
+        say("That was the last user: without PROXY_API_KEY, this machine is served keyless again.")
+    say("Next: python3 agproxy.py users list")
+    return 0
+
+
+def key_create(args: argparse.Namespace) -> int:
+    cells, path = key_cells(args), accounts_path(args)
+    key, key_id = edit_accounts(path, lambda stored: add_key(stored, args.name, cells, time.time()))
+    show_key(args, args.name, key_id, key, "created")
+    return 0
+
+
+def key_rotate(args: argparse.Namespace) -> int:
+    """Another key in the place of one that ends now; limits and what was used of them stay."""
+    def change(stored: dict) -> tuple[str, str, str]:
+        user, row = stored_key(stored, args.name)
+        return user["name"], row["id"], renew_key(row)
+    user, key_id, key = edit_accounts(accounts_path(args), change)
+    show_key(args, user, key_id, key, "rotated, the old one is void")
+    return 0
+
+
+def revoke_key(path: str, wanted: str) -> tuple[str, str]:
+    """(user, id) of a key that is no longer one."""
+    def change(stored: dict) -> tuple[str, str]:
+        user, row = stored_key(stored, wanted)
+        user["keys"].remove(row)
+        return user["name"], row["id"]
+    return edit_accounts(path, change)
+
+
+def key_revoke(args: argparse.Namespace) -> int:
+    path = accounts_path(args)
+    if not is_agreed(args, f"Revoke key {args.name}?"):
+        say("nothing was changed")
+        return 1
+    user, key_id = revoke_key(path, args.name)
+    say(f"revoked: {key_id} of {user}.  Next: python3 agproxy.py keys list")
+    return 0
+
+
+def limit_rows(limits: Iterable[Limit], spending: Spending) -> list[dict]:
+    """Each limit with what was used of it, and when its window ends (null: it has none)."""
+    rows = []
+    for limit in limits:
+        used, end = spending.used(limit)
+        rows.append({"owner": limit.owner, "what": limit.what, "per": limit.per, "used": used,
+                     "most": limit.most, "free_at": end if limit.per else None})
+    return rows
+
+
+def key_row(key: UserKey, spending: Spending, state: State, now: float) -> dict:
+    """A key as it is listed; never its hash."""
+    ended = bool(key.expires_at) and key.expires_at <= now
+    last = state.rows("requests", "json LIKE ? ORDER BY at DESC LIMIT 1",
+                      f'%"key":{json_encode(key.id)}%')
+    return {"id": key.id, "user": key.user, "hint": key.hint, "guest": key.guest,
+            "admin": key.admin, "expires_at": key.expires_at or None,
+            "state": "expired" if ended else "ready" if key.enabled else "disabled",
+            "models": list(key.models), "last_used_at": last[0][1] if last else None,
+            "limits": limit_rows(key.limits, spending)}
+
+
+def user_rows(config: Config, spending: Spending, state: State, now: float) -> list[dict]:
+    """Each user with their keys, as listed."""
+    rows: dict[str, dict] = {}
+    for key in config.users:
+        row = rows.setdefault(key.user, {
+            "name": key.user, "enabled": key.enabled, "keys": [], "groups": [
+                name for name, group in key.groups.items() if config.groups.get(name) != group],
+            "limits": limit_rows([lim for lim in key.limits if lim.owner == "user " + key.user],
+                                 spending)})
+        row["keys"] += [key_row(key, spending, state, now)] if key.key_hash else []
+    return list(rows.values())
+
+
+def limit_text(row: Mapping) -> str:
+    whose = "" if row["owner"].startswith("key ") else " (user)"
+    return (f"{row['used']:,} of {row['most']:,} " + (
+        f"{row['what']}/{row['per']}" if row["per"] else "at once") + whose)
+
+
+def in_columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of a table as lines, the first of them its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+            for row in rows]
+
+
+def key_lines(users: Iterable[Mapping], now: float) -> list[str]:
+    lines: list[tuple[str, ...]] = [("KEY", "USER", "ENDS IN", "STATE", "MODELS", "LAST USE",
+                                     "LIMITS")]
+    for key in (key for user in users for key in user["keys"]):
+        ends = human_s(key["expires_at"] - now) if key["expires_at"] else "never"
+        used = human_s(now - key["last_used_at"]) + " ago" if key["last_used_at"] else "-"
+        words = [key["state"], *(w for w in ("guest", "admin") if key[w])]
+        lines.append((key["id"] + f" ...{key['hint']}" * bool(key["hint"]), key["user"], ends,
+                      ", ".join(words), ", ".join(key["models"]) or "all", used,
+                      "; ".join(map(limit_text, key["limits"])) or "none"))
+    return in_columns(lines)
+
+
+def user_lines(users: Iterable[Mapping], now: float) -> list[str]:
+    lines = [("USER", "STATE", "KEYS", "OWN GROUPS", "LIMITS OF ALL KEYS")]
+    lines += [(user["name"], "ready" if user["enabled"] else "disabled", str(len(user["keys"])),
+               ", ".join(user["groups"]) or "-", "; ".join(
+                   limit_text(row).replace(" (user)", "") for row in user["limits"]) or "none")
+              for user in users]
+    return in_columns(lines)
+
+
+def user_list(args: argparse.Namespace) -> int:
+    accounts_path(args)
+    with offline(args) as found:
+        now = found.clock.now()
+        users = [row for row in user_rows(found.config, Spending(found.clock, found.state),
+                                          found.state, now)
+                 if getattr(args, "name", None) in (None, row["name"])]
+    rows = users if args.command == "users" else [key for row in users for key in row["keys"]]
+    if args.json:
+        say(json.dumps({args.command: rows}, indent=2))
+    elif not rows:
+        say(f"There are no {args.command}.  Next: python3 agproxy.py users create NAME")
+    else:
+        say(*(user_lines if args.command == "users" else key_lines)(users, now),
+            "Next: python3 agproxy.py " + ("keys list" if args.command == "users" else
+                                           "keys rotate KEY"))
+    return 0
+
+
+# name -> (function, help, positional, groups of options)
+USER_ACTIONS = {
+    "create": (user_create, "a new user with a first key, which is shown once", "name",
+               "cells json expires"),
+    "list": (user_list, "all users with what is used of their limits", "", "json"),
+    "edit": (user_edit, "other limits or models for all keys of a user", "name", "cells"),
+    "disable": (user_enable, "refuse a user's keys", "name", ""),
+    "enable": (user_enable, "let a user in again", "name", ""),
+    "delete": (user_delete, "forget a user and all keys", "name", "yes"),
+}
+KEY_ACTIONS = {
+    "create": (key_create, "another key for a user, shown once", "user", "cells json expires"),
+    "list": (user_list, "all keys, or those of a user, with limits and last use", "user?", "json"),
+    "edit": (user_edit, "other limits, models or end of a key", "key", "cells expires"),
+    "rotate": (key_rotate, "a new key in place of one, with its limits", "key", "json"),
+    "revoke": (key_revoke, "end a key", "key", "yes"),
+}
+
+
+def command_users(args: argparse.Namespace) -> int:
+    return (USER_ACTIONS if args.command == "users" else KEY_ACTIONS)[
+        args.action or "list"][0](args)
+
+
+def answer_status(url: str, key: str = "") -> int:
+    """What a server on this machine answers to who asks for its models; 0 where there is none."""
+    try:
+        return simple_call(ConnectionCache(Clock(), {}), "GET", url + "/v1/models",
+                           {"x-api-key": key} if key else {}, proxy="direct", timeout_s=5)[0]
+    except ProxyError:
+        return 0
+
+
+def is_taken_up(url: str, key: str) -> bool:
+    """Whether the running server knows a key that was just stored: it looks once a second."""
+    for _ in range(40):
+        if answer_status(url, key) == 200:
+            return True
+        time.sleep(0.25)
+    return False
+
+
+def run_tunnel(program: str, url: str, ends_at: float, tell: Callable[[str], None]) -> None:
+    """Returns when the tunnel ends, by itself or because its time is up; `tell` gets its address.
+    Raises ConfigError where it ends without having told one."""
+    options, shape = TUNNELS[os.path.splitext(os.path.basename(program))[0]]
+    last = address = ""
+    with subprocess.Popen([program, *(o.format(url=url) for o in options)], text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, errors="replace",
+                          stderr=subprocess.STDOUT) as process:
+        over = threading.Timer(max(0.0, ends_at - time.time()), process.terminate)
+        over.daemon = True
+        over.start()
+        try:
+            for line in process.stdout:
+                last = line.strip() or last
+                found = re.search(shape, line)
+                if found and not address:
+                    address = found[0].rstrip("/")
+                    tell(address)
+        finally:
+            over.cancel()
+            process.terminate()
+    if not address:
+        raise ConfigError(f"{program} ended before it had an address: {redact(last, 200)}")
+
+
+def share_key(args: argparse.Namespace, path: str) -> tuple[str, str, float]:
+    """(key, its id, when it ends) of a new guest."""
+    now = time.time()
+    ends_at = parse_expiry(args.expires, now)
+    args.limit = args.limit or list(GUEST_LIMITS)
+    cells = {**key_cells(args), "guest": True, "expires_at": ends_at}
+
+    def change(stored: dict) -> tuple[str, str]:
+        if not any(row.get("name") == args.name for row in stored.get("users") or ()):
+            add_user(stored, args.name, {})
+        added = add_key(stored, args.name, cells, now)
+        user = stored_user(stored, args.name)
+        user["keys"] = [row for row in user["keys"] if not (
+            row.get("guest") and 0 < row.get("expires_at", 0) < now)]       # of former guests
+        return added
+    return (*edit_accounts(path, change), ends_at)
+
+
+def tell_shared(args: argparse.Namespace, address: str, key: str, key_id: str) -> None:
+    """What a guest needs, and what they can reach."""
+    models = ", ".join(args.models or ()) or "all"
+    say(f"shared at {address}", "",
+        f"    ANTHROPIC_BASE_URL={address} ANTHROPIC_AUTH_TOKEN={key} claude",
+        f"    OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY={key}", "",
+        f"The key is {key_id}, for {args.expires}; models: {models}; limits: "
+        + ", ".join(args.limit) + ".",
+        "With it a guest can ask models and list their names while the proxy runs; error texts may "
+        "name the labels of accounts.  All else is refused by way of this address: management, the "
+        "page, accounts and quotas.",
+        "What guests send and get passes the tunnel's operator.")
+
+
+def command_share(args: argparse.Namespace) -> int:
+    """A guest's key, and a tunnel to the running server where a program for it is installed."""
+    import shutil
+    path, args.admin = accounts_path(args), None
+    config = load_config(path, {"port": args.port}, os.environ)
+    url = local_url(config, config.port)
+    status = answer_status(url)
+    if status not in (200, 401):
+        warn(f"no agproxy answers at {url}; start it: python3 agproxy.py serve")
+        return 3
+    if status == 200:
+        raise ConfigError("the running server asks nobody for a key, and with a guest it would ask "
+                          "everybody: set PROXY_API_KEY, start it anew, and share then")
+    found = [p for p in map(shutil.which, () if args.no_tunnel else TUNNELS) if p]
+    key, key_id, ends_at = share_key(args, path)
+    is_kept = False
+    try:
+        if not is_taken_up(url, key):
+            raise ConfigError(f"the server at {url} did not take up the key; it reads another file "
+                              f"than {path}")
+        if found:
+            def interrupt(number: int, frame: Any) -> None:
+                raise KeyboardInterrupt
+            on_signals(interrupt, "SIGTERM", "SIGHUP", "SIGBREAK")
+            say(f"starting {os.path.basename(found[0])} ...")
+
+            def tell(address: str) -> None:
+                tell_shared(args, address, key, key_id)
+                say("Ctrl-C ends the tunnel and revokes the key.")
+            with contextlib.suppress(KeyboardInterrupt):
+                run_tunnel(found[0], url, ends_at, tell)
+            return 0
+        is_kept = True
+    finally:
+        if not is_kept:
+            revoke_key(path, key_id)
+            say(f"revoked: {key_id}.  Next: python3 agproxy.py keys list")
+    tell_shared(args, url, key, key_id)
+    say("No tunnel runs, so this address is known on this machine only.  Install one of "
+        f"{', '.join(TUNNELS)} and share again, or have any tunnel forward to {url}.",
+        f"End the key before its time: python3 agproxy.py keys revoke {key_id}")
+    return 0
 
 
 # Doctor: what is wrong on this machine, by what evidence, and what helps.  Everything is gathered
@@ -20736,6 +22561,687 @@ def command_doctor(args: argparse.Namespace) -> int:
     return 1 if counts["fail"] else 0
 
 
+# Clients' settings: what `setup` writes into them, and `unsetup` takes out again.  A form of file
+# is a pair: `get(text, key)` tells how the value of a key stands there, `put(text, key, raw)` is
+# the text with that value, or without the key (None); a new value's lines are fitted in, one that
+# stood there before `is_old`.  What is put where nothing was and taken out again leaves the text as
+# it was; comments, order and line ends stay.
+
+_JSONC_GAP = re.compile(r"(?:[\s\ufeff]+|//[^\n]*|/\*.*?\*/)*", re.S)
+_JSONC_ATOM = re.compile(r'"(?:[^"\\\n]|\\.)*"|[-+.\w]+')
+_JSONC_NOTE = re.compile(r"[ \t]*,?[ \t]*(//[^\r\n]*|/\*(?:(?!\*/)[^\r\n])*\*/(?=[ \t]*\r?\n))")
+_TOML_TABLE = re.compile(r"(?m)^[ \t]*\[\[?[ \t]*([^\]\r\n]+?)[ \t]*\]\]?[ \t]*(?:#.*)?\r?$")
+_TOML_LONG = re.compile(r'"""(?:[^\\]|\\.)*?"""|' + r"'''.*?'''", re.S)
+
+
+class Member(NamedTuple):
+    """One of a JSON object's, as offsets of its text."""
+    name: str
+    begin: int
+    value_at: int
+    end: int
+
+
+def end_of_line(text: str) -> str:
+    return "\r\n" if "\r\n" in text else "\n"
+
+
+def jsonc_members(text: str, at: int) -> tuple[list[Member], int]:
+    """(the members of the object or list at `at`, where its closing bracket stands), comments and
+    trailing commas allowed.  Raises ValueError."""
+    close, found = {"{": "}", "[": "]"}[text[at]], []
+    at = _JSONC_GAP.match(text, at + 1).end()
+    while text[at:at + 1] != close:
+        begin, name = at, ""
+        if close == "}":
+            atom = _JSONC_ATOM.match(text, at)
+            at = _JSONC_GAP.match(text, atom.end()).end() if atom else at
+            if not atom or text[begin] != '"' or text[at:at + 1] != ":":
+                raise ValueError(f"a name and a colon are missing at character {at}")
+            name = str(json_told(atom[0], ""))
+            at = _JSONC_GAP.match(text, at + 1).end()
+        value_at, atom = at, _JSONC_ATOM.match(text, at)
+        if text[at:at + 1] in ("{", "["):
+            at = jsonc_members(text, at)[1] + 1
+        elif atom:
+            at = atom.end()
+        else:
+            raise ValueError(f"a value is missing at character {at}")
+        found.append(Member(name, begin, value_at, at))
+        at = _JSONC_GAP.match(text, at).end()
+        if text[at:at + 1] == ",":
+            at = _JSONC_GAP.match(text, at + 1).end()
+        elif text[at:at + 1] != close:
+            raise ValueError(f"a comma is missing at character {at}")
+    return found, at
+
+
+def _jsonc_find(text: str, key: tuple) -> tuple[int, list[Member], int, Member | None]:
+    """(where the object that `key` belongs to begins, its members, its end, the member).  Raises
+    ValueError, KeyError where that object is not there."""
+    at = _JSONC_GAP.match(text).end()
+    for depth, name in enumerate(key):
+        if text[at:at + 1] != "{":
+            raise ValueError(f"{'.'.join(key[:depth]) or 'the file'} is no object")
+        members, close = jsonc_members(text, at)
+        member = next((m for m in reversed(members) if m.name == name), None)
+        if depth == len(key) - 1:
+            return at, members, close, member
+        if member is None:
+            raise KeyError(name)
+        at = member.value_at
+    raise ValueError("no key")
+
+
+def jsonc_get(text: str, key: tuple) -> str | None:
+    with contextlib.suppress(KeyError):
+        member = _jsonc_find(text, key)[3] if text.strip() else None
+        return text[member.value_at:member.end] if member else None
+    return None
+
+
+def _jsonc_beside(text: str, last: Member, new: str) -> str:
+    """Puts a member behind the last one, and behind what is noted on its line."""
+    line = text[:last.begin].rpartition("\n")[2]
+    if not _JSONC_GAP.fullmatch(line):      # on the line of the bracket, or of another
+        return f"{text[:last.end]}, {new}{text[last.end:]}"
+    gap = end_of_line(text) + line[:len(line) - len(line.lstrip())]
+    new, note = gap + new.replace("\n", gap), _JSONC_NOTE.match(text, last.end)
+    if not note:
+        return f"{text[:last.end]},{new}{text[last.end:]}"
+    is_ended = "," in text[last.end:note.start(1)]
+    return (text[:last.end] + "," * (not is_ended) + text[last.end:note.end()] + new
+            + "," * is_ended + text[note.end():])
+
+
+def _jsonc_without(text: str, members: list[Member], index: int, close: int) -> str:
+    """Takes a member out with one comma and its own line."""
+    member = members[index]
+    before = re.search(r"(\r?\n)?[ \t]*\Z", text[:member.begin]).start()
+    behind = _JSONC_GAP.match(text, member.end).end()
+    comma = _JSONC_GAP.match(text, members[index - 1].end).end() if index else 0
+    is_beside = index == len(members) - 1 and not text[comma + 1:member.begin].strip()
+    if text[behind] == "," and not (index and is_beside):
+        return text[:before] + text[member.end:behind] + text[behind + 1:]
+    if index:
+        return text[:comma] + text[comma + 1:before] + text[member.end:]
+    tail = text[member.end:]
+    return text[:before] + (tail.lstrip() if not text[member.end:close].strip() else tail)
+
+
+def jsonc_put(text: str, key: tuple, raw: str | None, is_old: bool = False) -> str:
+    """As above; the objects around a new member must be there."""
+    text = text if text.strip() or raw is None else "{}" + end_of_line(text)
+    at, members, close, member = _jsonc_find(text, key)
+    eol, line = end_of_line(text), text[:member.begin if member else at].rpartition("\n")[2]
+    edge = line[:len(line) - len(line.lstrip())]
+    if member and raw is not None:
+        new = raw if is_old else raw.replace("\n", eol + edge)
+        return text[:member.value_at] + new + text[member.end:]
+    if member:
+        return _jsonc_without(text, members, members.index(member), close)
+    if raw is None:
+        return text
+    if members:
+        return _jsonc_beside(text, members[-1], f"{quote(key[-1])}: {raw}")
+    step = re.search(r"\n([ \t]+)\S", text)        # as the file has it elsewhere
+    inner = eol + edge + (step[1] if step else "  ")
+    tail = "" if "\n" in text[at:close] else eol + edge
+    new = f"{inner}{quote(key[-1])}: " + raw.replace("\n", inner)
+    return text[:at + 1] + new + tail + text[at + 1:]
+
+
+def _toml_tables(text: str) -> list[tuple[str, int, int]]:
+    """(name, where it begins, where the next one does) of each table; the first is "", the top."""
+    plain = _TOML_LONG.sub(lambda m: re.sub(r"[^\r\n]", "x", m[0]), text)
+    heads = [("", 0), *((m[1].replace('"', "").replace(" ", ""), m.start())
+                        for m in _TOML_TABLE.finditer(plain))]
+    return [(name, at, after) for (name, at), (_, after) in zip(heads, [*heads[1:],
+                                                                        ("", len(text))])]
+
+
+def _toml_find(text: str, key: tuple) -> Any:
+    """The match of what stands for a key: a top-level value, or (of two names) a whole table."""
+    tables = _toml_tables(text)
+    if len(key) == 1:
+        head = _TOML_LONG.sub(lambda m: re.sub(r"[^\r\n]", "x", m[0]), text[:tables[0][2]])
+        return re.compile(rf"(?m)^[ \t]*{re.escape(key[0])}[ \t]*=[ \t]*("
+                          r"\"(?:[^\"\\\r\n]|\\.)*\"|'[^'\r\n]*'|[^\s#]+)").search(head)
+    if re.search(rf"(?m)^[ \t]*{re.escape(key[0])}[ \t]*[.=]", text[:tables[0][2]]) or any(
+            name == key[0] and re.search(rf"(?m)^[ \t]*\"?{re.escape(key[1])}\b",
+                                         text[at:end]) for name, at, end in tables):
+        raise ValueError(f"{key[0]} is written in one line; write [{'.'.join(key)}] as a table")
+    found = next(((at, end) for name, at, end in tables if name == ".".join(key)), None)
+    # comments and blank lines before the next table are that one's
+    return found and re.compile(r"(?s)(.*?)(?=\s*(?:^[ \t]*#[^\n]*\n\s*)*\Z)", re.M).match(
+        text, *found)
+
+
+def toml_get(text: str, key: tuple) -> str | None:
+    found = _toml_find(text, key)
+    return text[found.start(1):found.end(1)] if found else None
+
+
+def toml_put(text: str, key: tuple, raw: str | None, is_old: bool = False) -> str:
+    eol, found = end_of_line(text), _toml_find(text, key)
+    if raw is not None and not is_old:
+        raw = raw.replace("\n", eol)
+    if found and raw is not None:
+        return text[:found.start(1)] + raw + text[found.end(1):]
+    if found and len(key) == 1:
+        return text[:found.start()] + re.sub(r"\A[^\n]*\n?", "", text[found.end():])
+    if found:
+        return re.sub(r"(\r?\n){2}\Z", r"\1", text[:found.start()]) + re.sub(
+            r"\A\r?\n", "", text[found.end():])
+    if raw is None:
+        return text
+    if len(key) == 1:       # before all others: behind a table it would be of that
+        begin = len(text) - len(text.lstrip("\ufeff"))
+        return f"{text[:begin]}{key[0]} = {raw}{eol}{text[begin:]}"
+    if not text:
+        return raw + eol
+    return f"{text}{'' if text.endswith(eol) else eol}{eol}{raw}{eol}"
+
+
+def _dotenv_find(text: str, key: tuple) -> Any:
+    found = re.compile(rf"(?m)^([ \t]*(?:export[ \t]+)?{re.escape(key[0])}[ \t]*=)([^\r\n]*)"
+                       ).finditer(text)
+    return next(reversed(list(found)), None)        # the last one holds
+
+
+def dotenv_get(text: str, key: tuple) -> str | None:
+    found = _dotenv_find(text, key)
+    return found and found[2]
+
+
+def dotenv_put(text: str, key: tuple, raw: str | None, is_old: bool = False) -> str:
+    eol, found = end_of_line(text), _dotenv_find(text, key)
+    if found and raw is not None:
+        return text[:found.start(2)] + raw + text[found.end():]
+    if found:
+        return text[:found.start()] + re.sub(r"\A\r?\n", "", text[found.end():])
+    if raw is None:
+        return text
+    return f"{text}{'' if not text or text.endswith(eol) else eol}{key[0]}={raw}{eol}"
+
+
+class ClientTarget(NamedTuple):
+    """Where a client is sent."""
+    url: str
+    key: str            # "" where the server wants none
+    variable: str       # the environment variable that holds the key
+    model: str          # for clients that ask for none of their own that is served
+    models: tuple[str, ...]
+
+
+Get = Callable[[tuple], Any]        # how the value of a key stands in the file
+Entry = tuple           # (key, raw value, or None: it is taken out)
+NO_KEY = "agproxy"      # clients want some key even where the server does not
+LAUNCHER = ("import sys,runpy;d,m=sys.argv[1:3];del sys.argv[1:3];sys.path.append(d);"
+            "runpy.run_module(m,None,'__main__',True)")
+
+
+def status_command() -> str:
+    """What Claude Code runs for its status line.  It starts this program by its bytecode (50 ms; to
+    compile it takes 300), isolated: the folder it runs in may be anybody's."""
+    folder, name = os.path.split(SOURCE)
+    module, words = name[:-3], [sys.executable, "-IS", "-c", LAUNCHER, folder]
+    if not (name.endswith(".py") and module.isidentifier()):
+        words = [sys.executable, SOURCE, "statusline"]
+    else:
+        words += [module, "statusline"]
+    # slashes: Claude Code has it run by a POSIX shell on Windows too
+    words = [word.replace("\\", "/") for word in words] if os.name == "nt" else words
+    return " ".join(word if re.fullmatch(r"[\w./:@-]+", word) else f'"{word}"' for word in words)
+
+
+def claude_entries(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    yield ("env", "ANTHROPIC_BASE_URL"), quote(target.url)
+    yield ("env", "ANTHROPIC_AUTH_TOKEN"), quote(target.key or NO_KEY)
+    yield ("env", "ANTHROPIC_API_KEY"), None        # it would ask which of the two it is to use
+    if "agproxy" in (get(("statusLine",)) or "agproxy"):        # else a line of the owner's own
+        yield ("statusLine",), json.dumps({"type": "command", "command": status_command()})
+
+
+def codex_entries(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    env_key = f'env_key = "{target.variable}"\n' if target.key else ""
+    yield ("model",), quote(target.model)
+    yield ("model_provider",), '"agproxy"'
+    yield ("model_providers", "agproxy"), (
+        f'[model_providers.agproxy]\nname = "agproxy"\nbase_url = "{target.url}/v1"\n{env_key}'
+        'wire_api = "responses"')
+
+
+def gemini_entries(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    yield ("security", "auth", "selectedType"), '"gemini-api-key"'
+
+
+def gemini_variables(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    yield ("GOOGLE_GEMINI_BASE_URL",), target.url
+    yield ("GEMINI_API_KEY",), target.key or NO_KEY
+
+
+def opencode_entries(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    key = f"{{env:{target.variable}}}" if target.key else NO_KEY
+    rows = [f'    {quote(name)}: ' + json.dumps({"limit": {
+        "context": MODELS[name].context_tokens, "output": MODELS[name].output_tokens}}
+        if name in MODELS else {}) for name in target.models]
+    options = json.dumps({"baseURL": target.url + "/v1", "apiKey": key})
+    yield ("provider", "agproxy"), "\n".join((
+        '{', '  "npm": "@ai-sdk/openai-compatible",', '  "name": "agproxy",',
+        f'  "options": {options},', '  "models": {', ",\n".join(rows), '  }', '}'))
+    yield ("model",), quote("agproxy/" + target.model)
+
+
+def openai_variables(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE"):     # the older name too
+        yield (name,), target.url + "/v1"
+    yield ("OPENAI_API_KEY",), target.key or NO_KEY
+
+
+def anthropic_variables(target: ClientTarget, get: Get) -> Iterator[Entry]:
+    yield ("ANTHROPIC_BASE_URL",), target.url
+    yield ("ANTHROPIC_API_KEY",), target.key or NO_KEY
+
+
+FILE_FORMS = {"json": (jsonc_get, jsonc_put), "toml": (toml_get, toml_put),
+              "dotenv": (dotenv_get, dotenv_put)}
+
+
+class ClientFile(NamedTuple):
+    names: tuple[str, ...]      # the last that is there, else the first
+    form: str                   # of FILE_FORMS
+    entries: Callable[[ClientTarget, Get], Iterable[Entry]]
+
+
+class Client(NamedTuple):
+    """A program that `setup` knows; its folder is found as `doctor` finds it, by `title`; without
+    one it is any tool that reads a .env file where it is started."""
+    title: str
+    files: tuple[ClientFile, ...]
+    next: str                   # what a person does then
+
+
+CLIENTS = {
+    "claude": Client("Claude Code", (ClientFile(("settings.json",), "json", claude_entries),),
+                     "claude"),
+    "codex": Client("Codex", (ClientFile(("config.toml",), "toml", codex_entries),), "codex"),
+    "gemini": Client("Gemini CLI", (
+        ClientFile(("settings.json",), "json", gemini_entries),
+        ClientFile((".env",), "dotenv", gemini_variables)), "gemini"),
+    "opencode": Client("OpenCode", (ClientFile((
+        "opencode/opencode.json", "opencode/opencode.jsonc"), "json", opencode_entries),),
+        "opencode"),
+    "openai": Client("", (ClientFile((".env",), "dotenv", openai_variables),),
+                     "start the tool in that folder"),
+    "anthropic": Client("", (ClientFile((".env",), "dotenv", anthropic_variables),),
+                        "start the tool in that folder"),
+}
+
+
+def is_one_value(one: str | None, other: str | None) -> bool:
+    """Whether two raw values are one, however they are laid out."""
+    bare = [value if value is None else "".join(value.split()) for value in (one, other)]
+    return bare[0] == bare[1]
+
+
+def with_entries(text: str, file: ClientFile, target: ClientTarget,
+                 old: Iterable[list]) -> tuple[str, list[list]]:
+    """(the text with the client's entries, [key, our value, what stood there] of each).  `old` is
+    what an earlier setup did: what stood there before that is what counts."""
+    get, put = FILE_FORMS[file.form]
+    known, changes = {tuple(key): (ours, was) for key, ours, was in old}, []
+
+    def change(key: tuple, raw: str | None) -> None:
+        nonlocal text
+        now = get(text, key)
+        was = known[key][1] if key in known and is_one_value(now, known[key][0]) else now
+        if raw is not None or was is not None:
+            text = put(text, key, raw)
+            changes.append([list(key), raw, was])
+    for key, raw in list(file.entries(target, functools.partial(get, text))):
+        for depth in range(1, len(key)) if file.form == "json" and raw is not None else ():
+            if get(text, key[:depth]) is None:
+                change(key[:depth], "{}")
+        change(key, raw)
+    new = [tuple(key) for key, _, _ in changes]
+    return text, [row for row in old if tuple(row[0]) not in new] + changes
+
+
+def without_entries(text: str, form: str, changes: Iterable[list]) -> str:
+    """Takes out what is still as `setup` wrote it, and puts back what had stood there."""
+    get, put = FILE_FORMS[form]
+    for key, ours, was in reversed(list(changes)):
+        with contextlib.suppress(KeyError):     # an object around it is gone
+            if is_one_value(get(text, tuple(key)), ours):
+                text = put(text, tuple(key), was, True)
+    return text
+
+
+BACKUP = ".agproxy-backup"
+
+# What was done to clients stands in clients.json beside the accounts: one row a file, with
+# `changes` as above, `before` and `after` (SHA-256 of the file; "" where it cannot be had again),
+# `is_new`, `mode`, `made` (folders), `url`.
+
+class FileChange(NamedTuple):
+    path: str               # as it is shown
+    before: bytes | None    # None: there is no such file
+    after: bytes | None
+    row: dict               # of clients.json
+    mode: int | None        # of the file that is left; None: for its owner only
+
+
+def sha256_of(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()
+
+
+def file_bytes(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read()
+    except FileNotFoundError:
+        return None
+
+
+def client_rows(path: str) -> list[dict]:
+    """The rows of clients.json; raises ConfigError where it is damaged."""
+    data = file_bytes(path)
+    rows = [] if data is None else json_told(data.decode("utf-8", "replace"))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path} is damaged; the files FILE.agproxy-backup are as they were "
+                          "before the first setup")
+    return rows
+
+
+def client_path(client: Client, file: ClientFile, environ: Mapping[str, str], given: str) -> str:
+    if given or not client.title:
+        return os.path.abspath(os.path.expanduser(given or file.names[0]))
+    variable, folder, _ = CLIENT_FILES[client.title]
+    base = environ.get(variable) or os.path.join(os.path.expanduser("~"), folder)
+    paths = [os.path.abspath(os.path.join(base, *name.split("/"))) for name in file.names]
+    return next((path for path in reversed(paths) if os.path.exists(path)), paths[0])
+
+
+def setup_change(name: str, file: ClientFile, path: str, target: ClientTarget,
+                 rows: Iterable[dict]) -> FileChange:
+    """What `setup` does to one file.  Raises ConfigError."""
+    before = file_bytes(path)
+    old = next((r for r in rows if (r["client"], r["path"]) == (name, path)), None)
+    try:
+        text, changes = with_entries((before or b"").decode("utf-8"), file, target,
+                                     old["changes"] if old else ())
+    except (ValueError, KeyError, RecursionError) as err:
+        raise ConfigError(f"{path} was not changed: {err}") from None
+    after = text.encode("utf-8")
+    mode = stat.S_IMODE(os.stat(path).st_mode) if before is not None else None
+    is_kept = old is not None and old["after"] == sha256_of(before)
+    row = {"client": name, "path": path, "form": file.form, "url": target.url,
+           "is_new": old["is_new"] if old else before is None,
+           "before": sha256_of(before) if old is None else old["before"] if is_kept else "",
+           "after": sha256_of(after), "mode": old["mode"] if old else mode,
+           "made": old["made"] if old else [], "changes": changes}
+    holds_key = bool(target.key) and target.key in text
+    return FileChange(path, before, after, row, None if holds_key else mode)
+
+
+def unsetup_change(row: dict) -> FileChange:
+    """What `unsetup` does to one file: as it was, where nobody changed it since; else without our
+    entries."""
+    path, before = row["path"], file_bytes(row["path"])
+    if before is None:
+        return FileChange(path, None, None, row, None)
+    copy = file_bytes(path + BACKUP)
+    if row["after"] == sha256_of(before) and copy is not None and row["before"] == sha256_of(copy):
+        return FileChange(path, before, copy, row, row["mode"])
+    try:
+        text = without_entries(before.decode("utf-8"), row["form"], row["changes"])
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(f"{path} was not changed: {err}") from None
+    is_empty = row["is_new"] and "".join(text.split()) in ("", "{}")
+    return FileChange(path, before, None if is_empty else text.encode("utf-8"), row, row["mode"])
+
+
+_SHOWN_SECRET = re.compile(r'((?:[A-Z0-9]+_)*(?:KEY|TOKEN|SECRET|PASSWORD)"?[ \t]*[:=][ \t]*"?)'
+                           rf'(?!{NO_KEY}\b)[^\s",]+')
+
+
+def change_lines(change: FileChange) -> list[str]:
+    """The difference as people know it, without secrets."""
+    old, new = (_SHOWN_SECRET.sub(r"\1[secret]", without_secrets((data or b"").decode(
+        "utf-8", "replace"))).splitlines() for data in (change.before, change.after))
+    names = (change.path if data is not None else os.devnull
+             for data in (change.before, change.after))
+    return list(difflib.unified_diff(old, new, *names, lineterm=""))
+
+
+def write_change(change: FileChange) -> None:
+    """Replaces, makes or removes the file; a symlink stays one."""
+    path = os.path.realpath(change.path)
+    if change.after is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    if change.after != change.before:
+        write_atomic(path, change.after)
+    if os.name == "posix":
+        os.chmod(path, 0o600 if change.mode is None else change.mode)
+
+
+def set_up_clients(found: Iterable[FileChange], rows: list[dict], path: str) -> None:
+    """Makes folders and the copies of files as they were before any setup; then the record, so that
+    whatever happens can be undone; then the files."""
+    for change in found:
+        folder = os.path.dirname(os.path.realpath(change.path))
+        while not os.path.isdir(folder):
+            change.row["made"].insert(0, folder)
+            folder = os.path.dirname(folder)
+        for folder in change.row["made"]:
+            os.makedirs(folder, exist_ok=True)
+        if change.before is not None and all(row["path"] != change.path for row in rows):
+            write_atomic(change.path + BACKUP, change.before)
+    own = [(change.row["client"], change.path) for change in found]
+    rows = [row for row in rows if (row["client"], row["path"]) not in own]
+    write_atomic(path, json.dumps(rows + [change.row for change in found], indent=2).encode())
+    for change in found:
+        write_change(change)
+
+
+def take_down(found: Iterable[FileChange], rows: list[dict], path: str) -> None:
+    """The files first, then copies and folders that nobody needs, then the record."""
+    own = [(change.row["client"], change.path) for change in found]
+    left = [row for row in rows if (row["client"], row["path"]) not in own]
+    for change in found:
+        write_change(change)
+        others = [row for row in left if row["path"] == change.path]
+        for row in others:      # who stays in the file takes it over
+            row["is_new"] |= change.row["is_new"]
+            row["made"] += change.row.pop("made", [])
+        if not others and sha256_of(change.after) == change.row["before"]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(change.path + BACKUP)
+        elif not others and os.path.exists(change.path + BACKUP):
+            say(f"{change.path} was changed since: only what setup wrote is out; as it was before, "
+                f"it stands in {change.path}{BACKUP}")
+        for folder in reversed(change.row.get("made", [])):
+            with contextlib.suppress(OSError):      # the client keeps more there
+                os.rmdir(folder)
+    write_atomic(path, json.dumps(left, indent=2).encode())
+
+
+def command_config(args: argparse.Namespace) -> Config:
+    """The configuration, with the port of the command line."""
+    flags = {"port": args.port} if args.port is not None else {}
+    return load_config(config_path(args.accounts, os.environ), flags, os.environ)
+
+
+def client_models(url: str, key: str) -> tuple[tuple[str, ...], str]:
+    """(the models that a server lists, else all that are known; why it cannot be used)."""
+    try:
+        status, _, body = simple_call(
+            ConnectionCache(Clock(), os.environ), "GET", url + "/v1/models",
+            {"x-api-key": key} if key else {}, proxy="direct" if _LOCAL_URL.match(url) else "",
+            timeout_s=LOOK_S)
+        if status == 200:
+            return tuple(row["id"] for row in json_decode(body)["data"]) or tuple(MODELS), ""
+    except (ProxyError, ValueError, KeyError, TypeError):
+        return tuple(MODELS), "it does not answer; begin it with `serve`"
+    return tuple(MODELS), f"it answers {status}" if status not in (401, 403) else (
+        "it refuses the key; set PROXY_API_KEY, or AGPROXY_KEY for a user's")
+
+
+def client_target(args: argparse.Namespace) -> ClientTarget:
+    """Where clients are sent; the models are those of the server, where one answers."""
+    config = command_config(args)
+    url = (args.url or local_url(config, config.port)).rstrip("/")
+    if not re.fullmatch(r"https?://[^\s\"'\\?#@]+", url):
+        raise ConfigError("--url: http://HOST:PORT is required, without a name and password")
+    variable = "AGPROXY_KEY" if os.environ.get("AGPROXY_KEY") else "PROXY_API_KEY"
+    key = os.environ.get(variable, "")
+    remember_secret(key)
+    if config.users and not key and not args.url:
+        raise ConfigError("the server wants a user's key: set AGPROXY_KEY to it")
+    models, trouble = client_models(url, key)
+    if trouble:
+        warn(f"{url}: {trouble}")
+    return ClientTarget(url, key, variable, getattr(args, "model", "") or models[0], models)
+
+
+def client_state(name: str, row: dict | None, path: str) -> str:
+    """Whether a client is set up in a file, in words."""
+    text = (file_bytes(path) or b"").decode("utf-8", "replace")
+    if row is None:
+        urls = [bare_url(m[2]) for m in _BASE_URL.finditer(text)]
+        return f"not set up; {path} names {urls[0]}" if urls else "not set up"
+    try:
+        get = FILE_FORMS[row["form"]][0]
+        is_whole = all(is_one_value(get(text, tuple(key)), ours) for key, ours, _ in row["changes"]
+                       if ours is None or ours != "{}")
+    except ValueError:
+        is_whole = False
+    word = "set up" if is_whole else "changed since it was set up"
+    return f"{word} for {row['url']} in {path}"
+
+
+def list_clients(rows: list[dict]) -> None:
+    import shutil
+    for name, client in CLIENTS.items():
+        own = [row for row in rows if row["client"] == name]
+        program = (shutil.which(name) or "not on PATH") if client.title else "any such tool"
+        states = [client_state(name, row, row["path"]) for row in own] or [
+            client_state(name, None, client_path(client, client.files[-1], os.environ, ""))
+            if client.title else "not set up"]
+        say(f"{name:10} {program:28} {states[0]}", *(f"{'':39} {state}" for state in states[1:]))
+
+
+def agreed(found: list[FileChange], args: argparse.Namespace) -> bool:
+    """Shows what would change; whether it may be written."""
+    differing = [c for c in found if c.before != c.after]
+    for change in differing:
+        say(*change_lines(change))
+    if args.print or not differing:
+        return not args.print
+    if args.yes or ask_person("Write this? [y/N] ").lower() in ("y", "yes"):
+        return True
+    raise ConfigError("nothing was written")
+
+
+def undo_setup(args: argparse.Namespace, record: str) -> int:
+    path = os.path.abspath(os.path.expanduser(args.file)) if args.file else ""
+    rows = client_rows(record)
+    found = [unsetup_change(row) for row in rows if row["client"] == args.client
+             and path in ("", row["path"])]
+    if not found:
+        say(f"{args.client} is not set up: nothing to undo")
+    elif agreed(found, args):
+        with file_lock(record):
+            take_down(found, client_rows(record), record)
+        say(f"{args.client} is no longer set up")
+    return 0
+
+
+def command_setup(args: argparse.Namespace) -> int:
+    record = os.path.join(os.path.dirname(os.path.realpath(config_path(
+        args.accounts, os.environ))), "clients.json")
+    if not args.client:
+        list_clients(client_rows(record))
+        return 0
+    if args.command == "unsetup" or args.undo:
+        return undo_setup(args, record)
+    client, target = CLIENTS[args.client], client_target(args)
+    rows = client_rows(record)
+    found = [setup_change(args.client, file, client_path(client, file, os.environ, args.file),
+                          target, rows) for file in client.files]
+    if not agreed(found, args):
+        return 0
+    os.makedirs(os.path.dirname(record), mode=0o700, exist_ok=True)
+    with file_lock(record):
+        set_up_clients(found, client_rows(record), record)
+    for change in found:
+        if target.key and target.key in change.after.decode("utf-8"):
+            say(f"{change.path} holds the key now and is closed to others (0600)")
+    is_named = any(target.variable in c.after.decode() for c in found) and target.key
+    if is_named:
+        say(f"{args.client} takes the key from ${target.variable}: have it set where it starts")
+    say(f"{args.client} speaks to {target.url} now: {client.next}",
+        f"undo with: python3 agproxy.py unsetup {args.client}")
+    return 0
+
+
+SHELLS = {          # shell -> (a line of it, how it names a variable, characters it cannot quote)
+    "bash": ("export {0}={1}", '"${0}"', "'"), "fish": ("set -gx {0} {1};", "${0}", "'"),
+    "powershell": ("$env:{0} = {1}", "$env:{0}", "'"), "cmd": ("set {0}={1}", "%{0}%", "%\"&|<>^"),
+}
+
+
+def this_shell(environ: Mapping[str, str]) -> str:
+    """The shell that a person most likely has before him."""
+    name = os.path.basename(environ.get("SHELL", ""))
+    if os.name == "nt" and not name:        # only PowerShell has a second folder of modules
+        return "powershell" if environ.get("PSModulePath", "").count(";") > 1 else "cmd"
+    return name if name in SHELLS else "powershell" if name == "pwsh" else "bash"
+
+
+def command_env(args: argparse.Namespace) -> int:
+    """Lines for a shell to evaluate; the key is named, not told."""
+    target, shell = client_target(args), args.shell or this_shell(os.environ)
+    line, variable, bad = SHELLS[shell]
+    for name, value in client_variables("claude", target.url, NO_KEY).items():
+        if set(bad) & set(value):
+            raise ConfigError(f"{shell} cannot quote {value!r}")
+        quoted = value if shell == "cmd" else f"'{value}'"
+        is_key = value == NO_KEY and target.key
+        say(line.format(name, variable.format(target.variable) if is_key else quoted))
+    return 0
+
+
+def command_statusline(args: argparse.Namespace) -> int:
+    """One line, whatever happens: an error would be shown at each key."""
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    query = status_query(sys.stdin.buffer.read(1 << 20) if is_piped else b"")
+    try:
+        config = command_config(args)
+        url = local_url(config, config.port)
+        key = os.environ.get("AGPROXY_KEY") or config.api_key
+        with contextlib.suppress(ProxyError):
+            status, _, body = simple_call(
+                ConnectionCache(Clock(), {}), "GET", url + query, {"x-api-key": key} if key else {},
+                proxy="direct", timeout_s=STATUS_WAIT_S)
+            if status == 200:
+                say(body.decode("utf-8", "replace"))
+                return 0
+        told = dict(urllib.parse.parse_qsl(query.partition("?")[2]))
+        path = os.path.join(os.path.dirname(os.path.realpath(config.path)), "state.db")
+        with contextlib.closing(State(path, lambda text: None, is_reader=True)) as state:
+            pool = AccountPool([account_from_row(row, config.providers)
+                                for row in config.accounts], Clock(), config.settings, state)
+            line = status_line(pool, config, told.get("model", ""), told.get("session", ""))
+        say(f"{line} | agproxy does not answer")
+    except (ConfigError, ProxyError, OSError, ValueError) as err:
+        say(f"agproxy: {redact(cause(err), 80)}")
+    return 0
+
+
 # Bench: agproxy as a client meets it, beside a direct connection and another proxy
 
 class BenchLoad(NamedTuple):
@@ -20844,11 +23350,6 @@ def open_descriptors(pid: int) -> int | None:
     with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/fd"))
     return None
-
-
-def percentile(values: Iterable[float], share: float) -> float | None:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else None
 
 
 def median(values: Iterable[float | None]) -> float | None:
@@ -21277,13 +23778,22 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
     "run": (command_run, "start a client with the proxy behind it: run claude ...", True),
     "accounts": (command_accounts, "add, list, verify, remove, import ... accounts", False),
     "quota": (command_quota, "what is left, until when, and how fast it goes", False),
+    "top": (command_top, "one live screen of the running server; --once for scripts", False),
+    "metrics": (command_metrics, "what Prometheus reads of it; or a dashboard, --grafana", False),
     "why": (command_why, "why a request went where it went: why REQUEST-ID, or why last", False),
     "explain": (command_explain, "which account would serve a model now", False),
     "routes": (command_routes, "which role or rule sends what where: routes [ROLE [MODEL]]", False),
     "groups": (command_groups, "create, add, move, remove, test, list, delete groups", False),
     "alias": (command_alias, "names for models: alias [NAME [MODEL ...]]", False),
     "models": (command_models, "list models and the accounts that serve them", False),
+    "users": (command_users, "create, list, edit, disable, delete users of this proxy", False),
+    "keys": (command_users, "create, list, edit, rotate, revoke keys of users", False),
+    "share": (command_share, "a guest's key, and a tunnel to the running server", False),
     "doctor": (command_doctor, "look for what is wrong on this machine, and say what helps", False),
+    "setup": (command_setup, "write this proxy into a client's settings: setup claude", False),
+    "unsetup": (command_setup, "take it out again, and put back what had been there", False),
+    "env": (command_env, "lines for a shell that send clients here: eval \"$(... env)\"", False),
+    "statusline": (command_statusline, "one line for Claude Code's status bar", False),
     "bench": (command_bench, "measure this proxy beside a direct connection, or another", False),
     "map": (command_map, "print the rooms of this file with their lines", False),
     "version": (command_version, "print the version", False),
@@ -21305,7 +23815,10 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
                         ("--auto-refresh", "start 5 h windows as soon as they may begin")):
         command.add_argument(flag, action="store_const", const="true", help=about)
     command.add_argument("--max-empty-retries", type=int, metavar="N")
-    command.add_argument("--log-file", metavar="FILE", help="log here instead of the terminal")
+    command.add_argument("--log-file", metavar="FILE",
+                         help="log here instead of the terminal, 5 files of 10 MB at most")
+    command.add_argument("--json-logs", action="store_const", const="true",
+                         help="log one JSON object a line")
 
 
 def whole_count(text: str) -> int:
@@ -21348,8 +23861,50 @@ def _add_group_actions(command: argparse.ArgumentParser) -> None:
             action.add_argument("name", metavar="NAME")
         if has_models:
             action.add_argument("models", nargs="+", metavar="MODEL")
+        if name not in ("list", "test"):
+            action.add_argument("--user", metavar="NAME", help="this user's own, not everybody's")
         if name == "create":
             action.add_argument("--strategy", default="priority", choices=GROUP_STRATEGIES)
+
+
+def _add_key_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--limit", action="append", metavar="TEXT",
+                         help='"1M tok/day", "60 req/min", "4 at once"; repeatable; none')
+    command.add_argument("--models", action="append", metavar="PATTERN",
+                         help="names that may be asked for: 'claude*'; repeatable")
+
+
+def _add_user_actions(command: argparse.ArgumentParser, rows: Mapping[str, tuple]) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION")
+    command.set_defaults(json=False, yes=False, limit=None, models=None, admin=None, expires=None)
+    for name, (_, about, argument, options) in rows.items():
+        action = actions.add_parser(name, help=about, description=about)
+        for flag in ("--accounts", "--demo"):
+            action.add_argument(flag, default=argparse.SUPPRESS, **(
+                {"metavar": "FILE", "help": "accounts.json to use"} if flag == "--accounts" else
+                {"action": "store_true", "help": argparse.SUPPRESS}))
+        if argument:
+            action.add_argument("name", nargs="?" if "?" in argument else None,
+                                metavar=argument.strip("?").upper())
+        if "cells" in options:
+            _add_key_options(action)
+            action.add_argument("--admin", action="store_const", const=True,
+                                help="may manage the proxy, too")
+            action.add_argument("--no-admin", dest="admin", action="store_const", const=False)
+        if "expires" in options:
+            action.add_argument("--expires", metavar="WHEN", help="30d, 12h, 2w, a date, never")
+        if "yes" in options:
+            action.add_argument("--yes", "-y", action="store_true", help="do not ask")
+        if "json" in options:
+            action.add_argument("--json", action="store_true")
+
+
+def _add_share_options(command: argparse.ArgumentParser) -> None:
+    _add_key_options(command)
+    command.add_argument("--name", default="guest", help="the user it is for (guest)")
+    command.add_argument("--expires", default="1d", metavar="WHEN", help="1d; or a date")
+    command.add_argument("--port", "-p", type=int, help="of the running server")
+    command.add_argument("--no-tunnel", action="store_true", help="the key only")
 
 
 def _add_bench_options(command: argparse.ArgumentParser) -> None:
@@ -21365,6 +23920,33 @@ def _add_bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--against-pid", type=int, metavar="PID", help="its process, for its CPU")
     command.add_argument("--upstream-port", type=int, default=0, metavar="N",
                          help="where the bench upstream listens; else any free port")
+
+
+def _add_client_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--port", "-p", type=int, help="of the server, 8080")
+    if name == "statusline":
+        return
+    command.add_argument("--url", metavar="URL", help="of a server elsewhere")
+    if name == "env":
+        command.add_argument("--shell", choices=SHELLS, metavar="NAME", help=", ".join(SHELLS))
+        return
+    command.add_argument("client", nargs="?", choices=CLIENTS, metavar="CLIENT",
+                         help=", ".join(CLIENTS) + "; none lists their states")
+    command.add_argument("--print", action="store_true", help="show the change, write nothing")
+    command.add_argument("--yes", "-y", action="store_true", help="do not ask")
+    command.add_argument("--file", metavar="FILE", help="another file, for openai and anthropic "
+                         "instead of ./.env")
+    if name == "setup":
+        command.add_argument("--model", metavar="NAME", help="for codex and opencode")
+        command.add_argument("--undo", action="store_true", help="as unsetup")
+
+
+def _add_look_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--url", help="of the server; else that of the settings")
+    command.add_argument("--port", "-p", type=int, help="of a server on this machine")
+    flag, about = {"top": ("--once", "print it and end"),
+                   "metrics": ("--grafana", "print a dashboard for Grafana's import")}[name]
+    command.add_argument(flag, action="store_true", help=about)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21400,7 +23982,11 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--models", action="store_true", help="single models too")
         if name == "bench":
             _add_bench_options(command)
-        if name in ("quota", "why", "doctor"):
+        if name in ("setup", "unsetup", "env", "statusline"):
+            _add_client_options(command, name)
+        if name in ("top", "metrics"):
+            _add_look_options(command, name)
+        if name in ("quota", "why", "doctor", "top"):
             command.add_argument("--json", action="store_true")
         if name == "doctor":
             command.add_argument("--fix", action="store_true",
@@ -21408,6 +23994,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--offline", action="store_true", help="ask no upstream")
         if name == "why":
             command.add_argument("id", metavar="REQUEST-ID", help="or `last`")
+            command.add_argument("--bodies", action="store_true",
+                                 help="what was asked and answered too, where that was captured")
         if name == "explain":
             command.add_argument("model")
         if name == "routes":
@@ -21419,6 +24007,10 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("models", nargs="*", metavar="MODEL", help="none removes it")
         if name == "groups":
             _add_group_actions(command)
+        if name in ("users", "keys"):
+            _add_user_actions(command, USER_ACTIONS if name == "users" else KEY_ACTIONS)
+        if name == "share":
+            _add_share_options(command)
     return parser
 
 

@@ -42,6 +42,7 @@ except ImportError:
 import ast
 import asyncio
 import base64
+import calendar
 import collections
 import concurrent.futures
 import contextlib
@@ -54,11 +55,13 @@ import gc
 import http.client
 import http.server
 import importlib.util
+import io
 import itertools
 import json
 import marshal
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -837,6 +840,125 @@ def test_processes_that_write_at_once_lose_no_change_and_nobody_reads_half_a_fil
     stored = json_of(path)["accounts"]
     assert {row["name"] for row in stored[3:]} == {f"{who}-{n}" for who in range(3) for n in range(8)}
     assert [row["refresh_token"] for row in stored[:3]] == [f"token-{who}-8" for who in range(3)]
+
+
+# Limits of users and keys
+
+@pytest.mark.parametrize("per, at, begins, ends", [
+    ("minute", "2027-01-15 08:00:59", "2027-01-15 08:00:00", "2027-01-15 08:01:00"),
+    ("hour", "2027-01-15 08:59:59", "2027-01-15 08:00:00", "2027-01-15 09:00:00"),
+    ("day", "2027-01-15 23:59:59", "2027-01-15 00:00:00", "2027-01-16 00:00:00"),
+    ("week", "2027-01-17 23:59:59", "2027-01-11 00:00:00", "2027-01-18 00:00:00"),      # a Sunday
+    ("week", "2027-01-18 00:00:00", "2027-01-18 00:00:00", "2027-01-25 00:00:00"),
+    ("month", "2028-02-29 12:00:00", "2028-02-01 00:00:00", "2028-03-01 00:00:00"),
+    ("month", "2027-12-31 23:59:59", "2027-12-01 00:00:00", "2028-01-01 00:00:00")])
+def test_windows_are_those_of_the_calendar(per, at, begins, ends):
+    def seconds(text):
+        return calendar.timegm(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
+    assert ag.window_of(per, seconds(at)) == (seconds(begins), seconds(ends))
+
+
+def limits_of(owner="key k", **most):
+    return tuple(ag.Limit(owner, what, "" if what == "concurrency" else per or "day", count) for name, count in most.items()
+                 for what, _, per in [name.partition("_")])
+
+
+def over_limit(spending, limits, tokens=1):
+    with pytest.raises(ag.ProxyError) as caught:
+        spending.take(limits, tokens)
+    assert caught.value.kind == "over_limit" and caught.value.rule.status == 429
+    return caught.value
+
+
+def test_requests_count_when_they_begin_and_are_free_again_when_the_window_ends():
+    clock = FakeClock(1_800_000_000.0)      # 08:00 UTC
+    spending, limits = ag.Spending(clock), limits_of(requests_minute=2, requests_day=4)
+    for _ in range(2):
+        spending.settle(spending.take(limits, 9), 1000)
+    told = over_limit(spending, limits)
+    assert told.retry_after_s == 60 and "2 requests a minute: 2 are used" in told.message and "in 1m, at 2027-01-15 08:01 UTC" in told.message
+    clock.at += 60
+    for _ in range(2):      # nothing was counted for what was refused
+        spending.take(limits, 9)
+    assert over_limit(spending, limits).retry_after_s == 16 * 3600 - 60      # of two the one that lasts
+    clock.at += 60
+    assert [spending.used(limit)[0] for limit in limits] == [0, 4]
+
+
+def test_tokens_are_reserved_before_and_settled_by_what_was_used():
+    clock = FakeClock()
+    spending, limits = ag.Spending(clock), limits_of(tokens_hour=1000)
+    first = spending.take(limits, 600)
+    told = over_limit(spending, limits, 500)          # the first may turn out smaller: soon, not in an hour
+    assert told.retry_after_s == 1 and "600 of them reserved" in told.message
+    spending.settle(first, 100)
+    second = spending.take(limits, 500)
+    clock.at += 3600                            # it ends in the next window, and counts there
+    spending.settle(second, 950)
+    assert spending.used(limits[0]) == (950, clock.at + 3600)
+    told = over_limit(spending, limits, 60)
+    assert told.retry_after_s == 3600 and "950 are used, this request needs about 60" in told.message
+    told = over_limit(spending, limits, 5000)
+    assert told.retry_after_s is None and "no time will free it" in told.message
+
+
+def test_what_runs_at_once_is_limited_and_one_that_ends_makes_room():
+    spending, limits = ag.Spending(FakeClock()), limits_of("user ann", concurrency=2)
+    taken = [spending.take(limits, 1) for _ in range(2)]
+    told = over_limit(spending, limits)
+    assert told.retry_after_s == 1 and "this user may have 2 requests" in told.message
+    spending.settle(taken[0], 7)
+    spending.take(limits, 1)
+    over_limit(spending, limits)
+
+
+def test_a_random_history_never_goes_beyond_a_limit():
+    seed = random.randrange(10 ** 6)
+    rng, clock = random.Random(seed), FakeClock()
+    spending, limits, running = ag.Spending(clock), limits_of(requests_minute=7, tokens_hour=900, concurrency=3), []
+    for _ in range(3000):
+        clock.at += rng.choice((0, 0, 1, 5))
+        if running and rng.random() < 0.5:
+            taken, held = running.pop(rng.randrange(len(running)))
+            spending.settle(taken, rng.randrange(held + 1))     # never more than was reserved
+        else:
+            tokens = rng.randrange(1, 300)
+            with contextlib.suppress(ag.ProxyError):
+                running.append((spending.take(limits, tokens), tokens))
+        used = [spending.used(limit)[0] for limit in limits]
+        assert used[2] == len(running) <= 3 and used[0] <= 7 and 0 <= used[1] <= 900, f"seed {seed}"
+
+
+def test_what_was_used_outlives_a_restart_and_is_seen_by_other_processes(make_state, tmp_path):
+    clock, limits = FakeClock(time.time()), limits_of(requests_month=5, tokens_month=1000, concurrency=2)
+    path = str(tmp_path / "state.db")
+    here, there = make_state(path), make_state(path)
+    one, other = ag.Spending(clock, here), ag.Spending(clock, there)
+    first = one.take(limits, 100)
+    one.settle(first, 300)
+    one.take(limits, 100)
+    until(lambda: [other.used(limit)[0] for limit in limits] == [2, 300, 1])
+    other.settle(other.take(limits, 50), 40)
+    until(lambda: [one.used(limit)[0] for limit in limits] == [3, 440, 1])     # with what is reserved here
+    over_limit(one, limits_of(requests_month=3))
+    there.flush()
+    here.flush()
+    again = ag.Spending(clock, make_state(path))       # "concurrency" is of a process that still runs
+    assert [again.used(limit)[0] for limit in limits] == [3, 340, 1]
+    here.put("spent", "key k", "concurrency", "", 0.0, "99999999 gone", 5, clock.at)
+    here.flush()
+    again.take_over()
+    assert again.used(limits[2])[0] == (6 if os.name == "nt" else 1)
+
+
+def test_many_uses_at_once_are_one_row_in_the_file(make_state, tmp_path):
+    state = make_state(str(tmp_path / "state.db"))
+    spending, limits = ag.Spending(FakeClock(time.time()), state), limits_of(requests_day=10 ** 6)
+    for _ in range(500):
+        spending.settle(spending.take(limits, 1), 1)
+    state.flush()
+    state.flush()       # what was put while the first was written
+    assert [row[:3] + row[5:6] for row in state.rows("spent")] == [("key k", "requests", "day", 500)]
 
 
 # ── 6. Wire framing ───────────────────────────────────────────────────────
@@ -4860,6 +4982,162 @@ def test_a_user_asks_for_the_models_that_are_theirs(make_proxy):
             got, _, raw = proxy.call("POST", path, body, {"Authorization": "Bearer bobs-key"})
             assert got == status and (status == 200 or "may not ask" in json.loads(raw)["error"]["message"])
     assert proxy.call("POST", "/v1/messages", body)[0] == 401       # users make it keyed
+
+def users_of(proxy, *rows, groups=None):
+    """Gives the proxy those users, the keys being their names."""
+    stored = {"users": [{"key_hash": hashed(row["name"] + "s-key"), **row} for row in rows], "groups": groups or {}}
+    config = ag.load_config("", {}, {"PROXY_API_KEY": KEY}, stored)
+    proxy.services.config = ag.replace(proxy.services.config, users=config.users, groups=config.groups, api_key=KEY)
+
+
+def ask_as(proxy, user, path="/v1/messages", **fields):
+    body = {"model": "gemini-3-flash", "max_tokens": 99, "messages": [U], **fields}
+    status, headers, raw = proxy.call("POST", path, body, {"x-api-key": user + "s-key"})
+    return status, headers, raw.decode()
+
+
+@pytest.mark.parametrize("path, shape", [
+    ("/v1/messages", lambda told: told["error"]["type"] == "rate_limit_error"),
+    ("/v1/chat/completions", lambda told: told["error"]["type"] == "rate_limit_error" or told["error"]["code"]),
+    ("/v1/responses", lambda told: "message" in told["error"]),
+    ("/v1beta/models/gemini-3-flash:generateContent", lambda told: told["error"]["status"] == "RESOURCE_EXHAUSTED")])
+def test_beyond_a_limit_is_a_429_in_the_callers_dialect_that_says_when(make_proxy, path, shape):
+    proxy = make_proxy({"secretly-mine": None})
+    users_of(proxy, {"name": "ann", "limits": {"requests/day": 1}})
+    asks = {"/v1/responses": {"input": "hi"}, "/v1beta/models/gemini-3-flash:generateContent": {
+        "contents": [{"role": "user", "parts": [{"text": "hi"}]}]}}.get(path, {"model": "gemini-3-flash", "messages": [U], "max_tokens": 99})
+    body = {"model": "gemini-3-flash", **asks} if path == "/v1/responses" else asks
+    assert proxy.call("POST", path, body, {"x-api-key": "anns-key"})[0] == 200
+    status, headers, raw = proxy.call("POST", path, body, {"x-api-key": "anns-key"})
+    assert headers["x-should-retry"] == "false" or int(headers["retry-after"]) < 60
+    left = ag.window_of("day", time.time())[1] - time.time()
+    assert status == 429 and shape(json.loads(raw)) and b"1 requests a day: 1 are used" in raw
+    assert abs(int(headers["retry-after"]) - left) < 60 or left < 360
+    assert b"secretly-mine" not in raw and "x-agproxy-account" not in headers
+    assert proxy.call("POST", path, body, {"x-api-key": KEY})[0] == 200        # the owner has none
+    assert proxy.call("GET", "/v1/models", None, {"x-api-key": "anns-key"})[0] == 200
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_tokens_that_were_used_count_however_the_answer_went_out(make_proxy, streams):
+    proxy = make_proxy({"a": None})
+    users_of(proxy, {"name": "ann", "limits": {"tokens/month": 10 ** 6, "concurrency": 1}})
+    tokens, at_once = proxy.services.config.users[0].limits
+    status, _, raw = ask_as(proxy, "ann", stream=streams)
+    used = proxy.server.spending.used
+    until(lambda: used(at_once)[0] == 0)
+    if streams:
+        usage = [e for n, e in events_of(raw.encode()) if n == "message_delta"][-1]["usage"]
+    else:
+        usage = json.loads(raw)["usage"]
+    assert status == 200 and used(tokens)[0] == usage["input_tokens"] + usage.get("cache_read_input_tokens", 0) + usage["output_tokens"] > 0
+    before = used(tokens)[0]
+    proxy.sim.plan("a", "too_long")
+    assert ask_as(proxy, "ann", stream=streams)[0] >= 400
+    until(lambda: used(at_once)[0] == 0)        # a failure gives back what it reserved
+    assert used(tokens)[0] == before
+    assert ask_as(proxy, "ann", path="/v1/messages/count_tokens")[0] == 200 and used(tokens)[0] == before
+
+
+def test_a_users_limit_is_shared_by_their_keys_and_a_keys_limit_is_its_own(make_proxy):
+    proxy = make_proxy({"a": None})
+    users_of(proxy, {"name": "ann", "limits": {"requests/month": 3}, "keys": [
+        {"key_hash": hashed("one"), "limits": {"requests/month": 1}}, {"key_hash": hashed("two")}]})
+
+    def ask(key):
+        return proxy.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 9, "messages": [U]}, {"x-api-key": key})[::2]
+    told = [ask(key) for key in ("one", "one", "two", "two", "two")]
+    assert [status for status, _ in told] == [200, 429, 200, 200, 429]
+    assert b"this key may use 1" in told[1][1] and b"this user may use 3" in told[4][1]
+
+
+def test_each_request_is_remembered_with_its_user_and_key(make_proxy):
+    proxy, rows = make_proxy({"a": None}), []
+    proxy.services.state = proxy.memory
+    users_of(proxy, {"name": "ann", "keys": [{"id": "k1", "key_hash": hashed("anns-key")}]})
+    ask_as(proxy, "ann")
+    proxy.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 9, "messages": [U]}, {"x-api-key": KEY})
+
+    def both():
+        proxy.memory.flush()
+        rows[:] = [json.loads(row[2]) for row in proxy.memory.rows("requests", "1 ORDER BY at")]
+        return len(rows) == 2
+    until(both)
+    assert [(row["user"], row["key"]) for row in rows] == [("ann", "k1"), ("owner", "")]
+
+
+def test_a_users_groups_win_for_that_user_only_and_are_listed(make_proxy):
+    proxy = make_proxy({"a": None})
+    users_of(proxy, {"name": "ann", "groups": {"Think": {"models": ["gemini-3-flash"]}, "mine": {"models": ["think"]}}}, {"name": "bob"},
+             groups={"think": {"models": ["gemini-pro-agent"]}, "both": {"models": ["think"]}})
+    served = {user: {name: ask_as(proxy, user, model=name)[::2] for name in ("think", "mine", "both")} for user in ("ann", "bob")}
+    told = {user: proxy.call("GET", "/v1/models", None, {"x-api-key": user + "s-key"})[2].decode() for user in served}
+    assert served["bob"]["mine"][0] == 404 and '"mine"' in told["ann"] and '"mine"' not in told["bob"]
+    for user, name, model in (("ann", "think", "gemini-3-flash"), ("ann", "mine", "gemini-3-flash"), ("ann", "both", "gemini-3-flash"),
+                              ("bob", "think", "gemini-pro-agent"), ("bob", "both", "gemini-pro-agent")):
+        headers = ask_as(proxy, user, model=name)[1]
+        assert headers["x-agproxy-model"] == model, (user, name)
+    assert proxy.services.config.groups["think"].items[0].model == "gemini-pro-agent"
+    for words in ({"a": {"models": ["b"]}, "b": {"models": ["a"]}}, {"a": {}}):
+        with pytest.raises(ag.ConfigError, match=r"users\.0\.groups\.[ab]"):
+            ag.load_config("", {}, {}, {"users": [{"name": "x", "groups": words}]})
+
+
+@pytest.mark.parametrize("headers", [{"anthropic-version": "2023-06-01"}, {}, {"x-goog-api-key": "bobs-key"}])
+def test_models_are_listed_as_they_may_be_asked_for(make_proxy, headers):
+    proxy = make_proxy({"a": None})
+    users_of(proxy, {"name": "bob", "models": ["*flash*"]})
+    status, _, raw = proxy.call("GET", "/v1/models", None, {**headers, "x-api-key": "bobs-key"})
+    rows = json.loads(raw)
+    ids = [row.get("id") or row["name"] for row in rows.get("data") or rows["models"]]
+    assert status == 200 and ids and all("flash" in name for name in ids)
+    assert proxy.call("GET", "/v1/models/claude-opus-4-6-thinking", None, {"x-api-key": "bobs-key"})[0] == 403
+    assert b"opus" in proxy.call("GET", "/v1/models", None, {**headers, "x-api-key": KEY, "x-goog-api-key": KEY})[2]
+
+
+def test_a_guest_behind_a_tunnel_asks_models_and_nothing_else(make_proxy):
+    proxy = make_proxy({"secretly-mine": None})
+    users_of(proxy, {"name": "eve", "keys": [{"key_hash": hashed("eves-key"), "guest": True}]}, {"name": "bob"})
+    tunnel = {"host": "calm-sea.trycloudflare.com", "x-forwarded-for": "203.0.113.9"}
+    key = {**tunnel, "x-api-key": "eves-key"}
+    ask = {"model": "gemini-3-flash", "max_tokens": 9, "messages": [U]}
+    status, headers, _ = proxy.call("POST", "/v1/messages", ask, key)
+    assert status == 200 and not {"x-agproxy-account", "x-agproxy-route"} & headers.keys() and "secretly" not in str(headers)
+    assert proxy.call("GET", "/v1/models", None, key)[0] == 200
+    refused = [(m, p) for m, p in (("GET", "/account-limits"), ("POST", "/refresh-token"), ("GET", "/"), ("GET", "/admin/status"),
+                                   ("POST", "/admin/accounts"), ("GET", "/metrics"), ("GET", "/api/hello"))
+               if proxy.call(m, p, b"" if m == "POST" else None, key)[0] in (403, 404)]
+    assert len(refused) == 7
+    assert json.loads(proxy.call("GET", "/health", None, key)[2]) == {"status": "ok"} and proxy.call("GET", "/health?deep=1", None, key)[0] == 403
+    for more in ({}, {"x-api-key": "wrong"}):
+        assert proxy.call("POST", "/v1/messages", ask, {**tunnel, **more})[0] == 401
+    at_home = {"x-api-key": "eves-key"}
+    assert [proxy.call("GET", path, None, at_home)[0] for path in ("/account-limits", "/health?deep=1")] == [403, 403]
+    assert proxy.call("GET", "/account-limits", None, {"x-api-key": "bobs-key"})[0] == 200
+
+
+def test_a_key_that_is_over_says_why_and_one_without_keys_opens_nothing(make_proxy):
+    proxy = make_proxy({"a": None})
+    users_of(proxy, {"name": "ann", "enabled": False}, {"name": "bob", "keys": [{"key_hash": hashed("bobs-key"), "expires_at": 99}]})
+    assert "its user is disabled" in ask_as(proxy, "ann")[2] and "good until 1970-01-01 00:01 UTC" in ask_as(proxy, "bob")[2]
+    assert [ask_as(proxy, user)[0] for user in ("ann", "bob", "guess")] == [401] * 3
+    proxy.services.config = ag.replace(proxy.services.config, api_key="", users=ag.load_config("", {}, {}, {"users": [{"name": "x"}]}).users)
+    assert proxy.ask()[0] == 401 and ask_as(proxy, "ann")[0] == 401
+
+
+@pytest.mark.parametrize("row, named", [
+    ({"limits": []}, r"users\.0\.limits: an object"), ({"limits": {"tokens/year": 1}}, r"limits\.tokens/year: one of concurrency"),
+    ({"limits": {"tokens/day": 0}}, r"limits\.tokens/day: a whole number"), ({"limits": {"tokens/day": True}}, "whole number"),
+    ({"limits": {"requests/day": 1.5}}, "whole number"), ({"enabled": 1}, "`enabled` is true or false"), ({"groups": []}, "groups"),
+    ({"name": "a/b"}, "at most 64"), ({"name": "a\nb"}, "at most 64"), ({"admin": "yes"}, r"users\.0\.admin"), ({"models": [""]}, "models"),
+    ({"keys": [{"key_hash": hashed("x"), "guest": 1}]}, r"users\.0\.guest"), ({"keys": [{"key_hash": hashed("x"), "id": 7}]}, r"users\.0\.id"),
+    ({"keys": [{"key_hash": hashed("x"), "limits": {"x": 1}}]}, r"limits\.x"),
+    ({"keys": [{"key_hash": hashed("x"), "id": "k"}, {"key_hash": hashed("y"), "id": "k"}]}, "two keys have the id k")], ids=str)
+def test_a_users_field_that_is_wrong_is_named(row, named):
+    with pytest.raises(ag.ConfigError, match=named):
+        ag.load_config("", {}, {}, {"users": [{"name": "a", **row}]})
+    with pytest.raises(ag.ConfigError, match="'a' is there twice"):
+        ag.load_config("", {}, {}, {"users": [{"name": "a"}, {"name": "a"}]})
 
 
 @pytest.mark.parametrize("key, is_good", [
@@ -9023,7 +9301,7 @@ def test_no_module_is_taken_from_beside_the_bytecode_and_a_new_log_is_its_owners
     old.write_text("")
     old.chmod(0o640)
     for path, mode in ((tmp_path / "new.log", 0o600), (old, 0o640)):
-        with ag.open_log(str(path)) as out:
+        with contextlib.closing(ag.LogFile(str(path))) as out:
             out.write("line\n")
         assert path.stat().st_mode & 0o777 == mode and path.read_text() == "line\n"
 
@@ -9246,6 +9524,7 @@ def served(vendor, *arguments):
         raw = response.read()
         client.close()
         return response.status, dict(response.getheaders()), json.loads(raw)
+    call.port = port
     try:
         yield call, lines, process
     finally:
@@ -9999,6 +10278,156 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_taken_over_afterwards(make_p
     for _ in range(3):
         file.watch()
     assert [config.aliases for config in taken] == [{"a": ("c",)}]
+
+
+# Users and keys ------------------------------------------------------------------
+
+@pytest.fixture
+def keyring(tmp_path, monkeypatch, capsys):
+    """Runs a command on a file of its own: (exit code, what it printed)."""
+    monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "accounts.json"))
+    monkeypatch.delenv("PROXY_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\nno\n"))
+
+    def run(*arguments):
+        code = ag.main(list(arguments))
+        out = capsys.readouterr()
+        return code, out.out + out.err
+    run.users = lambda: json_of(tmp_path / "accounts.json")["users"]
+    return run
+
+
+def test_a_key_is_shown_once_works_until_it_is_rotated_or_revoked_and_only_its_hash_is_kept(keyring):
+    assert keyring("users", "list") == (0, "There are no users.  Next: python3 agproxy.py users create NAME\n")
+    code, text = keyring("users", "create", "ann", "--limit", "1M tok/day", "--limit", "4 at once", "--models", "claude*, think", "--expires", "30d")
+    key = re.search(r"agp-[\w-]{32}\n", text)[0].strip()
+    assert code == 0 and text.count(key) == 1 and "everybody needs a key" in text and "Next: python3 agproxy.py" in text.splitlines()[-1]
+    user, = keyring.users()
+    assert user["limits"] == {"tokens/day": 10 ** 6, "concurrency": 4} and user["models"] == ["claude*", "think"]
+    assert key not in json.dumps(user) and user["keys"][0]["hint"] == key[-4:] and user["keys"][0]["key_hash"].startswith("scrypt:")
+    assert abs(user["keys"][0]["expires_at"] - time.time() - 30 * 86400) < 600
+    code, text = keyring("keys", "create", "ann", "--limit", "60 req/min", "--json")
+    second = json.loads(text)
+    assert guard_of(keyring.users(), clock=ag.Clock()).check([key], 0).user == "ann" and guard_of(keyring.users(), clock=ag.Clock()).check([second["key"]], 0).id == second["id"]
+    assert ag.redact(f"with {key}!") == "with [secret]!" and ag._SECRET_SHAPES.search(key)
+    for text in (keyring("users", "list")[1], keyring("keys", "list")[1], keyring("keys", "list", "--json")[1], keyring("users", "list", "--json")[1]):
+        assert key not in text and second["key"] not in text and "scrypt" not in text and "ann" in text
+    rows = json.loads(keyring("keys", "list", "--json")[1])["keys"]
+    assert [len(row["limits"]) for row in rows] == [2, 3] and rows[1]["id"] == second["id"] and rows[0]["state"] == "ready"
+    rotated = json.loads(keyring("keys", "rotate", second["id"], "--json")[1])
+    assert rotated["id"] == second["id"] and guard_of(keyring.users(), clock=ag.Clock()).check([rotated["key"]], 0).limits[-1].owner == "key " + second["id"]
+    with pytest.raises(ag.ProxyError):
+        guard_of(keyring.users(), clock=ag.Clock()).check([second["key"]], 0)
+    assert keyring("keys", "edit", second["id"], "--limit", "none", "--expires", "2999-12-31") == (
+        0, f"changed: {second['id']}.  Next: python3 agproxy.py keys list\n")
+    assert keyring.users()[0]["keys"][1]["limits"] == {} and keyring.users()[0]["keys"][1]["expires_at"] == 32503680000
+    code, text = keyring("keys", "revoke", rotated["key"][-4:])        # by its hint; a person says y
+    assert code == 0 and "revoked: " + second["id"] in text and len(keyring.users()[0]["keys"]) == 1
+    assert keyring("users", "disable", "ann")[0] == 0
+    with pytest.raises(ag.ProxyError, match="disabled"):
+        guard_of(keyring.users(), clock=ag.Clock()).check([key], 0)
+    assert keyring("users", "enable", "ann")[0] == 0 and guard_of(keyring.users(), clock=ag.Clock()).check([key], 0)
+    assert keyring("users", "delete", "ann")[0] == 1 and keyring.users()          # a person says no
+    code, text = keyring("users", "delete", "ann", "-y")
+    assert code == 0 and "keyless again" in text and keyring.users() == []
+
+
+@pytest.mark.parametrize("words, said", [
+    ("users create ann", "there is a user ann already"), ("users create a/b", "at most 64"), ("users create bob --limit lots", "a limit is"),
+    ("users create bob --expires 2001-01-01", "--expires: 30d"), ("keys create bob", "no user bob; there are: ann"), ("users edit ann", "say what"),
+    ("keys revoke key_none -y", "no key key_none; there are: key_"), ("keys rotate x", "no key x"), ("users disable bob", "no user bob"),
+    ("users list --demo", "the demo has no users"), ("users edit ann --models ,", "")], ids=str)
+def test_a_wrong_command_about_users_changes_nothing_and_says_what_is_allowed(keyring, words, said):
+    keyring("users", "create", "ann")
+    before = keyring.users()
+    code, text = keyring(*words.split())
+    assert (code == 1 and said in text and keyring.users() == before) if said else code == 0
+
+
+def test_limits_are_understood_as_people_write_them():
+    for text, name, most in (("1M tok/day", "tokens/day", 10 ** 6), ("60 req/min", "requests/minute", 60), ("4 at once", "concurrency", 4),
+                             ("1,500 tokens per hour", "tokens/hour", 1500), ("2.5k requests a week", "requests/week", 2500),
+                             ("10 concurrent", "concurrency", 10), ("1G TOKENS/MONTH", "tokens/month", 10 ** 9), ("7req/d", "requests/day", 7)):
+        assert ag.parse_limit(text) == (name, most), text
+    for text in ("", "tok/day", "5", "0 tok/day", "-1 tok/day", "1.2.3 tok/day", "5 tok/year", "5 tok", "x tok/day", "5 tok/m"):
+        with pytest.raises(ag.ConfigError, match="a limit is"):
+            ag.parse_limit(text)
+    assert [ag.parse_expiry(text, 1000) for text in ("2h", "1d", "1w", "never", "1970-01-02")] == [8200, 87400, 605800, 0, 172800]
+
+
+def test_groups_of_a_user_are_made_by_the_same_command(keyring):
+    keyring("users", "create", "ann")
+    keyring("groups", "create", "think", "gemini-pro-agent")
+    code, text = keyring("groups", "create", "think", "gemini-3-flash", "--user", "ann")
+    assert code == 0 and "of user ann: gemini-3-flash" in text and keyring.users()[0]["groups"] == {"think": {
+        "strategy": "priority", "models": ["gemini-3-flash"]}}
+    assert '"think"' in keyring("users", "list", "--json")[1]
+    assert keyring("groups", "delete", "think", "--user", "ann")[0] == 0 and keyring.users()[0]["groups"] == {}
+
+
+TUNNEL = """#!/bin/sh
+echo "INF Requesting new quick Tunnel on trycloudflare.com... $*"
+echo "INF |  https://calm-sea-1.trycloudflare.com  |"
+exec sleep 600
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+def test_a_shared_key_lives_as_long_as_its_tunnel_and_says_what_it_opens(vendor, tmp_path):
+    vendor.env.update(PROXY_API_KEY=KEY, PYTHONIOENCODING="utf-8")
+    accounts(vendor, "add", "--provider", "gemini", "--key", "-", "--name", "secretly-mine", input="sim-key-ann\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "cloudflared").write_text(TUNNEL)
+    (programs / "cloudflared").chmod(0o755)
+    with served(vendor) as (call, _, _):
+        port = call.port
+
+        def status(path, key):
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            client.request("GET", path, None, {"x-api-key": key, "Host": "calm-sea-1.trycloudflare.com"})
+            found = client.getresponse()
+            found.read()
+            client.close()
+            return found.status
+        command = [sys.executable, os.path.join(HERE, "agproxy.py"), "share", "--port", str(port), "--models", "gemini-*"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
+                **os.environ, **vendor.env, "PATH": f"{programs}:/usr/bin:/bin"}) as process:
+            out = ""
+            for line in process.stdout:
+                out += line
+                if "Ctrl-C" in line:
+                    break
+            key = re.search(r"AUTH_TOKEN=(agp-\S+)", out)[1]
+            assert "shared at https://calm-sea-1.trycloudflare.com" in out and "2M tok/day, 4 at once" in out and "management" in out
+            assert [status(path, key) for path in ("/v1/models", "/account-limits", "/")] == [200, 403, 403]
+            assert status("/admin/status", key) in (403, 404)
+            process.terminate()         # as Ctrl-C, which who was begun in the background does not hear
+            out = process.stdout.read()
+            assert process.wait(60) == 0 and "revoked: key_" in out
+        until(lambda: status("/v1/models", key) == 401)
+        stored = json_of(vendor.path)
+        stored["users"] = [{"name": "guest", "admin": True, "keys": [
+            {"id": "old", "key_hash": hashed("x"), "guest": True, "expires_at": 9}, {"id": "kept", "key_hash": hashed("y")}]}]
+        with open(vendor.path, "w", encoding="utf-8") as handle:
+            json.dump(stored, handle)
+        done = run_program("share", "--port", str(port), "--no-tunnel", env=vendor.env)
+        rows = ag.load_config(vendor.path, {}, {}).users
+        assert [(row.guest, row.admin) for row in rows] == [(False, True), (True, False)] and rows[0].id == "kept"
+        assert done.returncode == 0 and "No tunnel runs" in done.stdout and "keys revoke key_" in done.stdout, done.stderr
+        (programs / "cloudflared").write_text("#!/bin/sh\necho it is not signed in\n")
+        done = run_program("share", "--port", str(port), env={**vendor.env, "PATH": f"{programs}:/usr/bin:/bin"})
+        assert done.returncode == 1 and "it is not signed in" in done.stderr and "revoked" in done.stdout
+    done = run_program("share", "--port", str(port), env=vendor.env)
+    assert done.returncode == 3 and "agproxy.py serve" in done.stderr
+
+
+def test_a_server_that_asks_nobody_for_a_key_is_not_shared(make_proxy, keyring):
+    proxy = make_proxy({"a": None})
+    code, text = keyring("share", "--port", str(proxy.port))
+    assert code == 1 and "set PROXY_API_KEY" in text
+    assert proxy.ask()[0] == 200
+
 
 
 # Doctor
@@ -11686,9 +12115,9 @@ def test_a_freeform_text_in_one_long_piece_takes_little_more_than_itself():
 
 def test_what_others_say_reaches_the_terminal_without_escapes():
     for name in ("client", "agent", "parent", "asked", "note"):
-        row = ag.request_row(ag.Record("r", **{name: "a\x1b]0;x\x07b"}), 0)
+        row = ag.request_row(ag.Record("r", **{name: "a\x1b]0;x\x07b"}), 0, 0)
         assert row[name] == "a?]0;x?b"
-    assert ag.request_row(ag.Record("r", failures=["\x1b[2J"]), 0)["failures"] == ["?[2J"]
+    assert ag.request_row(ag.Record("r", failures=["\x1b[2J"]), 0, 0)["failures"] == ["?[2J"]
     rows = [ag._listed_row({"id": "m", "name": "M\x1b[31m" + "x" * 999, "context_length": 10 ** 39}),
             ag._listed_model("gemini-9", {"displayName": "M\x1b[31m" + "x" * 999, "maxTokens": 10 ** 39})]
     for row in rows:
@@ -12584,6 +13013,422 @@ def test_a_stream_on_its_way_into_the_relay_keeps_a_drain_waiting(make_proxy):
     until(lambda: not relay.is_busy())
 
 
+# Logs, metrics and the terminal -----------------------------------------------
+
+def test_a_log_file_has_a_ceiling_and_keeps_the_newest_lines(tmp_path):
+    path = tmp_path / "log.txt"
+    with contextlib.closing(ag.LogFile(str(path))) as out:
+        out.most_bytes, out.most_files = 1000, 3
+        for number in range(500):
+            out.write(f"line {number:04}\n")
+    files = [tmp_path / name for name in ("log.txt.2", "log.txt.1", "log.txt")]
+    assert sorted(p.name for p in tmp_path.glob("log.txt*") if p.suffix != ".lock") == sorted(p.name for p in files)
+    kept = "".join(p.read_text(encoding="utf-8") for p in files).splitlines()
+    assert kept == [f"line {n:04}" for n in range(500 - len(kept), 500)] and len(kept) > 250
+    assert all(p.stat().st_size <= 1000 for p in files)
+    assert os.name == "nt" or all(p.stat().st_mode & 0o777 == 0o600 for p in files)
+
+
+@pytest.mark.parametrize("most_bytes, most_files, left", [(0, 5, 1), (1000, 1, 1), (1000, 0, 1)])
+def test_a_log_file_may_have_no_ceiling_or_no_older_ones(tmp_path, most_bytes, most_files, left):
+    with contextlib.closing(ag.LogFile(str(tmp_path / "log.txt"))) as out:
+        out.most_bytes, out.most_files = most_bytes, most_files
+        for number in range(300):
+            out.write(f"line {number:04}\n")
+    assert len([p for p in tmp_path.iterdir() if p.suffix != ".lock"]) == left
+    assert (os.stat(tmp_path / "log.txt").st_size > 1000) is (most_bytes == 0)
+
+
+LOG_WRITING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import agproxy as ag
+out = ag.LogFile(sys.argv[2])
+out.most_bytes, out.most_files = 3000, 1000
+for number in range(300):
+    out.write(f"{sys.argv[3]} {number} " + "x" * 40 + "\\n")
+out.close()
+"""
+
+
+def test_several_processes_write_one_log_file_while_it_is_put_aside(tmp_path):
+    writers = [subprocess.Popen([sys.executable, "-c", LOG_WRITING, HERE, str(tmp_path / "log.txt"), str(n)]) for n in range(4)]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    lines = [line for p in tmp_path.iterdir() if p.suffix != ".lock" for line in p.read_text(encoding="utf-8").splitlines()]
+    assert sorted(lines) == sorted(f"{n} {number} " + "x" * 40 for n in range(4) for number in range(300))
+    assert os.name == "nt" or len(list(tmp_path.iterdir())) > 10
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be moved there")
+def test_a_log_file_that_somebody_moved_is_begun_anew(tmp_path):
+    path = tmp_path / "log.txt"
+    with contextlib.closing(ag.LogFile(str(path))) as out:
+        out.write("one\n")
+        path.rename(tmp_path / "moved.txt")
+        out.write("two\n")
+    assert path.read_text(encoding="utf-8") == "two\n" and (tmp_path / "moved.txt").read_text(encoding="utf-8") == "one\n"
+    null = ag.LogFile(os.devnull)
+    null.most_bytes = 1
+    null.write("nothing is put aside here\n")
+    null.close()
+
+
+def test_a_log_of_json_has_an_object_a_line(make_proxy):
+    proxy = make_proxy()
+    proxy.log.set_up(ag.replace(proxy.services.config, settings={**proxy.services.config.settings, "json_logs": True}))
+    rows = []
+
+    def are_there(count):
+        until(lambda: rows.extend(map(json.loads, text_from(proxy.lines.name, len(rows)))) or len(rows) == count)
+    assert proxy.ask(stream=True)[0] == 200
+    are_there(1)
+    assert proxy.call("GET", "/nowhere")[0] == 404
+    are_there(2)
+    proxy.log.line("a %s with\n\"quotes\"", "line")
+    are_there(3)
+    assert rows[0]["asked"] == "gemini-3-flash" and rows[0]["status"] == 200 and rows[0]["output_tokens"] > 0
+    assert 0 < rows[0]["first_ms"] <= rows[0]["total_ms"] and abs(rows[0]["at"] - time.time()) < 600
+    assert "/nowhere" in rows[1]["text"] and rows[2]["text"] == 'a line with?"quotes"'
+
+
+def text_from(path, number):
+    with open(path, encoding="utf-8") as lines:
+        return lines.read().splitlines()[number:]
+
+
+def test_an_excerpt_holds_no_half_of_a_word():
+    draw = random.Random(5)
+    for _ in range(300):
+        words = ["".join(draw.choices("abcdef0123456789", k=draw.randint(1, 60))) for _ in range(draw.randint(1, 40))]
+        body = json.dumps({"messages": words}).encode()
+        limit = draw.randint(1, 400)
+        kept = ag.excerpt(body, limit)
+        assert kept == body if len(body) <= limit else len(kept) <= limit + 40
+        assert set(re.findall(rb"[a-f0-9]{1,}", re.sub(rb"\[\.\.\. \d+ bytes \.\.\.\]", b"  ", kept).replace(b"messages", b""))) <= {
+            w.encode() for w in words}
+    assert ag.excerpt(b"x" * 1000, 100) == b"[... 1000 bytes ...]"
+
+
+CAPTURES = [    # setting, what is asked, faults of the upstream, whether bodies are kept
+    ("none", {}, ["bad"], False), ("errors", {}, [], False), ("errors", {"stream": True}, [], False), ("errors", {}, ["bad"], True),
+    ("errors", {"model": "nonesuch"}, [], True), ("errors", {"stream": True}, ["mid_cut"], True), ("all", {}, [], True),
+    ("all", {"stream": True}, [], True)]
+
+
+@pytest.mark.parametrize("capture, fields, faults, is_kept", CAPTURES, ids=[f"{c}-{'-'.join([*f, *x]) or 'whole'}" for c, f, x, _ in CAPTURES])
+def test_bodies_are_captured_as_configured(make_proxy, capture, fields, faults, is_kept):
+    ag.remember_secret("planted-in-a-prompt")
+    proxy = make_proxy({"a": None}, capture=capture)
+    proxy.services.state = proxy.memory
+    proxy.sim.plan("a", *faults)
+    status, headers, _ = proxy.ask("count to 20 planted-in-a-prompt of me@example.org " + "word " * 9000, **fields)
+    until(lambda: proxy.services.meters.snapshot().get("requests"))
+    proxy.memory.flush()
+    rows = proxy.memory.rows("bodies")
+    assert bool(rows) is is_kept, (status, rows)
+    if is_kept:
+        told = ag.unpacked_bodies(rows[0][1])
+        assert rows[0][0] == headers["request-id"] and '"messages"' in told["request"] and " bytes ...]" in told["request"]
+        assert "planted" not in str(told) and "example.org" not in str(told) and "[e-mail]" in told["request"]
+        assert len(told["request"]) < 17_000 and told["answer"]
+        assert ("error" in told["answer"]) is (capture == "errors")
+        assert ("20" in told["answer"]) is (capture == "all")
+
+
+def test_captured_bodies_have_a_ceiling_and_an_end(make_state):
+    state, now = make_state(), time.time()
+    state.most_body_bytes, state.bodies_last_s = 3000, 100.0
+    state.put("bodies", "old", b"x", now - 101)
+    for number in range(20):
+        state.put("bodies", f"b{number:02}", b"x" * 500, now - 20 + number)
+        state.note_bodies(500)
+    state.flush()
+    until(lambda: not state.is_crowded)
+    with state._lock:
+        state._tidy()
+    assert [row[0] for row in state.rows("bodies", "1 ORDER BY at")] == [f"b{n:02}" for n in range(14, 20)]
+
+
+def test_meters_count_by_account_model_status_and_time():
+    meters = ag.Meters()
+    for number in range(ag.MOST_SERIES + 10):
+        record = ag.Record(f"r{number}", asked="m", used=f"m{number}", account="a", status=200, started_at=100.0, first_byte_at=100.3,
+                           input_tokens=2, output_tokens=3, attempts=2, failures=["b: stall by idle_timeout_s 300"])
+        meters.running[record.id] = record
+        meters.ended(record, 107.0)
+    meters.ended(ag.Record("health", status=200), 107.0)
+    meters.ended(ag.Record("cut", asked="m", used="m0", account="a", status=200, is_cut=True, started_at=1.0), 500.0)
+    told = meters.report(500.0)
+    assert not meters.running and told["failed"] == [["b", "stall", ag.MOST_SERIES + 10]]
+    assert len(told["served"]) == ag.MOST_SERIES + 2 and ["others", "others", "200", 10, 20, 0, 30] in told["served"]
+    assert told["first_byte_s"] == [[0, 0, ag.MOST_SERIES + 10] + [0] * 9, pytest.approx(0.3 * (ag.MOST_SERIES + 10))]
+    assert told["total_s"][0][6] == ag.MOST_SERIES + 10 and told["total_s"][0][-1] == 1
+    assert told["minute"] == 1 and told["recent"] == [1, 1] and told["counts"]["requests"] == ag.MOST_SERIES + 12
+
+
+SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>(?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>\S+)')
+
+
+def metrics_in(text):
+    """{(name, labels): value} of Prometheus' text form, strictly read."""
+    assert text.endswith("\n") and "\n\n" not in text
+    found, kinds, family = {}, {}, None
+    for line in text.splitlines():
+        if line.startswith("# HELP "):
+            family = line.split()[2]
+            assert family not in kinds and line.split(" ", 3)[3]
+        elif line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            assert name == family and kind in ("counter", "gauge", "histogram") and (kind == "counter") is name.endswith("_total")
+            kinds[name] = kind
+        else:
+            match = SAMPLE.fullmatch(line)
+            assert match and family in kinds, line
+            endings = ("_bucket", "_sum", "_count") if kinds[family] == "histogram" else ("",)
+            assert match["name"] in {family + ending for ending in endings}, line
+            key = match["name"], match["labels"] or ""
+            assert key not in found, line
+            found[key] = float(match["value"])
+    for name in [name for name, kind in kinds.items() if kind == "histogram"]:
+        for labels, count in [(labels, value) for (n, labels), value in found.items() if n == name + "_count"]:
+            buckets = [value for (n, told), value in found.items() if n == name + "_bucket" and told.startswith(labels + ",le=")]
+            assert buckets == sorted(buckets) and len(buckets) == len(ag.BUCKETS_S) + 1 and buckets[-1] == count
+    assert list(kinds) == ["agproxy_" + name for name in ag.METRICS]
+    return found
+
+
+def test_metrics_are_what_prometheus_reads(make_proxy):
+    proxy = make_proxy({'q"u\\o': 1, "b@x": None, "b@y": None})
+    assert [proxy.ask()[0] for _ in range(3)] == [200] * 3 and proxy.ask(model="nonesuch")[0] == 404
+    pair = proxy.pool.accounts[0].name, "sim"
+    proxy.pool.note_windows(pair, [ag.Window("gemini", "5h", 0.25, time.time() + 900, time.time())])
+    proxy.pool.stop(proxy.pool.accounts[-1], ag.ProxyError("disabled", "gone"))
+    until(lambda: proxy.services.meters.snapshot()["requests"] == 4)
+    status, headers, raw = proxy.call("GET", "/metrics")
+    found = metrics_in(raw.decode())
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    of = {name: sum(value for (n, _), value in found.items() if n == "agproxy_" + name) for name in (
+        "http_requests_total", "requests_total", "errors_total", "failed_tries_total", "tokens_total", "first_byte_seconds_count",
+        "request_duration_seconds_count", "in_flight", "threads", "quota_fraction", "account_state",
+        "cooldown_seconds")}
+    assert (of["http_requests_total"], of["requests_total"], of["errors_total"], of["failed_tries_total"]) == (4, 4, 1, 1)
+    assert (of["first_byte_seconds_count"], of["request_duration_seconds_count"], of["in_flight"]) == (3, 4, 0)
+    assert of["tokens_total"] > 0 < of["threads"] and of["quota_fraction"] >= 0.25 and of["account_state"] == 3
+    assert any('account="q\\"u\\\\o"' in labels and 'status="200"' in labels for _, labels in found)
+    assert any('state="banned"' in labels for _, labels in found) and of["cooldown_seconds"] > 8000
+
+
+def test_what_a_status_tells_depends_on_who_asks(make_proxy):
+    proxy = make_proxy(env={"PROXY_API_KEY": "the-owners-own-key-4711"})
+    vars(proxy.services.config)["users"] = (ag.UserKey("bob", hashed("bobs-key")), ag.UserKey("eve", hashed("eves-key")))
+
+    def stats(key):
+        return json.loads(proxy.call("GET", "/stats", headers={"x-api-key": key})[2])
+    for key in ("bobs-key", "bobs-key", "eves-key", "the-owners-own-key-4711"):
+        assert proxy.call("POST", "/v1/messages", ASK, {"x-api-key": key})[0] == 200
+    until(lambda: len(proxy.log.newest) == 4)
+    whole, bobs = stats("the-owners-own-key-4711"), stats("bobs-key")
+    assert sorted(row["user"] for row in whole["requests"]) == ["bob", "bob", "eve", "owner"] and len(whole["log"]) == 4
+    assert [row["user"] for row in bobs["requests"]] == ["bob", "bob"] and "log" not in bobs
+    assert bobs["counts"]["requests"] >= 4 and not any(p["project"] for row in bobs["accounts"] for p in row["pools"])
+    assert proxy.call("GET", "/stats")[0] == proxy.call("GET", "/metrics", headers={"x-api-key": "x"})[0] == 401
+    proxy.services.config = ag.replace(proxy.services.config, api_key="", users=())
+    assert json.loads(proxy.call("GET", "/stats")[2])["requests"] == []        # others of the machine are strangers
+    assert whole["per_minute"] >= 4 and whole["error_share"] == 0 and 0 < whole["first_byte_p50_s"] <= whole["first_byte_p95_s"]
+
+
+def test_a_status_shows_what_is_under_way_and_forgets_it(make_proxy):
+    proxy = make_proxy({"a": None})
+    proxy.sim.pace_s = 0.05
+    client = http.client.HTTPConnection("127.0.0.1", proxy.port)
+    client.request("POST", "/v1/messages", json.dumps({**ASK, "stream": True, "messages": [{"role": "user", "content": "count to 900"}]}))
+    response = client.getresponse()
+    response.read(200)
+    report = ag.status_report(proxy.services, proxy.server)
+    assert report["in_flight"] == 1 and report["requests"][0]["status"] == 200 and report["accounts"][0]["in_flight"] == 1
+    response.close()
+    client.close()
+    until(lambda: not proxy.services.meters.running and proxy.log.newest)
+    assert json.loads(ag.json_encode(ag.status_report(proxy.services, proxy.server)))["requests"][0]["note"] == "client left"
+
+
+WINDOW = {"pool": "p", "scope": "claude", "window": "5h", "fraction": 0.5, "reset_at": 90_000.0, "per_hour": -0.25}
+FAMILIES = [    # windows of ready accounts -> (left, dry_at in hours from now, reset_at) at 0
+    ("burning", [[{}]], (0.5, 2.0, 90_000)), ("two share it", [[{}], [{"per_hour": 0.0}]], (1.0, 4.0, 90_000)),
+    ("the least window binds", [[{}, {"window": "weekly", "fraction": 0.1}]], (0.1, 0.4, 90_000)),
+    ("it begins anew before", [[{"reset_at": 3600.0}]], (0.5, None, 3600)), ("stable", [[{"per_hour": None}]], (0.5, None, 90_000)),
+    ("empty", [[{"fraction": 0.0, "per_hour": 0.0}]], (0.0, 0.0, 90_000)), ("unknown", [[{"fraction": None}]], None)]
+
+
+@pytest.mark.parametrize("windows, expected", [row[1:] for row in FAMILIES], ids=[row[0] for row in FAMILIES])
+def test_when_a_family_runs_dry(windows, expected):
+    accounts = [{"name": f"a{n}", "state": "ready", "quotas": [{**WINDOW, **cells} for cells in rows]} for n, rows in enumerate(windows)]
+    accounts.append({"name": "gone", "state": "needs login", "quotas": [WINDOW]})
+    found = ag.family_rows(accounts, 0.0)
+    assert [(f["left"], f["dry_at"] if f["dry_at"] is None else f["dry_at"] / 3600, f["reset_at"]) for f in found] == (
+        [expected] if expected else [])
+
+
+PLANTED = ("sk-planted-0123456789abcdef", "ya29.planted-access-token", "AIzaPlanted0123456789", "someone.planted@example.org", "remembered-planted-one")
+
+
+def test_no_planted_secret_comes_out_anywhere(make_proxy):
+    ag.remember_secret(PLANTED[-1])
+    proxy = make_proxy({"a": None, "b": None}, unknown_model="pass", capture="all")
+    proxy.services.state = proxy.memory
+    proxy.services.simulator = proxy.sim.url        # shows requests to everybody
+    for number, secret in enumerate(PLANTED):
+        for name in ("gemini-3-flash", secret):
+            body = {**ASK, "model": name, "system": secret, "metadata": {"user_id": secret}}
+            proxy.call("POST", "/v1/messages", body, {
+                "user-agent": secret + "/1", "x-claude-code-session-id": secret, "x-claude-code-agent-id": secret,
+                "x-claude-code-parent-agent-id": secret})
+        proxy.call("POST", f"/v1/{secret}?key={secret}", {}, {"authorization": "Bearer " + secret})
+        if number % 2:
+            proxy.sim.plan("a", "bad")
+            proxy.call("POST", "/v1/chat/completions", {"model": "gemini-3-flash", "messages": [{"role": "user", "content": secret}]})
+        proxy.log.line("a line of %s", secret)
+        proxy.log.fault("req", ValueError(secret))
+        proxy.log.is_json = not proxy.log.is_json
+    text = proxy.log_text()
+    proxy.memory.flush()
+    bodies = [ag.unpacked_bodies(row[1]) for row in proxy.memory.rows("bodies")]
+    sinks = {"log": text, "kept lines": str(list(proxy.log.lines)), "requests": str(proxy.memory.rows("requests")), "bodies": str(bodies),
+             **{path: proxy.call("GET", path)[2].decode() for path in ("/metrics", "/stats", "/health?deep=1", "/account-limits")}}
+    assert len(bodies) > 10 and '"asked"' in text and " -> " in text and len(json.loads(sinks["/stats"])["requests"]) > 10
+    for name, told in sinks.items():
+        assert not [secret for secret in PLANTED if secret in told], name
+
+
+def test_workers_answer_for_each_other():
+    with crew("--demo") as (port, _, _):
+        lines = lines_to(port, 2)
+        for line in lines:
+            assert [line.call("POST", "/v1/messages", ASK)[0] for _ in range(3)] == [200] * 3
+
+        def told(line):
+            return line.call("GET", "/stats")[2]
+        until(lambda: all(len(told(line)["requests"]) == 6 and told(line)["per_minute"] >= 6 for line in lines))
+        client = http.client.HTTPConnection("127.0.0.1", port)
+        client.request("GET", "/metrics")
+        found = metrics_in(client.getresponse().read().decode())
+        client.close()
+        for line in lines:
+            line.close()
+    served = [value for (name, labels), value in found.items() if name == "agproxy_first_byte_seconds_count"]
+    assert served == [3, 3] and sum(value for (name, _), value in found.items() if name == "agproxy_requests_total") == 6
+
+
+def a_status(accounts=200):
+    quota = {"pool": "p", "fraction": 0.3, "reset_at": 2e9, "trend": "burning", "is_stale": False, "per_hour": -0.1, "empty_in_s": 9000, "read_at": 1.0}
+    rows = [{"name": f"account-{n:03}-\x1b[31m\u00e9" + "x" * 30, "provider": "p", "tier": "pro", "state": ("ready", "limited", "needs login")[n % 3],
+             "reason": "r", "in_flight": n % 2, "last_used_at": 1.0, "health": 9, "pools": [],
+             "quotas": [{**quota, "scope": s, "window": w} for s in ("claude", "gemini") for w in ("5h", "weekly")],
+             "limits": [{"scope": "claude", "kind": "quota", "until": None if n % 3 == 2 else 2e9, "is_stated": True}] * (n % 3)}
+            for n in range(accounts)]
+    request = {**ag.request_facts(ag.Record("r", asked="a" * 50, used="m" * 50, account="account", status=200), 1.0, 1.8e9), "note": "n" * 90}
+    return {"version": "1", "at": 1.8e9, "uptime_s": 99, "is_demo": True, "workers": 2, "in_flight": 3, "queued": 1, "per_minute": 12,
+            "error_share": 0.1, "first_byte_p50_s": 0.5, "first_byte_p95_s": None, "next_dry_out": {"family": "claude", "at": 1.9e9},
+            "families": [{"family": "claude", "accounts": 3, "left": 1.5, "dry_at": 1.9e9, "reset_at": 2e9}], "warnings": ["w" * 200] * 5,
+            "accounts": rows, "requests": [request, {**request, "status": 429}, {**request, "status": 0}] * 15, "log": ["line " + "l" * 200] * 200}
+
+
+@pytest.mark.parametrize("accounts", [0, 1, 200])
+def test_the_screen_fits_every_terminal(accounts):
+    screen, status = ag.TopScreen(), a_status(accounts)
+    for key in ("", "a", "l", "?", "\x1b"):
+        screen.press(key)
+        for width, height in itertools.product((20, 45, 59, 60, 100, 300), (3, 10, 40)):
+            for is_ascii, lost in ((False, ""), (True, "refused")):
+                rows = screen.rows(status, width, height, is_ascii, lost)
+                assert len(rows) <= height and all(len(text) <= width and text.isprintable() for _, text in rows)
+                assert not is_ascii or all(text.isascii() for _, text in rows)
+                assert not lost or rows[0][1].startswith("no connection for"[:width])
+    text = ag.frame_text(screen.rows(status, 100, 40, True), False)
+    assert "next dry-out claude" in text and " 429 " in text and "\x1b" not in text and (accounts < 200 or "more: j and k" in text)
+
+
+def test_the_keys_of_the_screen():
+    screen, status = ag.TopScreen(), a_status()
+
+    def shown():
+        return "\n".join(text for _, text in screen.rows(status, 100, 30, True))
+    first = shown()
+    assert "NOTE" not in first and "CACHED" in first and [screen.press(key) for key in ("q", "r", "x")] == ["quit", "refresh", ""]
+    screen.press("down")
+    assert shown() != first
+    screen.press("k")
+    assert shown() == first
+    for key, mark in (("a", "free in"), ("l", "line lll"), ("?", "read again now")):
+        screen.press(key)
+        assert mark in shown() and "CACHED" not in shown()
+        screen.press(key)
+        assert shown() == first
+    for _ in range(9):
+        screen.press("a")
+        for _ in range(2000):
+            screen.press("j")
+        assert len(shown().splitlines()) > 1
+
+
+def test_top_for_scripts_and_where_nothing_runs(make_proxy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "accounts.json"))
+    proxy = make_proxy()
+    assert proxy.ask()[0] == 200
+    until(lambda: proxy.log.newest)
+    assert ag.main(["top", "--once", "--port", str(proxy.port)]) == 0
+    assert re.search(r"(?m)^a +ready", capsys.readouterr().out)
+    assert ag.main(["top", "--json", "--url", f"http://127.0.0.1:{proxy.port}/"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["accounts"]] == ["a", "b", "c"]
+    state = ag.State(str(tmp_path / "state.db"), lines_of_nobody)       # of the owner, who may read it
+    state.put("requests", "req_1", time.time(), json.dumps({**ag.request_facts(
+        ag.Record("req_1", asked="m", used="model-of-state", status=200), 1.0, time.time())}))
+    state.close()
+    assert ag.main(["top", "--once", "--port", str(proxy.port)]) == 0 and "model-of-state" in capsys.readouterr().out
+    assert ag.main(["metrics", "--port", str(proxy.port)]) == 0 and metrics_in(capsys.readouterr().out)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        gone = str(nobody.getsockname()[1])
+        assert [ag.main([name, "--port", gone]) for name in ("top", "metrics")] == [3, 3]
+    assert "cannot be reached" in capsys.readouterr().err
+    proxy.services.config = ag.replace(proxy.services.config, api_key="the-owners-own-key-4711")
+    assert [ag.main([name, "--port", str(proxy.port)]) for name in ("top", "metrics")] == [1, 1]
+    assert capsys.readouterr().err.count("PROXY_API_KEY") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_top_on_a_terminal_takes_keys_and_leaves_it_as_it_was(make_proxy, tmp_path):
+    import pty
+    import termios
+    master, slave = pty.openpty()
+    before, seen = termios.tcgetattr(slave), bytearray()
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "top", "--port", str(make_proxy().port)], stdin=slave,
+                               stdout=slave, stderr=slave, env={**os.environ, "ACCOUNTS_CONFIG_PATH": str(tmp_path / "none" / "a.json"),
+                                                                "COLUMNS": "100", "LINES": "30", "PYTHONIOENCODING": "utf-8"})
+    try:
+        for keys, mark in ((b"", b"a accounts"), (b"?", b"read again now"), (b"\x1b[B\x1b[B\x1b[Aa", b"ready"), (b"q", b"\x1b[?1049l")):
+            os.write(master, keys)
+            while mark not in seen:
+                seen += os.read(master, 65536)
+            seen.clear()
+        assert process.wait() == 0 and termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+def test_the_dashboard_draws_metrics_that_there_are(capsys):
+    assert ag.main(["metrics", "--grafana"]) == 0
+    board = json.loads(capsys.readouterr().out)
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    named = {re.sub("_bucket$", "", name) for query in queries for name in re.findall(r"agproxy_(\w+)", query)}
+    assert named <= set(ag.METRICS) and len({panel["id"] for panel in board["panels"]}) == len(board["panels"]) > 9
+    for part in ("requests", "errors", "first_byte", "request_duration", "tokens", "quota_fraction", "in_flight", "cooldown", "threads"):
+        assert any(part in name for name in named), part
+
+
 # House rules ----------------------------------------------------------------
 
 def text_of(name):
@@ -12729,7 +13574,7 @@ def test_a_path_that_nobody_serves_is_no_missing_model():
 
 def test_the_readmes_commands_run():
     blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
-    commands = [line.split("#")[0].split() for block in blocks for line in block.splitlines() if "agproxy.py" in line]
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if "agproxy.py" in line]
     assert commands
     parser = ag.build_parser()
     for words in commands:
@@ -12739,6 +13584,222 @@ def test_the_readmes_commands_run():
     for name in ("map", "version"):
         assert run_program(name).returncode == 0
     assert "claude-opus" in run_program("models", "--demo").stdout
+
+
+# Clients' settings -----------------------------------------------------------
+
+AIM = ag.ClientTarget("http://127.0.0.1:8080", "", "PROXY_API_KEY", "opus", ("opus", "flash"))
+JSON_FILES = ['{}', '{"a": 1}', '{"a":1,}', '{\n  "a": 1\n}\n', '{\n\t"a": 1, // note, with comma\n}', '{\n  "a": 1 /* x */\n}\n', '{\r\n    "a": {\r\n    }\r\n}\r\n',
+              '// top\n{\n    "a": [1, {"b": 2,},],\n    /* x */ "env": {"Z": "}//"}\n    // end\n}', '\ufeff{ "env": {"FOO": "\\"", "ANTHROPIC_BASE_URL": "https://mine"}, "b": null }',
+              '{\n  "security": {\n    "auth": {\n      "selectedType": "oauth" // old\n    }\n  },\n  "model": "x"\n}\n',
+              '{\r\n  "model": {\r\n    "x": 1\r\n  },\r\n  "b": 2 /* c */ , /* d */\r\n}', '{"env": {\n  "b": 1 /* c */ } , /* d, e */ \n  "z": 1\n}\n']
+TOML_FILES = ['', '# mine\n', 'model = "gpt-5" # best\n[a]\nmodel = 1\n', "x = '''\n[no]\n'''\nmodel_provider = \"mine\"\r\n\r\n[a.b]\r\nc = 1\r\n",
+              '[model_providers.other]\nname = "o"\n\n# of p\n[p]\nq = [\n  1,\n]\n', 'a = """\nmodel = "no"\n"""\n\n[model_providers.agproxy]\nname = "old"\nbase_url = "x"\n\n# next\n[n]\n']
+DOTENV_FILES = ['', '# mine\nFOO=bar\n', 'export OPENAI_API_KEY="old"\r\nB=2\r\n', 'GEMINI_API_KEY=1\n\nGEMINI_API_KEY=2\nC=3\n']
+FILES_OF_FORM = {"json": JSON_FILES, "toml": TOML_FILES, "dotenv": DOTENV_FILES}
+
+
+def jsonc_value(text):
+    """What a JSON text with comments and trailing commas says, by another way than the program's."""
+    text = re.sub(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', lambda m: m[1] or " ", text.lstrip("\ufeff"), flags=re.S)
+    return json.loads(re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', lambda m: m[1] or "", text) or "{}")
+
+
+@pytest.mark.parametrize("name", ag.CLIENTS)
+def test_what_setup_writes_is_taken_out_to_the_byte(name):
+    other = AIM._replace(url="https://host:9", key="user-key-of-16-chars")
+    for file in ag.CLIENTS[name].files:
+        for text in FILES_OF_FORM[file.form]:
+            once, changes = ag.with_entries(text, file, AIM, ())
+            assert once != text and ag.without_entries(once, file.form, changes) == text, text
+            again, same = ag.with_entries(once, file, AIM, changes)
+            assert (again, sorted(map(str, same))) == (once, sorted(map(str, changes))), text
+            moved, kept = ag.with_entries(once, file, other, changes)
+            assert "8080" not in moved and ag.without_entries(moved, file.form, kept) == text, text
+            if file.form == "json":
+                was, now = jsonc_value(text), jsonc_value(once)
+                assert {k: v for k, v in now.items() if k in was and k not in ("env", "security", "model")}.items() <= was.items()
+                assert set(was) <= set(now) and {**was.get("env", {}), **now.get("env", {})} == now.get("env", {})
+            for line in text.splitlines():      # comments, and all that is none of its business
+                assert "// " not in line or line[line.index("// "):] in once
+
+
+def test_a_file_that_was_edited_since_keeps_the_edits():
+    text, changes = ag.with_entries('{\n  "env": {"ANTHROPIC_BASE_URL": "https://mine", "ANTHROPIC_API_KEY": "k"}\n}\n', ag.CLIENTS["claude"].files[0], AIM, ())
+    assert jsonc_value(text)["env"] == {"ANTHROPIC_BASE_URL": AIM.url, "ANTHROPIC_AUTH_TOKEN": "agproxy"}
+    edited = text.replace('"agproxy"}', '"mine now", "NEW": "1"}').replace('\n}\n', ',\n  "theme": "dark" // new\n}\n')
+    left = jsonc_value(ag.without_entries(edited, "json", changes))
+    assert left == {"env": {"ANTHROPIC_BASE_URL": "https://mine", "ANTHROPIC_AUTH_TOKEN": "mine now", "NEW": "1", "ANTHROPIC_API_KEY": "k"}, "theme": "dark"}
+    assert ag.without_entries('{"other": 1}', "json", changes) == '{"other": 1}'    # its objects are gone
+
+
+@pytest.mark.parametrize("text", ['{"env": ', '{"env" 1}', '[1]', '{"env": 5}', '{"a": 1 "b": 2}', '{a: 1}', '{"env": {]}', '{"a": "\n"}'])
+def test_a_settings_file_that_is_no_json_is_refused(text):
+    with pytest.raises(ValueError):
+        ag.with_entries(text, ag.CLIENTS["claude"].files[0], AIM, ())
+
+
+def test_providers_of_codex_in_one_line_are_refused():
+    for text in ('model_providers = {a = {name = "x"}}\n', 'model_providers.agproxy.name = "x"\n', '[model_providers]\nagproxy = {name = "x"}\n'):
+        with pytest.raises(ValueError, match="as a table"):
+            ag.with_entries(text, ag.CLIENTS["codex"].files[0], AIM, ())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder with the accounts file of nobody, and a server's port where nobody listens."""
+    for name in ("CLAUDE_CONFIG_DIR", "CODEX_HOME", "XDG_CONFIG_HOME", "PROXY_API_KEY", "AGPROXY_KEY", "PORT", "ANTHROPIC_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "own" / "accounts.json"))
+    monkeypatch.setattr(ag, "client_models", lambda url, key: (("opus", "flash"), ""))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files_in(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "own" not in p.parts}
+
+
+def test_setup_and_unsetup_leave_every_file_and_folder_as_it_was(home, capsys):
+    (home / ".gemini").mkdir()
+    (home / "real.json").write_bytes(b'{\r\n  "ui": 1 // mine\r\n}')
+    (home / ".gemini" / ".env").write_bytes(b"A=1\nGEMINI_API_KEY=secret-of-mine")
+    if os.name == "posix":
+        os.symlink(home / "real.json", home / ".gemini" / "settings.json")
+        os.chmod(home / "real.json", 0o640)
+    before = files_in(home)
+    for name in ag.CLIENTS:
+        assert ag.main(["setup", name, "--print"]) == 0
+    assert files_in(home) == before and "secret-of-mine" not in capsys.readouterr().out
+    for port in ("8080", "8080", "9090"):
+        for name in ag.CLIENTS:
+            assert ag.main(["setup", name, "-y", "--port", port]) == 0
+    done = files_in(home)
+    assert len([p for p in done if p.endswith(".agproxy-backup")]) == (2 if os.name == "posix" else 1)
+    assert done[os.path.join(".gemini", ".env.agproxy-backup")] == before[os.path.join(".gemini", ".env")]
+    assert all(b"8080" not in data for data in done.values())
+    assert ag.main(["setup"]) == 0 and "codex" in capsys.readouterr().out
+    if os.name == "posix":
+        assert os.path.islink(home / ".gemini" / "settings.json")
+        assert os.stat(home / "own" / "clients.json").st_mode & 0o777 == 0o600
+    for name in ag.CLIENTS:
+        assert ag.main(["unsetup", name, "-y"]) == 0
+    assert files_in(home) == before and sorted(p.name for p in home.iterdir()) == [".gemini", "own", "real.json"]
+    assert os.name != "posix" or os.stat(home / "real.json").st_mode & 0o777 == 0o640
+    assert ag.main(["unsetup", "claude"]) == 0 and "nothing to undo" in capsys.readouterr().out
+    assert ag.main(["setup", "gemini", "-y"]) == 0
+    with open(home / "real.json", "ab") as file:
+        file.write(b"\r\n// later")
+    assert ag.main(["setup", "gemini", "-y", "--port", "1"]) == ag.main(["unsetup", "gemini", "-y"]) == 0
+    copy = home / ".gemini" / "settings.json.agproxy-backup"
+    assert os.name != "posix" or bytes_of(home / "real.json") == before["real.json"] + b"\r\n// later" and (
+        bytes_of(copy) == before["real.json"] and str(copy) in capsys.readouterr().out)
+
+
+def test_a_key_is_written_only_where_a_client_needs_it(home, capsys, monkeypatch):
+    key = "owners-key-" + os.urandom(6).hex()
+    monkeypatch.setenv("PROXY_API_KEY", key)
+    (home / ".claude").mkdir()
+    (home / ".claude" / "settings.json").write_text("{}")
+    os.chmod(home / ".claude" / "settings.json", 0o644)
+    holders = set()
+    for name in ag.CLIENTS:
+        assert ag.main(["setup", name, "-y", "--file", str(home / (name + ".env"))] if name in ("openai", "anthropic") else
+                       ["setup", name, "-y"]) == 0
+    out = capsys.readouterr()
+    assert key not in out.out + out.err and "0600" in out.out and "takes the key from $PROXY_API_KEY" in out.out
+    for path, data in files_in(home).items():
+        if key.encode() in data:
+            holders.add(path)
+            assert os.name != "posix" or os.stat(home / path).st_mode & 0o777 == 0o600, path
+    assert holders == {os.path.join(".claude", "settings.json"), os.path.join(".gemini", ".env"), "openai.env", "anthropic.env"}
+    assert ag.main(["unsetup", "claude", "-y"]) == 0
+    assert (home / ".claude" / "settings.json").read_text() == "{}"
+    assert os.name != "posix" or os.stat(home / ".claude" / "settings.json").st_mode & 0o777 == 0o644
+    for shell, row in ag.SHELLS.items():
+        assert ag.main(["env", "--shell", shell]) == 0
+        out = capsys.readouterr().out
+        assert key not in out and row[1].format("PROXY_API_KEY") in out and "http://127.0.0.1:8080/v1" in out
+
+
+def test_nothing_is_written_without_a_yes(home, monkeypatch, capsys):
+    import io
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert ag.main(["setup", "claude"]) == 1 and "nothing was written" in capsys.readouterr().err
+    assert not (home / ".claude").exists()
+    (home / ".codex").mkdir()
+    (home / ".codex" / "config.toml").write_bytes(b"model = \xff")
+    assert ag.main(["setup", "codex", "-y"]) == 1
+    assert (home / ".codex" / "config.toml").read_bytes() == b"model = \xff"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="cmd has no eval; the words are tested above")
+def test_a_shell_takes_what_env_prints(home):
+    shown = run_program("env", "--shell", "bash", "--url", "http://127.0.0.1:9", env={"PROXY_API_KEY": "it's $HOME"})
+    assert shown.returncode == 0 and "does not answer" in shown.stderr
+    told = subprocess.run(["sh", "-c", shown.stdout + 'printf %s "$ANTHROPIC_AUTH_TOKEN $OPENAI_BASE_URL"'], capture_output=True,
+                          text=True, env={**os.environ, "PROXY_API_KEY": "it's $HOME"}, timeout=60)
+    assert told.stdout == "it's $HOME http://127.0.0.1:9/v1"
+
+
+# The status line -------------------------------------------------------------
+
+def test_the_status_line_tells_what_is_left_who_serves_and_who_runs_dry_first():
+    clock = FakeClock()
+    pool = pooled(2, clock, pools=())
+    config = ag.load_config("", {}, {}, {})
+    pool.note_facts(("a0", "antigravity"), ag.Facts("p", "pro", "", (FLASH,), clock.at))
+    line = functools.partial(ag.status_line, pool, config, "gemini-3-flash")
+    assert line("") == "gemini-3-flash | a0"
+    for ago, left0, left1 in ((3600, 0.9, 0.5), (60, 0.62, 0.2)):
+        for name, left in (("a0", left0), ("a1", left1)):
+            pool.note_windows((name, "antigravity"), [ag.Window("gemini", "5h", left, clock.at + 14400, clock.at - ago)])
+    rate = (0.5 - 0.2) / 3540
+    dry = ag.clock_time(clock.at + 0.2 / rate, clock.at)
+    assert line("s") == f"gemini-3-flash 62% until {ag.clock_time(clock.at + 14400, clock.at)} | a0 | next dry-out {dry} (a1)"
+    for _ in range(2):
+        lent(pool).lease.settle(ag.ProxyError("quota", "spent", delay_s=5000))
+    assert line("") == f"gemini-3-flash exhausted until {ag.clock_time(clock.at + 5000, clock.at)}"
+    assert ag.status_line(pool, config, "no-such", "") == "no-such is not known to agproxy"
+
+
+def status_of(*words, told, **env):
+    told = subprocess.run([sys.executable, *words], input=told, capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8", "ANTHROPIC_BASE_URL": "", "ANTHROPIC_AUTH_TOKEN": "", **env})
+    assert told.returncode == 0 and not told.stderr, told.stderr
+    return told.stdout.decode("utf-8").strip()
+
+
+def test_the_status_line_comes_from_the_server_by_the_command_that_setup_writes(make_proxy, tmp_path):
+    key = "owners-key-" + os.urandom(6).hex()
+    proxy = make_proxy({"work": None}, env={"PROXY_API_KEY": key})
+    import shlex
+    command = shlex.split(ag.status_command())[1:]
+    told = json.dumps({"session_id": "s", "model": {"id": "claude-opus-4-8[1m]", "display_name": "Opus"}}).encode()
+    env = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{proxy.port}", "ANTHROPIC_AUTH_TOKEN": key,
+           "ACCOUNTS_CONFIG_PATH": str(tmp_path / "none" / "accounts.json"), "PORT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    assert status_of(*command, told=told, **env) == "opus | work"
+    assert status_of(*command, told=b"\xff no json", **env) == "agproxy"
+    # a wrong key, nobody there, no server named: what is on disk
+    for other in ({"ANTHROPIC_AUTH_TOKEN": "wrong"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, {"ANTHROPIC_BASE_URL": ""}):
+        line = status_of(*command, told=told, **{**env, **other})
+        assert line == "opus: no account can serve it | agproxy does not answer"
+    assert proxy.call("GET", "/statusline", headers={})[0] == 401 and not (tmp_path / "none").exists()
+
+
+def test_the_status_line_reads_the_state_of_a_server_that_is_gone(tmp_path, make_state):
+    (tmp_path / "accounts.json").write_text(json.dumps({"accounts": [{"name": "work", "provider": "gemini", "api_key": "k" * 20}]}))
+    os.chmod(tmp_path / "accounts.json", 0o600)
+    state, now = make_state(), time.time()
+    state.put("quotas", "work", "gemini", "gemini-3-flash", "day", 0.62, now + 90000, now)
+    state.close()
+    before = bytes_of(tmp_path / "state.db")
+    line = status_of(os.path.join(HERE, "agproxy.py"), "statusline", "--port", "1", ACCOUNTS_CONFIG_PATH=str(tmp_path / "accounts.json"),
+                     told=b'{"model": {"id": "gemini-3-flash"}, "session_id": ""}')
+    assert line == f"gemini-3-flash 62% until {ag.clock_time(now + 90000, now)} | work | agproxy does not answer"
+    assert bytes_of(tmp_path / "state.db") == before
 
 
 # The official SDK (installed by CI; skipped where it is missing) --------------
