@@ -284,6 +284,9 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "tls_cert": Setting("", "", "PEM file of a certificate and its chain: clients are served by "
                         "TLS"),
     "tls_key": Setting("", "", "PEM file of its private key, where that is not in `tls_cert`"),
+    "admin_password": Setting("", "ADMIN_PASSWORD", "opens the management; in the file as its "
+                              "scrypt hash, which `ui --password` writes"),
+    "admin_remote": Setting(False, "", "answer `/admin/*` beyond this machine too"),
 }
 
 WORKER_LASTS_S = 60             # a worker process that lived longer is begun again after 1 s
@@ -376,6 +379,13 @@ RECHECK_S = 900                 # a long stated limit is looked at again by a fr
 FACTS_LAST_S = 86400            # a project, tier and catalogue are asked for again after
 ABSENT_LASTS_S = 6 * 3600       # ... and a pool that was absent
 KEEP_REQUESTS_S = 30 * 86400    # in state.db
+LINK_LASTS_S = 3600             # a one-time link to the management, unused
+SESSION_IDLE_S = 12 * 3600      # ... and a log-in, since its last request
+MOST_LOGINS = 64                # links and log-ins together, the newest
+MOST_AUDITS, MOST_VERSIONS = 10_000, 200        # rows kept: changes made, forms of the file
+MOST_SIGN_INS = 8               # that wait for a browser at a time
+MOST_LISTENERS = 32             # of /admin/events
+MOST_UNSENT_BYTES = 4 << 20     # to one of them, which is then dropped
 KEEP_SPENT_S = 32 * 86400       # what users used: the longest window is a month
 MOST_RUNNING_S = 3600           # as long as a request lasts, whose process may have been killed
 SIGNATURES_LAST_S = 86400       # unused: a conversation is taken up again the next day
@@ -714,6 +724,7 @@ ERRORS = {
     "not_found": Rule(404, "not_found_error"),
     "method": Rule(405, _BAD),
     "slow_client": Rule(408, "timeout_error"),
+    "conflict": Rule(409, _BAD),
     "too_large": Rule(413, "request_too_large"),
     "line_too_long": Rule(414, _BAD),
     "media_type": Rule(415, _BAD),
@@ -722,6 +733,7 @@ ERRORS = {
     "over_limit": Rule(429, "rate_limit_error"),
     "internal": Rule(500, _API),
     "busy": Rule(503, _API),
+    "not_stored": Rule(507, _API),
     "full": Rule(529, "overloaded_error"),
     # what an upstream's answer means
     "quota": Rule(429, "rate_limit_error", Scope.CANDIDATE, "quota", Step.NEXT),
@@ -1102,7 +1114,7 @@ class Repeating(dict):
 
 def _told_once(raw: bytes) -> Any:
     body = json_decode(raw)
-    if not isinstance(body, dict) or b"\\u" not in raw and all(
+    if not isinstance(body, dict) or len(body) < 100 and b"\\u" not in raw and all(
             raw.count(b'"%s"' % name.encode("utf-8")) == 1 for name in body):
         return body         # as nearly always: 2 us
     is_once = len(body) == sum(1 for _ in json_spans(raw.decode("utf-8")))
@@ -1545,6 +1557,12 @@ def short_trace(err: BaseException) -> str:
     return f"{type(err).__name__}: {err} at {way}"
 
 
+def clock_time(at: float, now: float) -> str:
+    """A moment as a clock on the wall tells it; the day too where it is not soon."""
+    return time.strftime("%H:%M" if at - now < 64800 else "%a %H:%M" if at - now < 5 * 86400
+                         else "%d %b", time.localtime(at))
+
+
 def human_s(seconds: float) -> str:
     """A duration as people write it: 8s, 4m 10s, 2h 21m, 3d 4h."""
     seconds = max(0, int(seconds + 0.5))
@@ -1889,7 +1907,28 @@ def check_headers(rows: Mapping, where: str) -> None:
             remember_secret(str(value).partition(" ")[2].strip() or str(value))
 
 
-def _setting_value(name: str, value: Any, where: str) -> Any:
+SCRYPT = re.compile(r"scrypt:([0-9a-f]{2}){8,}:[0-9a-f]{64}")
+
+
+def scrypt_hash(secret: str, salt: bytes = b"") -> str:
+    """scrypt:<salt hex>:<hash hex> of a password or key; takes 50 ms and 16 MB."""
+    salt = salt or os.urandom(16)
+    made = hashlib.scrypt(secret.encode("utf-8", "replace"), salt=salt, n=16384, r=8, p=1, dklen=32)
+    return f"scrypt:{salt.hex()}:{made.hex()}"
+
+
+def check_password(value: str, where: str) -> None:
+    """Raises ConfigError for what is no password, or stands in the file as it is."""
+    is_hash = SCRYPT.fullmatch(value) is not None
+    if not is_hash and where.startswith("settings."):
+        raise ConfigError(f"{where}: scrypt:<salt hex>:<hash hex> is required; "
+                          "`python3 agproxy.py ui --password` writes it")
+    if not is_hash and len(value) < 8:
+        raise ConfigError(f"{where}: at least 8 characters are required")
+    remember_secret(value)
+
+
+def setting_value(name: str, value: Any, where: str) -> Any:
     """`value` in the type of the setting's default; raises ConfigError naming `where` it stood."""
     default = SETTINGS[name].default
     if isinstance(default, tuple):
@@ -1931,6 +1970,8 @@ def _setting_value(name: str, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: one of {', '.join(words)} is required, not {value!r}")
     if name == "proxy" and value:
         check_proxy(value, where)
+    if name == "admin_password" and value:
+        check_password(value, where)
     return value
 
 
@@ -1949,11 +1990,11 @@ def config_settings(stored: Mapping, flags: Mapping, environ: Mapping[str, str])
     for name, row in SETTINGS.items():
         variables = [v for v in (row.variable, "AGPROXY_" + name.upper()) if environ.get(v)]
         if flags.get(name) is not None:
-            found[name] = _setting_value(name, flags[name], "--" + name.replace("_", "-"))
+            found[name] = setting_value(name, flags[name], "--" + name.replace("_", "-"))
         elif variables:
-            found[name] = _setting_value(name, environ[variables[0]], variables[0])
+            found[name] = setting_value(name, environ[variables[0]], variables[0])
         elif name in stored:
-            found[name] = _setting_value(name, stored[name], f"settings.{name}")
+            found[name] = setting_value(name, stored[name], f"settings.{name}")
         else:
             found[name] = row.default
     return found
@@ -2236,7 +2277,7 @@ def _config_limits(cells: Any, owner: str, where: str) -> tuple[Limit, ...]:
 
 
 USER_FIELDS = ("name", "admin", "enabled", "models", "limits", "groups", "key_hash", "keys")
-KEY_FIELDS = {      # of one of a user's keys; `hash_key` makes `key_hash`
+KEY_FIELDS = {      # of one of a user's keys; `scrypt_hash` makes `key_hash`
     "id": (str, "a text"), "key_hash": (str, "scrypt:<salt hex>:<hash hex>"),
     "hint": (str, "a text"), "expires_at": ((int, float), "epoch seconds, 0 for never"),
     "created_at": ((int, float), "epoch seconds"), "models": (list, "a list of names"),
@@ -2255,15 +2296,16 @@ def check_key_fields(cells: Mapping, where: str) -> None:
 
 def _config_key(key: Any, row: Mapping, shared: UserKey, where: str) -> UserKey:
     """One of the keys of the user in `row`; what it does not say is the user's, `shared`."""
-    cells = {"models": row.get("models", []), "admin": shared.admin, **object_of(key)}
+    cells = {"models": [], "admin": shared.admin, **object_of(key)}
     warn_unknown(cells, KEY_FIELDS, where + ".keys.")
     check_key_fields(cells, where)
-    if not re.fullmatch(r"scrypt:([0-9a-f]{2}){8,}:[0-9a-f]{64}", cells.get("key_hash", "")):
+    if not SCRYPT.fullmatch(cells.get("key_hash", "")):
         raise ConfigError(f"{where}.key_hash: scrypt:<salt hex>:<hash hex> is required")
     key_id = cells.get("id") or "key_" + cells["key_hash"][-8:]
     return shared._replace(
         key_hash=cells["key_hash"], hint=cells.get("hint", ""), id=key_id,
-        expires_at=cells.get("expires_at", 0), models=tuple(m.lower() for m in cells["models"]),
+        expires_at=cells.get("expires_at", 0),
+        models=tuple(m.lower() for m in cells["models"] or row.get("models", [])),
         admin=cells["admin"] and not cells.get("guest"), guest=cells.get("guest", False),
         limits=shared.limits + _config_limits(cells.get("limits", {}), "key " + key_id,
                                               where + ".limits"))
@@ -2414,40 +2456,111 @@ def free_name(wanted: str, stored: Mapping) -> str:
                 for name in (wanted if n == 1 else f"{wanted}-{n}",) if name not in taken)
 
 
-def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
+def put_account(stored: dict, row: dict, cells: Mapping[str, str] | None = None
+                ) -> tuple[str, bool]:
     """(its name, whether it is new).  An account of the same provider with the same e-mail address,
     name or secret gets the new credential and keeps the rest.  `cells` go to its provider.  Raises
     ConfigError where the name is another account's."""
-    def change(stored: dict) -> tuple[str, bool]:
-        if cells:
-            stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
-        rows = stored.setdefault("accounts", [])
-        for name, old in stored_accounts(stored):
-            is_other = old.get("provider") != row["provider"] or (
-                row.get("email") and old.get("email") and old["email"] != row["email"])
-            if is_other and row.get("name") == name:
-                raise ConfigError(f"the name {name} is another account's; give one with --name")
-            if not is_other and (row.get("name") == name or any(
-                    row.get(c) and old.get(c) == row[c] for c in ("email", *CREDENTIALS))):
-                for credential in CREDENTIALS:
-                    old.pop(credential, None)
-                old.update({k: v for k, v in row.items() if v and k != "name"})
-                return name, False
-        new = {**row, "name": row.get("name") or free_name(row.get("email") or row["provider"],
-                                                           stored)}
-        rows.append({k: v for k, v in new.items() if v not in ("", None)})
-        return new["name"], True
-    return edit_accounts(path, change)
+    if cells:
+        stored.setdefault("providers", {}).setdefault(row["provider"], {}).update(cells)
+    rows = stored.setdefault("accounts", [])
+    for name, old in stored_accounts(stored):
+        is_other = old.get("provider") != row["provider"] or (
+            row.get("email") and old.get("email") and old["email"] != row["email"])
+        if is_other and row.get("name") == name:
+            raise ConfigError(f"the name {name} is another account's; give one with --name")
+        if not is_other and (row.get("name") == name or any(
+                row.get(c) and old.get(c) == row[c] for c in ("email", *CREDENTIALS))):
+            for credential in CREDENTIALS:
+                old.pop(credential, None)
+            old.update({k: v for k, v in row.items() if v and k != "name"})
+            return name, False
+    new = {**row, "name": row.get("name") or free_name(row.get("email") or row["provider"],
+                                                       stored)}
+    rows.append({k: v for k, v in new.items() if v not in ("", None)})
+    return new["name"], True
+
+
+def store_account(path: str, row: dict, cells: Mapping[str, str] | None = None) -> tuple[str, bool]:
+    """The same in the file."""
+    return edit_accounts(path, lambda stored: put_account(stored, row, cells))
+
+
+def account_ids(names: Iterable[str]) -> dict[str, str]:
+    """id -> name: what stands before an `@`, made unique; no address stands in a URL."""
+    names = list(names)
+    counts = collections.Counter(name.partition("@")[0] for name in names)
+    return {label if counts[label] == 1 else
+            f"{label}~{hashlib.sha256(name.encode()).hexdigest()[:6]}": name
+            for name in names for label in (name.partition("@")[0],)}
+
+
+def edit_account(path: str, wanted: str, change: Callable[[list, dict], Any]) -> str:
+    """`change(rows, row)` on the account of that name or id in the file; its name."""
+    def find(stored: dict) -> str:
+        rows = stored_accounts(stored)
+        ids = account_ids(name for name, _ in rows)
+        fit = [r for r in rows if r[0] in (wanted, ids.get(wanted))] or [
+            r for r in rows if r[0].partition("@")[0] == wanted]
+        if len(fit) != 1:
+            raise ConfigError(f"{'several accounts are' if fit else 'no account'} {wanted}; "
+                              f"there are: {', '.join(ids) or 'none'}")
+        change(stored["accounts"], fit[0][1])
+        return fit[0][0]
+    return edit_accounts(path, find)
+
+
+# The file as it may be shown, and its former forms
+
+RESTORED = ("settings", "aliases", "groups", "routes", "rules", "users")    # by a rollback
+_NO_SECRET = ("auth", "auth_url", "token_url", "tls_key")       # though they are named so
+
+
+def as_shown(value: Any, name: str = "") -> Any:
+    """A part of the stored object in which each secret reads "set", and no address stands."""
+    if name in ("aliases", "groups", "routes", "rules"):        # names and texts that people gave
+        return value
+    if isinstance(value, dict):
+        return {n: as_shown(v, n) for n, v in value.items()}
+    if isinstance(value, list):
+        return [as_shown(v, name) for v in value]
+    is_secret = _SECRET_HEADER.search(name) and name not in _NO_SECRET or name == "client_id"
+    if isinstance(value, str) and value and is_secret:
+        return "set"
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def version_of(stored: Mapping) -> dict:
+    """What is remembered of a form of the file: no credential; of users' keys the hashes, without
+    which none could be restored."""
+    return {name: value if name in RESTORED[1:] else as_shown(value, name)
+            for name, value in stored.items()}
+
+
+def restore_version(stored: dict, version: Mapping) -> None:
+    """Puts the parts that a rollback restores; secrets, accounts and providers stay as they are."""
+    now = object_of(stored.get("settings"))
+    for name in RESTORED:
+        stored.pop(name, None)
+        if name in version:
+            stored[name] = copy.deepcopy(version[name])
+    settings = stored.get("settings", {})
+    hidden = [n for n, value in settings.items() if value == "set" or re.search(
+        r"\[(secret|e-mail)\]", str(value))]
+    for name in {*hidden, *(n for n in now if n == "admin_password")}:
+        settings[name] = now.get(name, SETTINGS[name].default)
+    if settings:
+        stored["settings"] = settings
+
+
+def diff_lines(before: Any, after: Any) -> list[str]:
+    """The lines that differ between two JSON values, with a little around them."""
+    texts = [json.dumps(as_shown(value), indent=1, ensure_ascii=False).splitlines()
+             for value in (before, after)]
+    return list(difflib.unified_diff(*texts, lineterm="", n=2))[2:]
 
 
 # Users and their keys, in the stored object
-
-def hash_key(key: str) -> str:
-    """What is stored of a key."""
-    salt = os.urandom(16)
-    made = hashlib.scrypt(key.encode(), salt=salt, n=16384, r=8, p=1, dklen=32)
-    return f"scrypt:{salt.hex()}:{made.hex()}"
-
 
 def stored_user(stored: Mapping, name: str) -> dict:
     """The user of that name; raises ConfigError with the names there are."""
@@ -2482,7 +2595,7 @@ def renew_key(cells: dict) -> str:
     import secrets
     key = "agp-" + secrets.token_urlsafe(24)
     remember_secret(key)
-    cells.update(key_hash=hash_key(key), hint=key[-4:])
+    cells.update(key_hash=scrypt_hash(key), hint=key[-4:])
     return key
 
 
@@ -2650,6 +2763,8 @@ class LogFile:
         # terminals and pipes have no end to be reached
         if stat.S_ISREG(found.st_mode) and 0 < self.most_bytes < found.st_size + len(data):
             self._put_aside(len(data))
+            if self._file is None:
+                self._open()        # raises why: these lines are lost, not the log
         while data:
             data = data[os.write(self._file, data):]
 
@@ -2800,6 +2915,9 @@ MIGRATIONS = (      # by user_version: each script runs once, in its order; neve
            at REAL, PRIMARY KEY(owner, what, per, start, writer));""",
     """CREATE TABLE bodies(id TEXT PRIMARY KEY, json BLOB, at REAL);
        CREATE INDEX bodies_at ON bodies(at);""",
+    """CREATE TABLE logins(key TEXT PRIMARY KEY, kind TEXT, at REAL);
+       CREATE TABLE audits(id TEXT PRIMARY KEY, at REAL, who TEXT, what TEXT, json TEXT);
+       CREATE TABLE versions(id TEXT PRIMARY KEY, at REAL, who TEXT, json TEXT);""",
 )
 
 
@@ -2876,6 +2994,25 @@ class State:
 
     def delete(self, table: str, account: str) -> None:
         self._enqueue(f"DELETE FROM {table} WHERE account = ?", (account,), True)
+
+    def take(self, table: str, key: str) -> bool:
+        """Whether the row of that key was there: it is gone now, and only one asker had it."""
+        self.flush()
+        import sqlite3
+        with contextlib.suppress(sqlite3.Error), self._lock, self._db:
+            return self._db.execute(f"DELETE FROM {table} WHERE key = ?", (key,)).rowcount > 0
+        return False
+
+    def copy_to(self, path: str) -> None:
+        """Writes a whole copy, of mode 0600; raises OSError."""
+        import sqlite3
+        self.flush()
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as copied, self._lock:
+                self._db.backup(copied)
+        except sqlite3.Error as err:
+            raise OSError(errno.EIO, f"{path}: {err}") from err
 
     def rows(self, table: str, where: str = "1", *values: Any) -> list[tuple]:
         """What is on disk now; not for the request path.  [] when it cannot be read."""
@@ -3182,10 +3319,15 @@ class State:
         db.execute("DELETE FROM quotas WHERE at < ?", (now - MAX_STATED_DELAY_S,))
         db.execute("DELETE FROM signatures WHERE at < ? OR key NOT IN (SELECT key FROM signatures "
                    "ORDER BY at DESC LIMIT ?)", (now - SIGNATURES_LAST_S, MOST_SIGNATURES))
-        db.execute("DELETE FROM spent WHERE at < ?", (now - KEEP_SPENT_S,))
+        db.execute("DELETE FROM spent WHERE at < ? OR per IN ('', 'minute', 'hour') AND at < ?",
+                   (now - KEEP_SPENT_S, now - 2 * MOST_RUNNING_S))
         db.execute("DELETE FROM learned WHERE key LIKE 'worker %' AND at < ?", (now - 86400,))
         left = self._tidy_heap("replies", now - REPLIES_LAST_S, MOST_REPLY_BYTES)
         self._tidy_heap("bodies", now - self.bodies_last_s, self.most_body_bytes)
+        for table, most in (("logins", MOST_LOGINS), ("audits", MOST_AUDITS),
+                            ("versions", MOST_VERSIONS)):
+            db.execute(f"DELETE FROM {table} WHERE rowid NOT IN (SELECT rowid FROM {table} "
+                       "ORDER BY at DESC LIMIT ?)", (most,))
         # one that ended must stay until every process has seen it
         db.execute("DELETE FROM rests WHERE until < ? AND changed_at < ?", (now, now - 86400))
         while True:
@@ -3388,15 +3530,17 @@ class Spending:
                     self._add(limit, slot, 1, now)
         return [(limit, slot, tokens) for limit, slot in slots]
 
-    def settle(self, taken: list[tuple[Limit, Slot, int]], tokens: int) -> None:
-        """The request has used `tokens`; they count in the window that is now."""
+    def settle(self, taken: list[tuple[Limit, Slot, int]], tokens: int,
+               was_sent: bool = True) -> None:
+        """The request has used `tokens`; they count in the window that is now.  One that went to
+        no upstream is not counted."""
         now = self.clock.now()
         with self._lock:
             for limit, slot, held in taken:
                 if limit.what == "tokens":
                     slot.held -= held
                     self._add(limit, self._slot(limit, now), tokens, now)
-                elif not limit.per:
+                elif not (limit.per and was_sent):
                     self._add(limit, slot, -1, now)
 
     def _over(self, limit: Limit, slot: Slot, needs: int, now: float) -> ProxyError:
@@ -3511,7 +3655,7 @@ _EDGES = (b'"', b" ", b"\n", b",", b"'")
 def excerpt(body: bytes, limit: int) -> bytes:
     """The beginning and the end of a body, `limit` bytes in all.  They end between words: half a
     secret would not be known as one."""
-    if len(body) <= limit:
+    if len(body) <= limit + 32:         # or an excerpt already
         return body
     half = limit // 2
     end = max(body.rfind(edge, 0, half) for edge in _EDGES) + 1
@@ -3743,7 +3887,9 @@ class BodyReader:
         if self._unzip is not None:
             most = min(self.step, self.limit + 1 - self.total)
             try:
-                body = self._unzip.decompress(self._unzip.unconsumed_tail + body, most)
+                # zlib would keep what follows an answer's end, and copy it with each read
+                body = b"" if self._unzip.eof and not self.is_request else self._unzip.decompress(
+                    self._unzip.unconsumed_tail + body, most)
             except zlib.error as err:
                 raise ValueError(f"damaged compression: {err}") from err
             self.has_more = len(body) == most
@@ -4725,7 +4871,9 @@ class Assembler:
     def end(self) -> list:
         """The upstream's end.  Raises ProxyError `cut` where no finish was seen, `empty` where
         nothing usable came: a truncated answer never looks complete."""
-        is_half = bool(self._streamed) and not is_json("".join(self._streamed))  # its last call
+        # its last call; of an answer that has an end of its own it is of no interest
+        is_half = bool(self._streamed) and (not self.stop or self.stop[0] is Stop.LENGTH) and (
+            not is_json("".join(self._streamed)))
         if self.stop is None and (is_half or not self.calls):
             raise ProxyError("cut", "the upstream ended its answer without a finish")
         out: list = []
@@ -11240,8 +11388,9 @@ class ConnectionCache:
         self._tls: dict[str, ssl.SSLContext] = {}       # by the file of further authorities
 
     def take(self, base_url: str, timeout_s: float, proxy: str = "",
-             fresh: bool = False) -> Connection:
-        """A live connection to `base_url`; raises ProxyError network or stall."""
+             fresh: bool = False, setting: str = "connect_timeout_s") -> Connection:
+        """A live connection to `base_url`; raises ProxyError network or stall, which names the
+        `setting` that `timeout_s` is of."""
         try:
             place = _place(base_url)
         except ValueError as err:
@@ -11262,7 +11411,7 @@ class ConnectionCache:
             return Connection(key, self._open(key, timeout_s))
         except (OSError, http.client.HTTPException, ValueError) as err:
             raise network_error(err, str(place[1]), Deadline(
-                timeout_s, f"{place[1]} took no connection within", "connect_timeout_s")) from err
+                timeout_s, f"{place[1]} took no connection within", setting)) from err
 
     def give(self, connection: Connection) -> None:
         """Keeps a connection whose last answer was read to its end, and no byte more."""
@@ -11372,7 +11521,8 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
     """(status, lower-case headers, body) of a small call: tokens, projects.  Raises ProxyError."""
     parts = urllib.parse.urlsplit(url)
     clock = Deadline(timeout_s, f"{parts.hostname} gave no answer within")
-    connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, proxy, True)
+    connection = connections.take(f"{parts.scheme}://{parts.netloc}", timeout_s, proxy, True,
+                                  setting="")       # the time is the call's own
     client = http.client.HTTPConnection("upstream")     # is connected already
     client.sock = TimedSocket(connection.sock, clock)
     try:
@@ -13864,6 +14014,22 @@ class Login:
                 self._turn.release()
             raise
 
+    def finish(self, connections: ConnectionCache, tell: Callable[[str], None]) -> dict:
+        """What `exchange` answers to the first right code, LOGIN_WAIT_S at most; wrong ones are
+        told.  Nothing listens any more then."""
+        deadline = time.monotonic() + LOGIN_WAIT_S
+        try:
+            while True:
+                code = self.wait(max(0.1, deadline - time.monotonic()))
+                try:
+                    return self.exchange(code, connections)
+                except ProxyError as err:
+                    if "that code" not in err.message:
+                        raise
+                    tell(f"{err.message}; the sign-in still waits for the right one")
+        finally:
+            self.close()
+
     def _exchange_for_token(self, code: str, connections: ConnectionCache) -> dict:
         error = ""      # a refused secret does not use up the code
         for client_id, secret in [c for c in self.clients if c[0] == self.clients[0][0]]:
@@ -13995,6 +14161,15 @@ def discover_clients(provider: Provider, environ: Mapping[str, str]) -> list[tup
                 remember_secret(secret)
             return pairs
     return []
+
+
+def begin_login(provider: Provider, environ: Mapping[str, str]) -> tuple[Login, bool]:
+    """A sign-in that waits, and whether its client was found in an installed program."""
+    clients = oauth_clients(provider, environ) if provider.scopes else [("", "")]
+    found = discover_clients(provider, environ) if not clients and is_googles(provider) else []
+    if not (clients or found):
+        raise no_client(provider)
+    return Login(provider, clients or found, environ), bool(found)
 
 
 # Credentials of other programs: read-only, never written back
@@ -15427,6 +15602,7 @@ class Services:
     simulator: str = ""         # its URL, where it is the upstream
     workers: int = 1            # processes that serve the port
     worker: int = 1             # which of them this is
+    examine: Callable[[bool], dict] | None = None       # doctor's findings; True mends
     retries: RetryShare = field(default_factory=RetryShare)
     learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
     learning: Any = field(default_factory=threading.Lock)       # guards what is added to learned
@@ -16018,25 +16194,22 @@ class Downstream:
     def __init__(self, sock: socket.socket, peer: Any = None, head_due: float = 0.0):
         sock.setblocking(False)
         self.sock, self.buffer, self.is_closed = sock, b"", False
-        self.peer = peer            # whose connections are counted together; None: nobody's
+        self.peer = peer            # whose connections are counted together; None: this machine's
         self.head_due = head_due    # monotonic, of the head that is on its way; 0 for none
         self.arriving: Any = None   # the Exchange whose body is on its way
 
-    def shakes_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
-        """Whether it goes on by TLS; a client that cannot before `deadline` could not be told."""
-        if isinstance(self.sock, ssl.SSLSocket):
+    def shakes_hands(self, context: ssl.SSLContext) -> bool | None:
+        """Whether it goes on by TLS; None where its part of that is not here yet."""
+        try:
+            if not isinstance(self.sock, ssl.SSLSocket):
+                self.sock = context.wrap_socket(self.sock, True, do_handshake_on_connect=False)
+            if self.sock.version() is None:
+                self.sock.do_handshake()
             return True
-        with contextlib.suppress(OSError):
-            self.sock = context.wrap_socket(self.sock, True, do_handshake_on_connect=False)
-            while time.monotonic() < deadline:
-                try:
-                    self.sock.do_handshake()
-                    return True
-                except ssl.SSLWantReadError:
-                    readable([self.sock], deadline - time.monotonic())
-                except ssl.SSLWantWriteError:
-                    writable(self.sock, max(0.0, deadline - time.monotonic()))
-        return False
+        except ssl.SSLWantReadError:
+            return None
+        except OSError:     # also one that takes nothing of the few kilobytes that it is told
+            return False
 
     def is_half_way(self) -> bool:
         """Whether a part of a request is here."""
@@ -16092,6 +16265,7 @@ _REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthor
             403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
             408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
             415: b"Unsupported Media Type", 426: b"Upgrade Required", 429: b"Too Many Requests",
+            409: b"Conflict", 507: b"Insufficient Storage",
             431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
             502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
             529: b"Overloaded"}
@@ -16129,6 +16303,30 @@ def spoken_at(path: str, headers: Mapping[str, str] = {}) -> str:
     return "anthropic"
 
 
+FIXES = {       # kind of an error -> what helps, where the error itself does not say
+    "authentication": "log in by the link that `python3 agproxy.py ui` prints, or send "
+                      "PROXY_API_KEY as x-api-key",
+    "forbidden": "use the address that `python3 agproxy.py ui` prints; GET /admin/session tells "
+                 "the CSRF token",
+    "locked_out": "wait as long as Retry-After says, or use a fresh link: python3 agproxy.py ui",
+    "media_type": "send JSON with Content-Type: application/json",
+    "not_found": "GET /admin/openapi.json lists what can be asked; lists tell the ids",
+    "method": "GET /admin/openapi.json lists what can be asked",
+    "not_stored": "free the disk, or make the folder writable; nothing was changed",
+    "internal": "look for this id in the log"}
+
+
+def admin_render_error(error: ProxyError, request_id: str) -> dict:
+    """An error of the management."""
+    fix = FIXES.get(error.kind, "change what the message names; nothing was changed"
+                    if error.rule.status in (400, 409) else "try again")
+    return {"error": {"code": error.kind, "message": error.message, "fix": fix},
+            "request_id": request_id}
+
+
+MANAGEMENT = DIALECTS["anthropic"]._replace(render_error=admin_render_error)
+
+
 class Exchange:
     """One request and its answer, while its thread or the relay works on it.  Only `wake` comes
     from other threads: the lock, one for all of them, guards `is_woken` and `_waker`."""
@@ -16140,7 +16338,8 @@ class Exchange:
                  headers: dict[str, str], body: bytes = b""):
         self.downstream, self.services = downstream, services
         self.method, self.path, self.query = line.method, line.path, line.query
-        self.headers, self.body, self.dialect = headers, body, DIALECTS[
+        self.headers, self.body = headers, body
+        self.dialect = MANAGEMENT if line.path.startswith("/admin/") else DIALECTS[
             spoken_at(line.path, headers)]
         self.record = Record(new_id("req_"), started_at=time.monotonic(),
                              client=cut(headers.get("user-agent", "-").split(" ")[0], 40))
@@ -16404,7 +16603,7 @@ class Exchange:
         if self.taken is not None:
             spending, taken = self.taken
             spending.settle(taken, record.input_tokens + record.cached_tokens
-                            + record.output_tokens)
+                            + record.output_tokens, bool(record.attempts))
             self.taken = None
         if record.asked != "-" or record.status >= 500:
             self.services.log.request(record, now)
@@ -16471,12 +16670,6 @@ def account_limits(pool: AccountPool, user: UserKey | None) -> dict:
             "rateLimitCooldownRemaining": int(max(blocked) - now) if blocked else 0})
     return {"timestamp": iso_time(now), "totalAccounts": len(accounts), "models": sorted(seen),
             "accounts": accounts}
-
-
-def clock_time(at: float, now: float) -> str:
-    """A moment as a clock on the wall tells it; the day too where it is not soon."""
-    return time.strftime("%H:%M" if at - now < 64800 else "%a %H:%M" if at - now < 5 * 86400
-                         else "%d %b", time.localtime(at))
 
 
 def next_dry_out(pool: AccountPool, candidates: Iterable[Candidate], now: float) -> tuple:
@@ -16582,7 +16775,8 @@ def worker_reports(services: Services, server: Any) -> list[dict]:
     reports = {services.worker: _worker_report(services, server)}
     if services.workers > 1 and services.state is not None:
         for _, text, _ in services.state.rows(
-                "learned", "key LIKE ?", _workers_key(services).rpartition(" ")[0] + " %"):
+                "learned", "key LIKE ? AND at > ?",       # a crew before may have had this parent id
+                _workers_key(services).rpartition(" ")[0] + " %", time.time() - 90):
             with contextlib.suppress(ValueError):
                 told = json.loads(text)
                 reports.setdefault(told["worker"], told)
@@ -16592,13 +16786,14 @@ def worker_reports(services: Services, server: Any) -> list[dict]:
 def account_rows(pool: AccountPool) -> list[dict]:
     """The pool's report as a status has it: no windows of single models where those of their
     groups are known, and no infinity, which JSON has not."""
-    rows = []
-    for row in pool.report():
+    rows, reports = [], pool.reports()
+    ids = {name: key for key, name in account_ids(a.name for a, _ in reports).items()}
+    for account, row in reports:
         grouped = {q["pool"] for q in row["quotas"] if q["window"] != "model"}
         quotas = [q for q in row["quotas"] if q["window"] != "model" or q["pool"] not in grouped]
         limits = [{**limit, "until": limit["until"] if limit["until"] < float("inf") else None}
                   for limit in row["limits"]]
-        rows.append({**row, "quotas": quotas, "limits": limits})
+        rows.append({"id": ids[account.name], **row, "quotas": quotas, "limits": limits})
     return rows
 
 
@@ -16682,13 +16877,20 @@ def status_report(services: Services, server: Any) -> dict:
             "log": list(services.log.lines)}
 
 
-def status_for_user(report: Mapping, user: str) -> dict:
+def status_for_user(report: Mapping, user: UserKey | None) -> dict:
     """The part of a status that anybody with a key may see: no requests but the own ones, no log,
-    nothing about projects."""
-    rows = [{**row, "pools": [{**pool, "project": None} for pool in row["pools"]]}
-            for row in report["accounts"]]
-    return {**{name: value for name, value in report.items() if name != "log"}, "accounts": rows,
-            "requests": [row for row in report["requests"] if user and row["user"] == user]}
+    nothing about projects; what is wrong with an account, with a link perhaps, where no key is
+    asked for, or to an admin's."""
+    told = {name: value for name, value in report.items() if name != "log"}
+    told["accounts"] = [{**row, "pools": [{**pool, "project": None} for pool in row["pools"]]}
+                        for row in report["accounts"]]
+    told["requests"] = [row for row in report["requests"] if user and user.user and (
+        (row["user"], bool(row["key"])) == (user.user, bool(user.id)))]    # one may be called owner
+    if user is not None and not user.admin:
+        told["warnings"] = []
+        for row in told["accounts"]:
+            row["reason"] = ""
+    return told
 
 
 def _series(name: str, labels: Mapping[str, Any]) -> str:
@@ -17206,13 +17408,15 @@ class Access(NamedTuple):
     """What a class of routes asks of whoever calls."""
     needs_key: bool = True      # where there is one
     by_any_name: bool = False   # a right key is enough under any Host: a rebound page has none
-    is_owners: bool = False     # the owner's key, from this machine; state is changed by JSON only
+    is_owners: bool = False     # the owner's key or session
+    is_here: bool = False       # from this machine, unless allowed; state is changed by JSON only
     is_private: bool = False    # no guest's key
 
 
 ACCESS = {"public": Access(needs_key=False), "api": Access(by_any_name=True),
           "accounts": Access(by_any_name=True, is_private=True),
-          "admin": Access(is_owners=True)}
+          "admin": Access(is_owners=True, is_here=True),
+          "login": Access(needs_key=False, is_here=True)}
 
 
 class Route(NamedTuple):
@@ -17224,6 +17428,7 @@ class Route(NamedTuple):
 
 OWNER = UserKey("", "", admin=True)     # who brings PROXY_API_KEY
 WRONG_KEYS = 20                 # then one a second is looked at
+FREE_PASSWORDS = 5              # wrong ones, before each costs a pause
 MOST_KNOWN_KEYS = 1000
 
 
@@ -17291,7 +17496,8 @@ class KeyGuard:
             if user is not None:
                 remember_secret(key.decode("utf-8", "replace"))
                 with self._lock:
-                    self._known[mark] = user
+                    if self._users is users:        # else it may have been revoked meanwhile
+                        self._known[mark] = user
         return user
 
     def _is_key_of(self, key: bytes, user: UserKey) -> bool:
@@ -17299,6 +17505,102 @@ class KeyGuard:
         with self._slow:
             made = hashlib.scrypt(key, salt=bytes.fromhex(salt), n=16384, r=8, p=1, dklen=32)
         return hmac.compare_digest(made.hex(), told)
+
+
+def login_key(kind: str, token: str) -> str:
+    """What is stored of a token, which it does not tell."""
+    return f"{kind} {hashlib.sha256(token.encode('utf-8', 'replace')).hexdigest()}"
+
+
+def new_login(state: State, kind: str, now: float) -> str:
+    """A token that opens the management: a `link` once, a `session` until it idles."""
+    import secrets
+    token = secrets.token_urlsafe(24)
+    remember_secret(token)
+    state.put("logins", login_key(kind, token), kind, now, urgent=True)
+    state.flush()
+    return token
+
+
+class Logins:
+    """The owner's log-ins to the management, apart from all keys: a one-time link or the password
+    begins a session.  The hashes of their tokens are in `state`, so that workers, a successor and
+    `ui` know the same ones.  The lock guards how often the password was wrong; it also lets one be
+    hashed at a time."""
+
+    def __init__(self, services: Services):
+        self.services = services
+        self._lock = threading.Lock()
+        self._wrong, self._next_at = 0, 0.0
+
+    def begin(self, given: Mapping[str, str]) -> str:
+        """The token of a new session; raises ProxyError authentication or locked_out."""
+        state, now = self.services.state, self.services.clock.now()
+        token, is_right = given.get("token", ""), False
+        if state is not None and token:
+            key = login_key("link", token)
+            is_right = bool(state.rows("logins", "key = ? AND at > ?", key, now - LINK_LASTS_S)
+                            ) and state.take("logins", key)
+        elif state is not None and given.get("password"):
+            is_right = self._is_password(given["password"], self.services.config.admin_password)
+        if not is_right:
+            raise ProxyError("authentication", "that link was used already, or is too old" if token
+                             else "that is not the password")
+        return new_login(state, "session", now)
+
+    def _is_password(self, given: str, wanted: str) -> bool:
+        """A password can be guessed, so after some wrong ones each costs a longer pause; the link
+        and the key go on to work."""
+        with self._lock:
+            now = self.services.clock.monotonic()
+            if now < self._next_at:
+                raise ProxyError("locked_out", "too many wrong passwords", self._next_at - now)
+            found = SCRYPT.fullmatch(wanted)
+            made = scrypt_hash(given, bytes.fromhex(wanted.split(":")[1])) if found else given
+            is_right = bool(wanted) and hmac.compare_digest(made.encode("utf-8", "replace"),
+                                                            wanted.encode())
+            self._wrong = 0 if is_right else self._wrong + 1
+            if self._wrong >= FREE_PASSWORDS:
+                self._next_at = now + min(60, 2 ** (self._wrong - FREE_PASSWORDS))
+        return is_right
+
+    @staticmethod
+    def csrf(token: str) -> str:
+        return hmac.new(token.encode(), b"csrf", "sha256").hexdigest()
+
+    @staticmethod
+    def cookie(token: str, server: Any) -> str:
+        """Its name has the port: browsers give a host's cookies to all of its ports."""
+        return (f"agproxy-{server.server_port}={token}; HttpOnly; SameSite=Strict; Path=/"
+                + "; Secure" * (server.tls is not None) + "; Max-Age=0" * (not token))
+
+    def token_of(self, exchange: Exchange, server: Any) -> str:
+        """The token of the request's session, "" where it has none that is alive."""
+        name, state = f"agproxy-{server.server_port}", self.services.state
+        given = dict(part.strip().partition("=")[::2]
+                     for part in exchange.headers.get("cookie", "").split(";")).get(name, "")
+        if not given or state is None:
+            return ""
+        key, now = login_key("session", given), self.services.clock.now()
+        rows = state.rows("logins", "key = ? AND at > ?", key, now - SESSION_IDLE_S)
+        if rows and now - rows[0][2] > 60:
+            state.put("logins", key, "session", now)
+        remember_secret(given if rows else "")
+        return given if rows else ""
+
+    def admits(self, exchange: Exchange, server: Any) -> bool:
+        """Whether the request has a session; a change needs its CSRF token too."""
+        token = self.token_of(exchange, server)
+        told = exchange.headers.get("x-agproxy-csrf", "").encode("utf-8", "replace")
+        if token and exchange.method not in ("GET", "HEAD") and not hmac.compare_digest(
+                told, self.csrf(token).encode()):
+            raise ProxyError("forbidden", "the header x-agproxy-csrf is missing or wrong")
+        return bool(token)
+
+    def end(self, exchange: Exchange, server: Any) -> None:
+        token = self.token_of(exchange, server)
+        if token:
+            self.services.state.take("logins", login_key("session", token))
 
 
 def keys_of(exchange: Exchange) -> list[str]:
@@ -17310,13 +17612,6 @@ def keys_of(exchange: Exchange) -> list[str]:
     if "key=" in exchange.query and exchange.dialect is DIALECTS["gemini"]:
         given += [v for name, v in urllib.parse.parse_qsl(exchange.query) if name == "key"]
     return given
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a peer's address is of this machine, as an IPv6 listener tells it too."""
-    import ipaddress
-    found = ipaddress.ip_address(address.partition("%")[0])
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -17570,7 +17865,10 @@ class Handler:
         page can send a simple POST to it, or be rebound to its address."""
         headers, config, server = exchange.headers, self.services.config, self.server
         origin = headers.get("origin", "")
-        if origin and origin not in server.own_origins:
+        own_name = origin.partition("://")[2].lower() if config.hosts else ""
+        is_own = own_name and own_name == headers.get("host", "").lower() and (
+            _PORT.sub("", own_name) in map(str.lower, config.hosts))
+        if origin and origin not in server.own_origins and not is_own:
             if origin not in config.cors_origins:
                 raise ProxyError("forbidden", "requests from this web origin are not allowed; add "
                                  "it to settings.cors_origins")
@@ -17578,19 +17876,25 @@ class Handler:
         elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
         if access.needs_key:
-            exchange.user = server.guard.check(keys_of(exchange), time.monotonic())
+            given = keys_of(exchange)
+            has_session = access.is_owners and not any(given) and (
+                server.logins.admits(exchange, server))
+            exchange.user = OWNER if has_session else server.guard.check(given, time.monotonic())
         if exchange.user is not None:
             self._know_user(exchange, exchange.user, access)
         host = headers.get("host", "").lower()
         is_own = (host in server.own_hosts
                   or not host and exchange.is_http_1_0      # no browser speaks it
                   or _PORT.sub("", host) in map(str.lower, config.hosts))
-        exchange.is_stranger = not (is_own or access.by_any_name and exchange.user)
+        # a tunnel's program runs here and brings another name
+        is_tunnelled = not is_own and self.downstream.peer is None
+        exchange.is_stranger = not (is_own or access.by_any_name and exchange.user and not (
+            access.is_private and is_tunnelled))
         is_probe = exchange.path == "/health" and not exchange.query
         if exchange.is_stranger and not is_probe:
             raise ProxyError("forbidden", "this Host name is not served; add it to settings.hosts")
-        if access.is_owners:
-            self._admit_owner(exchange)
+        if access.is_here:
+            self._admit_owner(exchange, access)
 
     def _know_user(self, exchange: Exchange, user: UserKey, access: Access) -> None:
         if access.is_private and user.guest:
@@ -17599,11 +17903,13 @@ class Handler:
         if user.groups:
             exchange.services = exchange.services.with_groups(user.groups)
 
-    def _admit_owner(self, exchange: Exchange) -> None:
-        if not is_loopback(self.downstream.sock.getpeername()[0]):
-            raise ProxyError("forbidden", "this is answered on the proxy's own machine only")
-        if exchange.user is None or not exchange.user.admin:
-            raise ProxyError("authentication", "this needs the owner's key, PROXY_API_KEY")
+    def _admit_owner(self, exchange: Exchange, access: Access) -> None:
+        if not (self.services.config.admin_remote or self.downstream.peer is None):
+            raise ProxyError("forbidden", "this is answered on the proxy's own machine only, "
+                             "without --admin-remote")
+        if access.is_owners and (exchange.user is None or not exchange.user.admin):
+            raise ProxyError("authentication", "this needs the owner's key, PROXY_API_KEY, or a "
+                             "log-in")
         kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
         if exchange.method not in ("GET", "HEAD") and kind != "application/json":
             raise ProxyError("media_type", "Content-Type: application/json is required")
@@ -17919,7 +18225,7 @@ def answer_account_limits(handler: Handler, exchange: Exchange, match: Any) -> N
 
 def answer_status_line(handler: Handler, exchange: Exchange, match: Any) -> None:
     told = dict(urllib.parse.parse_qsl(exchange.query))
-    line = status_line(handler.services.pool, handler.services.config, told.get("model", ""),
+    line = status_line(exchange.services.pool, exchange.services.config, told.get("model", ""),
                        told.get("session", ""))
     exchange.send_bytes(200, "text/plain; charset=utf-8", line.encode("utf-8", "replace"))
 
@@ -17933,9 +18239,9 @@ def answer_stats(handler: Handler, exchange: Exchange, match: Any) -> None:
     """The whole status for the owner, here, and of simulated accounts, whose requests are
     nobody's."""
     report, user = status_report(handler.services, handler.server), exchange.user
-    is_owners = user and user.admin and is_loopback(handler.downstream.sock.getpeername()[0])
+    is_owners = user and user.admin and handler.downstream.peer is None
     if not (report["is_demo"] or is_owners):
-        report = status_for_user(report, user.user if user else "")
+        report = status_for_user(report, user)
     exchange.send_json(200, report)
 
 
@@ -17981,6 +18287,1116 @@ def answer_preflight(handler: Handler, exchange: Exchange, match: Any) -> None:
     exchange.downstream.send(exchange.head_bytes(204, headers))
 
 
+# Management: what a person does with a running server.  First what commands do as well
+
+def check_credential(row: dict, providers: Mapping[str, Provider],
+                     connections: ConnectionCache) -> None:
+    """Raises ProxyError when the credential does not work.  A rotated refresh token and the e-mail
+    address are put into `row`."""
+    account = account_from_row({"name": "new", **row}, providers)
+
+    def rotated(_: Account, old: str, new: str) -> None:
+        row["refresh_token"] = new
+    tokens = Tokens(connections, Clock(), small_call_error, on_rotate=rotated)
+    if account.provider.auth != "oauth":
+        check_key(account, tokens)
+        return
+    token = tokens.access(account)
+    if not row.get("email"):
+        row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
+
+
+def verify_account(account: Account, found: Services) -> str:
+    """`works`, and what does not; raises ProxyError or ConfigError when nothing does."""
+    if account.provider.auth != "oauth":
+        check_key(account, found.tokens)
+        return "works"
+    token, absent = found.tokens.access(account, is_shared=False), []
+    for provider in account.providers if account.provider.envelope else ():
+        facts = pool_facts(found.pool, found.tokens, account, provider, token, again=True)
+        absent += [f"{provider.id} is absent: {facts.absent}"] * bool(facts.absent)
+        failure = None if facts.absent else found.keeper.read(account, provider)
+        if failure is not None:
+            raise failure
+    if len(absent) == len(account.providers):
+        raise ProxyError("absent", "; ".join(absent))
+    return "; ".join(["works", *absent])
+
+
+def forget_account(services: Services, name: str) -> None:
+    """What was learned of an account that is no longer in the file."""
+    for account in services.pool.accounts:
+        if account.name == name:
+            services.pool.clear(account)
+    for ending in ("", ".lock"):
+        with contextlib.suppress(OSError):      # it had none
+            os.unlink(services.tokens.kept_path(name) + ending)
+    for table in ("facts", "quotas", "used"):
+        services.state.delete(table, name)
+
+
+def explain_model(services: Services, asked: str) -> dict:
+    """What would happen to a plain request for this model now; nothing is sent.  `account` is None
+    where nobody would serve it.  Raises ProxyError not_found."""
+    plain = Request(asked, (), wanted=model_variant(asked)[0])
+    name, why = route_for(plain, {}, services.config, lambda: 0)
+    with contextlib.suppress(ProxyError):       # what nobody serves stays, as in serving
+        name = name if name and services.candidates(name) else ""
+    models, candidates, _ = services.plan(name or asked)
+    chosen, reason, sheet = services.pool.explain(candidates)
+    now = services.clock.now()
+    return {"asked": asked, "routed_to": name, "routed_by": why if name else "",
+            "models": [{"id": model.id, "label": model.label} for model in models],
+            "account": chosen.candidate.account.label if chosen else None,
+            "pool": chosen.candidate.provider.id if chosen else None,
+            "reason": reason if chosen else refusal(asked, sheet, now, None).message,
+            "sheet": sheet_rows(sheet, now)}
+
+
+def reread_quota(services: Services, account: Account) -> str:
+    """"" after its quota was read from upstream, else why not."""
+    if services.pool.is_stopped(account) or not account.enabled:
+        return "it is disabled, or stopped until a person acts"
+    if account.provider.quota:
+        services.keeper.read_key(account)
+    failures = [services.keeper.read(account, provider) for provider in account.providers
+                if provider.envelope]
+    return "; ".join(redact(err.message) for err in failures if err)
+
+
+def note_version(services: Services, who: str) -> None:
+    """Remembers the accounts file as it is now, if it differs from what was remembered last."""
+    if services.state is None:
+        return
+    with contextlib.suppress(ConfigError):      # of a file that cannot be read there is none
+        text = json_encode(version_of(read_accounts_file(services.config.path)))
+        key = "ver_" + hashlib.sha256(text.encode()).hexdigest()[:16]
+        services.state.flush()
+        newest = services.state.rows("versions", "1 ORDER BY at DESC, rowid DESC LIMIT 1")
+        if not newest or newest[0][0] != key:
+            services.state.put("versions", key, services.clock.now(), who, text, urgent=True)
+            services.state.flush()
+
+
+def write_backup(services: Services) -> str:
+    """The folder of a fresh copy of the accounts file and of state.db, for this user only; raises
+    OSError."""
+    source = os.path.realpath(services.config.path)
+    folder = os.path.join(os.path.dirname(source), "backups",
+                          time.strftime("%Y%m%d-%H%M%S-") + new_id("")[-4:])
+    os.makedirs(folder, mode=0o700)
+    with file_lock(source), open(source, "rb") as handle:
+        write_atomic(os.path.join(folder, "accounts.json"), handle.read())
+    services.state.copy_to(os.path.join(folder, "state.db"))
+    return folder
+
+
+def request_rows(state: State, since: float, until: float) -> Iterator[tuple[float, dict]]:
+    """(when, row) of each request that ended in that time, newest first, a page at a time."""
+    for start in itertools.count(0, 500):
+        rows = state.rows("requests", "at >= ? AND at <= ? ORDER BY at DESC LIMIT 500 OFFSET ?",
+                          since, until, start)
+        yield from ((at, json_decode(text.encode())) for _, at, text in rows)
+        if len(rows) < 500:
+            return
+
+
+USAGE_BY = ("account", "used", "asked", "client", "agent", "session", "user", "key")
+USAGE_PER = {"hour": "%Y-%m-%d %H:00", "day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m"}
+USAGE_SUMS = ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")
+
+
+def usage_rows(state: State, by: str, per: str, since: float, until: float) -> list[dict]:
+    """Sums of requests and tokens by a column of theirs and by time, in local time."""
+    sums: dict[tuple, collections.Counter] = {}
+    for at, row in request_rows(state, since, until):
+        when = time.strftime(USAGE_PER[per], time.localtime(at))
+        sums.setdefault((when, str(row.get(by) or "-")), collections.Counter()).update(
+            requests=1, errors=int(row.get("status", 0) >= 400),
+            **{name: int(row.get(name) or 0) for name in USAGE_SUMS[2:]})
+    return [{"from": when, by: name, **{n: found[n] for n in USAGE_SUMS}}
+            for (when, name), found in sorted(sums.items())]
+
+
+def csv_of(rows: list[dict]) -> bytes:
+    """A table as spreadsheets read it; a text that one would take for a formula stays a text."""
+    def cell(value: Any) -> str:
+        text = str(value)
+        text = "'" + text if text[:1] in ("=", "+", "-", "@", "\t") and text != "-" else text
+        return '"%s"' % text.replace('"', '""') if re.search(r'[",\r\n]', text) else text
+    lines = [rows[0].keys(), *(row.values() for row in rows)] if rows else []
+    return "".join(",".join(map(cell, line)) + "\r\n" for line in lines).encode()
+
+
+def limit_rows(limits: Iterable[Limit], spending: Spending) -> list[dict]:
+    """Each limit with what was used of it, and when its window ends (null: it has none)."""
+    rows = []
+    for limit in limits:
+        used, end = spending.used(limit)
+        rows.append({"owner": limit.owner, "what": limit.what, "per": limit.per, "used": used,
+                     "most": limit.most, "free_at": end if limit.per else None})
+    return rows
+
+
+def key_row(key: UserKey, spending: Spending, state: State, now: float) -> dict:
+    """A key as it is listed; never its hash."""
+    ended = bool(key.expires_at) and key.expires_at <= now
+    last = state.rows("requests", "json LIKE ? ORDER BY at DESC LIMIT 1",
+                      f'%"key":{json_encode(key.id)}%')
+    return {"id": key.id, "user": key.user, "hint": key.hint, "guest": key.guest,
+            "admin": key.admin, "expires_at": key.expires_at or None,
+            "state": "expired" if ended else "ready" if key.enabled else "disabled",
+            "models": list(key.models), "last_used_at": last[0][1] if last else None,
+            "limits": limit_rows(key.limits, spending)}
+
+
+def user_rows(config: Config, spending: Spending, state: State, now: float) -> list[dict]:
+    """Each user with their keys, as listed."""
+    rows: dict[str, dict] = {}
+    for key in config.users:
+        row = rows.setdefault(key.user, {
+            "name": key.user, "enabled": key.enabled, "keys": [], "groups": [
+                name for name, group in key.groups.items() if config.groups.get(name) != group],
+            "limits": limit_rows([lim for lim in key.limits if lim.owner == "user " + key.user],
+                                 spending)})
+        row["keys"] += [key_row(key, spending, state, now)] if key.key_hash else []
+    return list(rows.values())
+
+
+class SignIn:
+    """A sign-in that a browser anywhere may finish: by coming back to this machine, or by the
+    address of its last page, handed in.  `finish` stores what came of it."""
+
+    def __init__(self, login: Login, finish: Callable[[dict], str]):
+        self.id, self.login, self.expires_at = new_id("sgn_"), login, time.time() + LOGIN_WAIT_S
+        self.state, self.message, self.account = "waiting", "", None
+        self._finish = finish
+
+    def run(self, connections: ConnectionCache) -> None:
+        """The life of its thread."""
+        try:
+            self.account = self._finish(self.login.finish(connections, self._tell))
+            self.state, self.message = "done", ""
+        except (ProxyError, ConfigError, OSError) as err:
+            self.state, self.message = "failed", redact(cause(err))
+
+    def _tell(self, text: str) -> None:
+        self.message = redact(text)
+
+    def report(self) -> dict:
+        return {"id": self.id, "state": self.state, "message": self.message,
+                "account": self.account, "expires_at": self.expires_at}
+
+
+# Its answers: (call) -> JSON value, bytes of a table, or True for a stream that goes on
+
+class Field(NamedTuple):
+    """What one field of a body, or of a query, may be."""
+    types: Any
+    allowed: str            # told where it is something else
+    is_needed: bool = False
+
+
+class AdminRow(NamedTuple):
+    """One thing that can be asked of the management."""
+    method: str
+    path: str               # `{id}` is one part, decoded
+    handle: Callable[[Any], Any]
+    about: str
+    fields: Mapping[str, Field] = {}        # of a GET's query, else of the body
+    access: str = "admin"
+
+
+def refused_edit(error: ConfigError) -> ProxyError:
+    """What was not changed, and why; an account's place in the file says nothing to a caller."""
+    return invalid("", re.sub(r"\Aaccounts\.\d+(\.|: )", "", str(error)))
+
+
+class AdminCall(NamedTuple):
+    """A request to the management whose fields are known to be as they should."""
+    handler: Handler
+    exchange: Exchange
+    id: str
+    fields: dict
+    changes: list           # lines that differ in the file, for the audit
+
+    @property
+    def server(self) -> Any:
+        return self.handler.server
+
+    @property
+    def services(self) -> Services:
+        return self.handler.services
+
+    @property
+    def who(self) -> str:
+        user = self.exchange.user
+        return (user.user or "owner") if user else "nobody"
+
+    def edit(self, change: Callable[[dict], Any]) -> Any:
+        """What `change` answers, on the stored object; the file is whole, in force, remembered."""
+        services, path = self.services, self.services.config.path
+
+        def noted(stored: dict) -> Any:
+            before = copy.deepcopy(stored)
+            result = change(stored)
+            self.changes.extend(diff_lines(before, stored))
+            return result
+        try:
+            result = edit_accounts(path, noted)
+        except ConfigError as err:
+            raise refused_edit(err) from None
+        except OSError as err:
+            raise ProxyError("not_stored", cause(err)) from None
+        note_version(services, self.who)
+        if services.keeper is not None:
+            services.keeper.reload()
+        return result
+
+    def edit_account(self, change: Callable[[list, dict], Any]) -> None:
+        """The same with `change(rows, row)` on the account of the call."""
+        name = self.account().name
+
+        def find(stored: dict) -> None:
+            row = dict(stored_accounts(stored)).get(name)
+            if row is None:
+                raise ConfigError(f"{self.id} is not in the accounts file: its key is a variable")
+            change(stored["accounts"], row)
+        self.edit(find)
+
+    def account(self) -> Account:
+        accounts = self.services.pool.accounts
+        name = account_ids(a.name for a in accounts).get(self.id)
+        found = next((a for a in accounts if a.name == name), None)
+        if found is None:
+            raise ProxyError("not_found", f"there is no account {self.id[:80]}")
+        return found
+
+
+_TEXT, _NAMES = Field(str, "a text is required"), Field((str, list), "a model, or a list of models")
+_WHOLE = Field(int, "a whole number is required")
+_ACCOUNT_FIELDS = {name: Field(types, f"{allowed} is required")
+                   for name, (types, allowed) in ACCOUNT_FIELDS.items()}
+_EDITED_FIELDS = {name: row for name, row in _ACCOUNT_FIELDS.items()
+                  if name not in ("name", "provider")}
+_AGREED = Field(str, 'to agree to what the provider\'s terms say, write "yes"')
+_NEW_ACCOUNT = {**_ACCOUNT_FIELDS, "provider": _ACCOUNT_FIELDS["provider"]._replace(is_needed=True),
+                "agreed": _AGREED, "check": Field(bool, "true, or false to store it untried")}
+
+
+def checked_fields(row: AdminRow, given: Mapping) -> dict:
+    """The fields of a call; raises ProxyError invalid_request, which says what is allowed."""
+    unknown = [name for name in given if name not in row.fields]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(row.fields), 1)
+        raise invalid(unknown[0][:80], "is no field here" + (
+            f"; {near[0]}?" if near else f"; allowed: {', '.join(row.fields) or 'none'}"))
+    for name, spec in row.fields.items():
+        if name not in given or given[name] is None and row.method in ("PATCH", "PUT"):
+            if spec.is_needed:
+                raise invalid(name, spec.allowed)
+            continue
+        is_bool = isinstance(given[name], bool) and spec.types not in (bool, object)
+        if is_bool or not isinstance(given[name], spec.types):
+            raise invalid(name, spec.allowed)
+    return dict(given)
+
+
+def query_fields(row: AdminRow, query: str) -> dict:
+    """The same of a query, whose values are texts."""
+    given: dict[str, Any] = {}
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
+        kind = row.fields[name].types if name in row.fields else str
+        is_number = kind in (int, (int, float)) and re.fullmatch(r"\d{1,15}(\.\d{1,9})?", value)
+        given[name] = (float(value) if "." in value else int(value)) if is_number else value
+    return checked_fields(row, given)
+
+
+def note_audit(call: AdminCall, what: str, more: str = "") -> None:
+    """A row of the audit: who did what, and the lines that differ; no value of a secret."""
+    fields = {name: "set" if name in ("token", "password", "answer") else value
+              for name, value in object_of(as_shown(call.fields)).items()}
+    if call.services.state is not None:
+        call.services.state.put("audits", new_id("aud_"), call.services.clock.now(), call.who,
+                                redact(what), without_secrets(json_encode(
+                                    {"fields": fields, "changes": call.changes, "note": more})),
+                                urgent=True)
+
+
+def answer_admin(handler: Handler, exchange: Exchange, match: Any, row: AdminRow) -> bool:
+    """Checks the fields, calls the row's function, notes what was changed."""
+    if row.method == "GET":
+        fields = query_fields(row, exchange.query)
+    else:
+        try:
+            given = json_decode(exchange.body) if exchange.body else {}
+        except ValueError as err:
+            raise invalid("", f"the body is not valid JSON: {err}") from None
+        if not isinstance(given, dict):
+            raise invalid("", "the body is a JSON object")
+        fields = checked_fields(row, given)
+    wanted = urllib.parse.unquote(match.groupdict().get("id") or "")
+    call = AdminCall(handler, exchange, wanted, fields, [])
+    try:
+        result = row.handle(call)
+    except ConfigError as err:
+        raise refused_edit(err) from None
+    except OSError as err:
+        raise ProxyError("not_stored", cause(err)) from None
+    if row.method != "GET":
+        note_audit(call, f"{row.method} {exchange.path}")
+    if result is True:
+        return True
+    head = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+    if isinstance(result, bytes):
+        exchange.send_bytes(200, "text/csv; charset=utf-8", result, head)
+    else:
+        exchange.send_json(200, result, head)
+    return False
+
+
+def admin_login(call: AdminCall) -> dict:
+    logins, exchange = call.server.logins, call.exchange
+    try:
+        token = logins.begin(call.fields)
+    except ProxyError as err:
+        note_audit(call, "log-in refused", err.kind)
+        raise
+    exchange.user = OWNER
+    exchange.more_headers["set-cookie"] = logins.cookie(token, call.server)
+    return {"csrf": logins.csrf(token), "expires_in_s": SESSION_IDLE_S}
+
+
+def admin_session(call: AdminCall) -> dict:
+    token = call.server.logins.token_of(call.exchange, call.server)
+    return {"user": call.who, "csrf": call.server.logins.csrf(token) if token else None}
+
+
+def admin_logout(call: AdminCall) -> dict:
+    call.server.logins.end(call.exchange, call.server)
+    call.exchange.more_headers["set-cookie"] = call.server.logins.cookie("", call.server)
+    return {"logged_out": True}
+
+
+def admin_status(call: AdminCall) -> dict:
+    return status_report(call.services, call.server)
+
+
+def admin_accounts(call: AdminCall) -> dict:
+    stored = {row["name"]: row for row in call.services.config.accounts}
+    names = account_ids(stored)
+    return {"accounts": [{**row, "settings": {
+        "refresh_token": None, "access_token": None, "api_key": None,
+        **object_of(as_shown(stored[names[row["id"]]]))}}
+        for row in account_rows(call.services.pool) if row["id"] in names]}
+
+
+def admin_account(call: AdminCall) -> dict:
+    call.account()
+    return next(row for row in admin_accounts(call)["accounts"] if row["id"] == call.id)
+
+
+def chosen_provider(call: AdminCall) -> Provider:
+    """The provider of a new account, to whose terms the owner has agreed."""
+    wanted, rows = call.fields["provider"], call.services.config.providers
+    if wanted not in rows or not rows[wanted].base_urls:
+        known = ", ".join(name for name, row in rows.items() if row.base_urls)
+        raise invalid("provider", f"one of {known} is required")
+    policy = rows[wanted].policy
+    if policy and call.fields.get("agreed") != "yes":
+        raise invalid("agreed", f'{policy} To go on all the same, write "yes"')
+    return rows[wanted]
+
+
+def keep_account(call: AdminCall, row: dict, cells: Mapping[str, str]) -> str:
+    """The id of an account that is stored, new or signed in again."""
+    def change(stored: dict) -> str:
+        name, _ = put_account(stored, row, cells)
+        ids = account_ids(n for n, _ in stored_accounts(stored))
+        return next(key for key, found in ids.items() if found == name)
+    return call.edit(change)
+
+
+def admin_add_account(call: AdminCall) -> dict:
+    provider = chosen_provider(call)
+    row = {k: v for k, v in call.fields.items() if k not in ("agreed", "check")}
+    if "@" in row.get("name", ""):
+        raise invalid("name", "a label without @ is required; an address goes into `email`")
+    config = call.services.config
+    load_config(config.path, {}, {}, {"providers": object_of(read_accounts_file(
+        config.path).get("providers")), "accounts": [row]})
+    if call.fields.get("check", True):
+        check_credential(row, config.providers, call.services.connections)
+    for credential in CREDENTIALS:
+        remember_secret(row.get(credential))
+    return {"id": keep_account(call, row, known_client(provider, os.environ))}
+
+
+def admin_edit_account(call: AdminCall) -> dict:
+    def change(rows: list, row: dict) -> None:
+        for name in CREDENTIALS if any(call.fields.get(n) for n in CREDENTIALS) else ():
+            row.pop(name, None)
+        for name, value in call.fields.items():
+            row.pop(name, None) if value is None else row.update({name: value})
+    call.edit_account(change)
+    return admin_account(call)
+
+
+def admin_remove_account(call: AdminCall) -> dict:
+    name = call.account().name
+    call.edit_account(lambda rows, row: rows.remove(row))
+    forget_account(call.services, name)
+    return {"removed": call.id, "note": "its sign-in is still valid at the vendor; revoke it there"}
+
+
+def admin_enable(call: AdminCall, is_on: bool) -> dict:
+    call.edit_account(lambda rows, row: row.update(enabled=is_on))
+    if is_on:
+        call.services.pool.clear(call.account(), stops_only=True)
+    return admin_account(call)
+
+
+def admin_verify(call: AdminCall) -> dict:
+    account = call.account()
+    said = verify_account(account, call.services)
+    call.services.pool.clear(account, stops_only=True)
+    return {**admin_account(call), "result": said}
+
+
+def admin_clear(call: AdminCall) -> dict:
+    accounts = [call.account()] if call.id else list(call.services.pool.accounts)
+    return {"cleared": sum(call.services.pool.clear(account) for account in accounts)}
+
+
+def admin_read_quota(call: AdminCall) -> dict:
+    wrong = reread_quota(call.services, call.account())
+    if wrong:
+        raise ProxyError("conflict", f"its quota could not be read: {wrong}")
+    return admin_account(call)
+
+
+def admin_quota(call: AdminCall) -> dict:
+    return {"quota": [{"account": row["id"], **window} for row in account_rows(call.services.pool)
+                      for window in row["quotas"]]}
+
+
+def admin_limits(call: AdminCall) -> dict:
+    return {"limits": [{"account": row["id"], **limit} for row in account_rows(call.services.pool)
+                       for limit in row["limits"]], **account_limits(call.services.pool, None)}
+
+
+# Sign-ins
+
+def signed_in(call: AdminCall, provider: Provider, found: SignIn, is_found: bool,
+              answer: dict) -> str:
+    """The id of the account that a sign-in gave, checked and stored."""
+    connections, login = call.services.connections, found.login
+    row = {n: call.fields[n] for n in ("name", "project") if call.fields.get(n)}
+    cells = dict(zip(("client_id", "client_secret"), login.clients[0])) if is_found else {}
+    if "key" in answer:
+        row.update(provider=provider.id, api_key=answer["key"])
+    else:
+        row.update(provider=provider.id, refresh_token=answer["refresh_token"],
+                   email=oauth_email(provider, answer, connections))
+    providers = {**call.services.config.providers, provider.id: provider._replace(**cells)}
+    check_credential(row, providers, connections)
+    kept = keep_account(call, {k: v for k, v in row.items() if v}, cells)
+    note_audit(call, "signed in", kept)
+    return kept
+
+
+def admin_sign_in(call: AdminCall) -> dict:
+    provider, server = chosen_provider(call), call.server
+    if not provider.auth_url:
+        raise invalid("provider", f"{provider.id} has no sign-in; give its api_key to POST "
+                      "/admin/accounts")
+    with server.signing_in:
+        for old in [s for s in server.sign_ins.values() if s.state != "waiting"][:-MOST_SIGN_INS]:
+            del server.sign_ins[old.id]
+        if sum(s.state == "waiting" for s in server.sign_ins.values()) >= MOST_SIGN_INS:
+            raise ProxyError("conflict", f"{MOST_SIGN_INS} sign-ins wait already; finish one, or "
+                             f"wait {human_s(LOGIN_WAIT_S)}")
+        login, is_found = begin_login(provider, os.environ)
+        found = SignIn(login, lambda answer: signed_in(call, provider, found, is_found, answer))
+        server.sign_ins[found.id] = found
+    connections = call.services.connections
+    threading.Thread(target=call.services.log.outlive, args=("sign-in", found.run, connections),
+                     daemon=True).start()
+    return {**found.report(), "url": login.url, "hint": "where the last page does not load, its "
+            "address goes to POST /admin/oauth/complete"}
+
+
+def sign_in_of(call: AdminCall) -> SignIn:
+    found = call.server.sign_ins.get(call.fields["id"])
+    if found is None:
+        raise ProxyError("not_found", "there is no such sign-in here; begin another")
+    return found
+
+
+def admin_sign_in_status(call: AdminCall) -> dict:
+    return sign_in_of(call).report()
+
+
+def admin_complete(call: AdminCall) -> dict:
+    found = sign_in_of(call)
+    wrong = found.login.take(call.fields["answer"])
+    if wrong:
+        raise invalid("answer", f"{wrong}; the whole address of the last page is required")
+    deadline = time.monotonic() + TOKEN_TIMEOUT_S
+    while found.state == "waiting" and not found.message and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found.report()
+
+
+# Routing: one function for each verb, by the part of the file it changes
+
+def stored_part(call: AdminCall, part: str) -> Any:
+    stored = read_accounts_file(call.services.config.path)
+    return stored.get(part, [] if part == "rules" else {})
+
+
+def admin_part(call: AdminCall, part: str) -> dict:
+    """All rows of a part, each with its id."""
+    found = stored_part(call, part)
+    rows = enumerate(found, 1) if isinstance(found, list) else found.items()
+    return {part: [{"id": str(key), **(row if isinstance(row, dict) else {"to": row})}
+                   for key, row in rows]}
+
+
+def part_row(found: Any, key: str, part: str) -> Any:
+    """The key of a row in a stored part; raises ProxyError not_found."""
+    if isinstance(found, list) and re.fullmatch(r"[1-9]\d{0,5}", key) and int(key) <= len(found):
+        return int(key) - 1
+    if isinstance(found, dict) and key in found:
+        return key
+    raise ProxyError("not_found", f"there is no {key[:80]!r} in {part}")
+
+
+def admin_part_row(call: AdminCall, part: str) -> dict:
+    found = stored_part(call, part)
+    row = found[part_row(found, call.id, part)]
+    return {"id": call.id, **(row if isinstance(row, dict) else {"to": row})}
+
+
+def admin_part_add(call: AdminCall, part: str) -> dict:
+    def change(stored: dict) -> str:
+        rows = stored.setdefault(part, [] if part == "rules" else {})
+        row = dict(call.fields)
+        if part == "rules":
+            rows.append(row)
+            return str(len(rows))
+        name = row.pop("name")
+        if not name or name in rows:
+            raise ProxyError("conflict", f"there is a {name[:80]!r} in {part} already" if name else
+                             "a name is required")
+        rows[name] = row["to"] if part in ("aliases", "routes") and len(row) == 1 else row
+        return name
+    return admin_part_row(call._replace(id=call.edit(change)), part)
+
+
+def admin_part_edit(call: AdminCall, part: str) -> dict:
+    def change(stored: dict) -> None:
+        rows = stored.get(part) or {}
+        key = part_row(rows, call.id, part)
+        row = dict(rows[key]) if isinstance(rows[key], dict) else {"to": rows[key]}
+        row.update(call.fields)
+        row = {name: value for name, value in row.items() if value is not None}
+        rows[key] = row["to"] if part in ("aliases", "routes") and set(row) == {"to"} else row
+    call.edit(change)
+    return admin_part_row(call, part)
+
+
+def admin_part_remove(call: AdminCall, part: str) -> dict:
+    def change(stored: dict) -> None:
+        rows = stored.get(part) or {}
+        del rows[part_row(rows, call.id, part)]
+    call.edit(change)
+    return {"removed": call.id}
+
+
+def admin_order_rules(call: AdminCall) -> dict:
+    call.edit(lambda stored: stored.update(rules=call.fields["rules"]))
+    return admin_part(call, "rules")
+
+
+def admin_test_group(call: AdminCall) -> dict:
+    found = stored_part(call, "groups")
+    return explain_model(call.services, part_row(found, call.id, "groups"))
+
+
+# Users and their keys
+
+def admin_users(call: AdminCall) -> dict:
+    return {"users": [{"id": row["name"], **row} for row in user_rows(
+        call.services.config, call.server.spending, call.services.state,
+        call.services.clock.now())]}
+
+
+def admin_keys(call: AdminCall) -> dict:
+    return {"keys": [key for user in admin_users(call)["users"] for key in user["keys"]]}
+
+
+def row_of(call: AdminCall, rows: Iterable[dict], what: str) -> dict:
+    """The listed row that has the call's id; raises ProxyError not_found."""
+    found = next((row for row in rows if row["id"] == call.id), None)
+    if found is None:
+        raise ProxyError("not_found", f"there is no {what} {call.id[:80]}")
+    return found
+
+
+def admin_user(call: AdminCall) -> dict:
+    return row_of(call, admin_users(call)["users"], "user")
+
+
+def admin_key(call: AdminCall) -> dict:
+    return row_of(call, admin_keys(call)["keys"], "key")
+
+
+def put_cells(row: dict, cells: Mapping) -> None:
+    """Sets what is given; null takes it away."""
+    for name, value in cells.items():
+        row.pop(name, None) if value is None else row.update({name: value})
+
+
+def admin_add_user(call: AdminCall) -> dict:
+    cells = {k: v for k, v in call.fields.items() if k != "name"}
+    call.edit(lambda stored: add_user(stored, call.fields["name"], cells))
+    return admin_user(call._replace(id=call.fields["name"]))
+
+
+def admin_edit_user(call: AdminCall) -> dict:
+    admin_user(call)
+    call.edit(lambda stored: put_cells(stored_user(stored, call.id), call.fields))
+    return admin_user(call)
+
+
+def admin_remove_user(call: AdminCall) -> dict:
+    admin_user(call)
+    call.edit(lambda stored: stored["users"].remove(stored_user(stored, call.id)))
+    return {"removed": call.id}
+
+
+def admin_add_key(call: AdminCall) -> dict:
+    """The one time that the key is told."""
+    cells, user = {k: v for k, v in call.fields.items() if k != "user"}, call.fields["user"]
+    key, key_id = call.edit(lambda stored: add_key(stored, user, cells, time.time()))
+    return {"id": key_id, "user": user, "key": key, "note": "it is shown this once"}
+
+
+def admin_edit_key(call: AdminCall) -> dict:
+    admin_key(call)
+    call.edit(lambda stored: put_cells(stored_key(stored, call.id)[1], call.fields))
+    return admin_key(call)
+
+
+def admin_rotate_key(call: AdminCall) -> dict:
+    admin_key(call)
+    key = call.edit(lambda stored: renew_key(stored_key(stored, call.id)[1]))
+    return {"id": call.id, "key": key, "note": "it is shown this once; the old one is void"}
+
+
+def admin_revoke_key(call: AdminCall) -> dict:
+    admin_key(call)
+
+    def change(stored: dict) -> None:
+        user, row = stored_key(stored, call.id)
+        user["keys"].remove(row)
+    call.edit(change)
+    return {"removed": call.id}
+
+
+# Settings
+
+RESTART_SETTINGS = ("host", "port", "tls_cert", "tls_key", "max_connections", "max_threads",
+                    "max_state_bytes", "pid_offset")
+
+
+def setting_source(config: Config, stored: Mapping, name: str) -> str:
+    """Where a setting's value comes from."""
+    row, value = SETTINGS[name], config.settings.get(name)
+    with contextlib.suppress(ConfigError):      # a file that is being edited
+        if name in stored and setting_value(name, stored[name], "") == value:
+            return "file"
+    if any(os.environ.get(v) for v in (row.variable, "AGPROXY_" + name.upper()) if v):
+        return "variable"
+    return "default" if value == row.default else "flag"
+
+
+def admin_settings(call: AdminCall) -> dict:
+    config, stored = call.services.config, stored_part(call, "settings")
+    return {"settings": [
+        {"id": name, "value": as_shown(config.settings.get(name, row.default), name),
+         "default": row.default, "source": setting_source(config, stored, name),
+         "about": row.about, "variables": [row.variable] * bool(row.variable)
+         + ["AGPROXY_" + name.upper()], "needs_restart": name in RESTART_SETTINGS}
+        for name, row in SETTINGS.items()]}
+
+
+def admin_edit_settings(call: AdminCall) -> dict:
+    values = dict(call.fields)
+    for name, value in values.items():
+        if value is not None:
+            setting_value(name, value, name)
+    if values.get("admin_password"):
+        values["admin_password"] = scrypt_hash(values["admin_password"])
+
+    def change(stored: dict) -> None:
+        settings = stored.setdefault("settings", {})
+        for name, value in values.items():
+            settings.pop(name, None) if value is None else settings.update({name: value})
+    call.edit(change)
+    return {"settings": [row for row in admin_settings(call)["settings"] if row["id"] in values]}
+
+
+def admin_history(call: AdminCall) -> dict:
+    """Newest first, each with what it changed."""
+    limit = min(call.fields.get("limit", 50), MOST_VERSIONS)
+    rows = call.services.state.rows("versions", "1 ORDER BY at DESC, rowid DESC LIMIT ?", limit + 1)
+    forms = [json_decode(text.encode()) for *_, text in rows]
+    return {"versions": [
+        {"id": key, "at": at, "who": who,
+         "diff": diff_lines(forms[number + 1], forms[number]) if number + 1 < len(forms) else []}
+        for number, (key, at, who, _) in enumerate(rows[:limit])]}
+
+
+def admin_rollback(call: AdminCall) -> dict:
+    rows = call.services.state.rows("versions", "id = ?", call.fields["version"])
+    if not rows:
+        raise ProxyError("not_found", "there is no such version; GET /admin/settings/history")
+    version = json_decode(rows[0][3].encode())
+    call.edit(lambda stored: restore_version(stored, version))
+    return {"version": rows[0][0], "diff": list(call.changes)}
+
+
+# Requests and what else was recorded
+
+def admin_requests(call: AdminCall) -> dict:
+    """The newest that fit, without their choices."""
+    limit, fields = call.fields.get("limit", 50), dict(call.fields)
+    if not 1 <= limit <= 500:
+        raise invalid("limit", "a whole number from 1 to 500 is required")
+    until = fields.pop("before", call.services.clock.now() + 60)
+    fields.pop("limit", None)
+    found = []
+    call.services.state.flush()
+    for at, row in request_rows(call.services.state, 0, until):
+        if at < until and all(str(row.get(name, "")) == str(value)
+                              for name, value in fields.items()):
+            found.append({"at": at, **{k: v for k, v in row.items() if k != "choices"}})
+            if len(found) >= limit:
+                break
+    return {"requests": found}
+
+
+def recorded_request(call: AdminCall) -> dict:
+    call.services.state.flush()
+    rows = call.services.state.rows("requests", "id = ?", call.id)
+    if not rows:
+        raise ProxyError("not_found", f"there is no request {call.id[:80]}; its id is in the "
+                         "answer's request-id header, and it is remembered for 30 days")
+    return {"at": rows[0][1], **json_decode(rows[0][2].encode())}
+
+
+def admin_request(call: AdminCall) -> dict:
+    return {name: value for name, value in recorded_request(call).items() if name != "choices"}
+
+
+def admin_why(call: AdminCall) -> dict:
+    row = recorded_request(call)
+    return {name: row.get(name) for name in ("id", "at", "asked", "used", "account", "status",
+                                             "note", "failures", "mended", "refused", "choices")}
+
+
+def admin_explain(call: AdminCall) -> dict:
+    return explain_model(call.services, call.fields["model"])
+
+
+def admin_usage(call: AdminCall) -> Any:
+    fields, now = call.fields, call.services.clock.now()
+    by, per = fields.get("by", "account"), fields.get("per", "day")
+    for name, value, known in (("by", by, USAGE_BY), ("per", per, USAGE_PER),
+                               ("format", fields.get("format", "json"), ("json", "csv"))):
+        if value not in known:
+            raise invalid(name, f"one of {', '.join(known)} is required")
+    since = fields.get("since", now - 7 * 86400)
+    rows = usage_rows(call.services.state, by, per, since, fields.get("until", now + 60))
+    return csv_of(rows) if fields.get("format") == "csv" else {"by": by, "per": per, "usage": rows}
+
+
+def admin_audit(call: AdminCall) -> dict:
+    call.services.state.flush()
+    limit = call.fields.get("limit", 100)
+    rows = call.services.state.rows("audits", "1 ORDER BY at DESC, rowid DESC LIMIT ?",
+                                    min(limit, 1000))
+    return {"audit": [{"id": key, "at": at, "who": who, "what": what, **json_decode(text.encode())}
+                      for key, at, who, what, text in rows]}
+
+
+def admin_doctor(call: AdminCall, is_fixing: bool = False) -> dict:
+    if call.services.examine is None:
+        raise ProxyError("conflict", "this process cannot examine its machine; run "
+                         "`python3 agproxy.py doctor`")
+    return call.services.examine(is_fixing)
+
+
+def admin_backup(call: AdminCall) -> dict:
+    return {"folder": write_backup(call.services), "note": "on the server's disk, with its secrets"}
+
+
+# Events
+
+def sse_event(name: str, value: Any) -> bytes:
+    return f"event: {name}\ndata: {json_encode(value)}\n\n".encode("ascii")
+
+
+class EventHub:
+    """Server-sent events for all listeners by one thread, which lives while there are any.  Twice a
+    second it looks what changed: nothing is done for it while requests are served.  The lock
+    guards the listeners; their sockets are this thread's alone."""
+
+    def __init__(self, server: Any):
+        self.server, self.services = server, server.services
+        self._lock = threading.Lock()
+        self._listeners: list[list] = []        # [exchange, bytes not sent yet, when it got some]
+        self._told: dict = {}
+        self._seen: dict[str, float] = {}       # ids of requests that were told -> when
+        self._thread: threading.Thread | None = None
+
+    def add(self, exchange: Exchange) -> None:
+        with self._lock:
+            if len(self._listeners) >= MOST_LISTENERS:
+                raise ProxyError("busy", f"{MOST_LISTENERS} listeners are connected already")
+            first = exchange.open_stream() + exchange.frame(
+                b"retry: 2000\n\n" + sse_event("status", status_report(self.services, self.server)))
+            self._listeners.append([exchange, first, time.monotonic()])
+            if self._thread is None:
+                self._told = {}
+                self._seen = dict.fromkeys(self._new_requests(), self.services.clock.now())
+                self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while self._thread is threading.current_thread():       # else its last listener left
+            self.services.log.outlive("events", self._turn)
+            self.services.stopping.wait(0.5)
+
+    def _turn(self) -> None:
+        events = self._news()
+        is_over = self.server.is_stopping
+        with self._lock:
+            listeners = list(self._listeners)
+        gone = [row for row in listeners if not self._serve(row, events, is_over)]
+        with self._lock:
+            self._listeners = [row for row in self._listeners if row not in gone]
+            self._thread = self._thread if self._listeners else None
+        for exchange, *_ in gone:
+            self.server.release(exchange.downstream, linger=is_over)
+
+    def _new_requests(self) -> dict[str, dict]:
+        state, now = self.services.state, self.services.clock.now()
+        rows = state.rows("requests", "at > ? ORDER BY at", now - 10) if state is not None else ()
+        return {key: {"at": at, **json_decode(text.encode())} for key, at, text in rows}
+
+    def _news(self) -> bytes:
+        """What changed since the last look, as events."""
+        status, out, now = status_report(self.services, self.server), b"", self.services.clock.now()
+        known = {row["id"]: row for row in self._told.get("accounts", ())}
+        for row in status["accounts"]:
+            before = known.get(row["id"], row)
+            if (before["state"], before["limits"]) != (row["state"], row["limits"]):
+                out += sse_event("limit", {"account": row["id"], "before": before["state"],
+                                           "state": row["state"], "limits": row["limits"]})
+        if any(status[name] != self._told.get(name) for name in {*status} - {"at", "uptime_s"}):
+            out += sse_event("status", status)
+        self._told = status
+        for key, row in self._new_requests().items():
+            if key not in self._seen:
+                out += sse_event("request", {n: v for n, v in row.items() if n != "choices"})
+            self._seen[key] = row["at"]
+        self._seen = {key: at for key, at in self._seen.items() if at > now - 60}
+        return out
+
+    def _serve(self, row: list, events: bytes, is_over: bool) -> bool:
+        """Whether the listener is still there and takes what it is sent."""
+        exchange, unsent, sent_at = row
+        now = time.monotonic()
+        data = events or (b": still here\n\n" if now - sent_at >= PING_EVERY_S else b"")
+        unsent += exchange.frame(data) + (exchange.last_frame() if is_over else b"")
+        row[2] = now if data else sent_at
+        sock = exchange.downstream.sock
+        try:
+            if unsent:
+                unsent = unsent[sock.send(unsent):]
+            is_gone = bool(readable([sock], 0)) and exchange.downstream.peek() is Peek.GONE
+        except NOT_YET:
+            is_gone = False
+        except (OSError, ValueError):
+            is_gone = True
+        row[1] = unsent
+        return not (is_gone or is_over or len(unsent) > MOST_UNSENT_BYTES)
+
+
+def admin_events(call: AdminCall) -> bool:
+    call.exchange.more_headers["x-content-type-options"] = "nosniff"
+    call.server.events.add(call.exchange)
+    return True
+
+
+_JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object",
+               (int, float): "number", (str, list): ["string", "array"]}
+
+
+def _openapi_row(row: AdminRow) -> dict:
+    """One operation of the OpenAPI document."""
+    specs = {name: {"description": spec.allowed, **({"type": _JSON_TYPES[spec.types]}
+                                                    if spec.types in _JSON_TYPES else {})}
+             for name, spec in row.fields.items()}
+    needed = [name for name, spec in row.fields.items() if spec.is_needed]
+    inside = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    query = [{"name": name, "in": "query", "required": name in needed, "schema": spec}
+             for name, spec in specs.items()]
+    body = {"required": bool(needed), "content": {"application/json": {"schema": {
+        "type": "object", "properties": specs, "additionalProperties": False,
+        **({"required": needed} if needed else {})}}}}
+    return {"summary": row.about,
+            "parameters": inside * ("{id}" in row.path) + query * (row.method == "GET"),
+            **({"requestBody": body} if row.method != "GET" and specs else {}),
+            **({"security": []} if row.access == "login" else {}),
+            "responses": {"200": {"description": "done"}, "default": {
+                "description": "{\"error\": {\"code\", \"message\", \"fix\"}}"}}}
+
+
+def admin_openapi(call: AdminCall) -> dict:
+    paths: dict[str, dict] = {}
+    for row in call.server.admin_rows:
+        paths.setdefault(row.path, {})[row.method.lower()] = _openapi_row(row)
+    schemes = {"key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+               "session": {"type": "apiKey", "in": "cookie",
+                           "name": f"agproxy-{call.server.server_port}"}}
+    return {"openapi": "3.1.0", "info": {"title": "agproxy management", "version": VERSION},
+            "components": {"securitySchemes": schemes},
+            "security": [{name: []} for name in schemes], "paths": paths}
+
+
+# The table of the management: routes and the OpenAPI document come from it
+
+_PART_FIELDS = {
+    "groups": {"strategy": Field(str, f"one of {', '.join(GROUP_STRATEGIES)} is required"),
+               "models": Field(list, "a list of models is required")},
+    "aliases": {"to": _NAMES},
+    "routes": {"to": Field(str, "a model name is required"), "over_tokens": _WHOLE},
+    "rules": {"when": Field(dict, "an object of conditions is required"),
+              "to": _TEXT, "set": Field(dict, "an object of paths and values is required"),
+              "default": Field(dict, "an object of paths and values is required"),
+              "drop": Field(list, "a list of paths is required"), "system": _TEXT}}
+_FIRST_FIELD = {"groups": "models", "aliases": "to", "routes": "to", "rules": "when"}
+
+
+def part_rows(part: str) -> Iterator[AdminRow]:
+    """The rows for one part of the file: list, add, read, change, remove."""
+    fields, first = _PART_FIELDS[part], _FIRST_FIELD[part]
+    name = {"aliases": "alias"}.get(part, part[:-1])
+    new = {**fields, first: fields[first]._replace(is_needed=True)}
+    if part != "rules":
+        new = {"name": Field(str, "a name is required", True), **new}
+    for method, path, handle, about, taken in (
+            ("GET", "", admin_part, f"All {part}", {}),
+            ("POST", "", admin_part_add, f"Add a {name}", new),
+            ("GET", "/{id}", admin_part_row, f"One {name}", {}),
+            ("PATCH", "/{id}", admin_part_edit, f"Change a {name}; null removes a field", fields),
+            ("DELETE", "/{id}", admin_part_remove, f"Remove a {name}", {})):
+        yield AdminRow(method, f"/admin/{part}{path}", functools.partial(handle, part=part), about,
+                       taken)
+
+
+_KEY_FIELDS = {name: Field(types, f"{allowed} is required")
+               for name, (types, allowed) in KEY_FIELDS.items()
+               if name in ("expires_at", "models", "limits", "guest", "admin")}
+_USER_FIELDS = {**{name: _KEY_FIELDS[name] for name in ("models", "limits", "admin")},
+                "enabled": _ACCOUNT_FIELDS["enabled"],
+                "groups": Field(dict, "an object of groups is required")}
+_COUNT, _TIME = {"limit": _WHOLE}, Field((int, float), "epoch seconds are required")
+_SIGN_IN_ID = {"id": Field(str, "the id of a sign-in is required", True)}
+ADMIN = (
+    AdminRow("POST", "/admin/login", admin_login, "Log in by a one-time token or the password",
+             {"token": _TEXT, "password": _TEXT}, "login"),
+    AdminRow("GET", "/admin/session", admin_session, "Who is logged in, and the CSRF token"),
+    AdminRow("POST", "/admin/logout", admin_logout, "End this session"),
+    AdminRow("GET", "/admin/status", admin_status, "All that one look must tell"),
+    AdminRow("GET", "/admin/accounts", admin_accounts, "All accounts"),
+    AdminRow("POST", "/admin/accounts", admin_add_account,
+             "Add an account by a credential, which is tried first", _NEW_ACCOUNT),
+    AdminRow("GET", "/admin/accounts/{id}", admin_account, "One account"),
+    AdminRow("PATCH", "/admin/accounts/{id}", admin_edit_account,
+             "Change an account; null removes a field", _EDITED_FIELDS),
+    AdminRow("DELETE", "/admin/accounts/{id}", admin_remove_account, "Forget an account"),
+    AdminRow("POST", "/admin/accounts/{id}/enable", functools.partial(admin_enable, is_on=True),
+             "Let it serve again"),
+    AdminRow("POST", "/admin/accounts/{id}/disable", functools.partial(admin_enable, is_on=False),
+             "Leave it out"),
+    AdminRow("POST", "/admin/accounts/{id}/verify", admin_verify, "Ask upstream whether it works"),
+    AdminRow("POST", "/admin/accounts/{id}/clear", admin_clear, "Forget its limits and stops"),
+    AdminRow("POST", "/admin/accounts/{id}/refresh", admin_read_quota, "Read its quota now"),
+    AdminRow("POST", "/admin/oauth/start", admin_sign_in, "Begin a sign-in by a browser",
+             {"provider": _NEW_ACCOUNT["provider"], "name": _ACCOUNT_FIELDS["name"],
+              "project": _ACCOUNT_FIELDS["project"], "agreed": _AGREED}),
+    AdminRow("GET", "/admin/oauth/status", admin_sign_in_status, "How a sign-in stands",
+             _SIGN_IN_ID),
+    AdminRow("POST", "/admin/oauth/complete", admin_complete,
+             "Hand in the address of the browser's last page",
+             {**_SIGN_IN_ID, "answer": Field(str, "the whole address of the last page is required",
+                                             True)}),
+    AdminRow("GET", "/admin/quota", admin_quota, "Each quota window of each account"),
+    AdminRow("GET", "/admin/limits", admin_limits, "What rests, why, until when"),
+    AdminRow("DELETE", "/admin/limits", admin_clear, "Forget the limits of all accounts"),
+    *part_rows("groups"),
+    AdminRow("POST", "/admin/groups/{id}/test", admin_test_group, "Who would serve it now"),
+    *part_rows("aliases"), *part_rows("routes"), *part_rows("rules"),
+    AdminRow("PUT", "/admin/rules", admin_order_rules, "All rules, in a new order",
+             {"rules": Field(list, "a list of rules is required", True)}),
+    AdminRow("GET", "/admin/users", admin_users, "All users with their keys"),
+    AdminRow("POST", "/admin/users", admin_add_user, "Add a user, without a key",
+             {"name": Field(str, "a name is required", True), **_USER_FIELDS}),
+    AdminRow("GET", "/admin/users/{id}", admin_user, "One user"),
+    AdminRow("PATCH", "/admin/users/{id}", admin_edit_user,
+             "Change a user; null removes a field", _USER_FIELDS),
+    AdminRow("DELETE", "/admin/users/{id}", admin_remove_user, "Delete a user and the keys"),
+    AdminRow("GET", "/admin/keys", admin_keys, "All keys, by their hints"),
+    AdminRow("POST", "/admin/keys", admin_add_key, "Add a key, which is told this once",
+             {"user": Field(str, "the name of a user is required", True), **_KEY_FIELDS}),
+    AdminRow("GET", "/admin/keys/{id}", admin_key, "One key"),
+    AdminRow("PATCH", "/admin/keys/{id}", admin_edit_key, "Change a key; null removes a field",
+             _KEY_FIELDS),
+    AdminRow("POST", "/admin/keys/{id}/rotate", admin_rotate_key,
+             "Another key in its place, told this once"),
+    AdminRow("DELETE", "/admin/keys/{id}", admin_revoke_key, "Revoke a key"),
+    AdminRow("GET", "/admin/settings", admin_settings, "Each setting, and where it comes from"),
+    AdminRow("PATCH", "/admin/settings", admin_edit_settings, "Change settings; null: the default",
+             {name: Field(object, row.about) for name, row in SETTINGS.items()}),
+    AdminRow("GET", "/admin/settings/history", admin_history, "Former forms of the file", _COUNT),
+    AdminRow("POST", "/admin/settings/rollback", admin_rollback,
+             "Restore settings, aliases, groups, routes, rules and users",
+             {"version": Field(str, "the id of a version is required", True)}),
+    AdminRow("GET", "/admin/requests", admin_requests, "The newest requests", {
+        **_COUNT, "before": _TIME, "status": _WHOLE,
+        **{name: _TEXT for name in USAGE_BY}}),
+    AdminRow("GET", "/admin/requests/{id}", admin_request, "One request"),
+    AdminRow("GET", "/admin/requests/{id}/why", admin_why, "Why it went where it went"),
+    AdminRow("GET", "/admin/explain", admin_explain, "What would happen to a model now",
+             {"model": Field(str, "a model name is required", True)}),
+    AdminRow("GET", "/admin/usage", admin_usage, "Requests and tokens, as JSON or CSV", {
+        "by": _TEXT, "per": _TEXT, "format": _TEXT, "since": _TIME, "until": _TIME}),
+    AdminRow("GET", "/admin/events", admin_events,
+             "Server-sent events: status, request, limit"),
+    AdminRow("GET", "/admin/doctor", admin_doctor, "What is wrong on this machine"),
+    AdminRow("POST", "/admin/doctor", functools.partial(admin_doctor, is_fixing=True),
+             "The same, and mends what it can"),
+    AdminRow("POST", "/admin/backup", admin_backup, "Write a copy of all files on the server"),
+    AdminRow("GET", "/admin/audit", admin_audit, "Who changed what", _COUNT),
+    AdminRow("GET", "/admin/openapi.json", admin_openapi, "This table as OpenAPI"),
+)
+
+
 GEMINI_PATH = r"/v1(?:beta\w*)?(?:/publishers/google|/projects/[^/]+/.+)?/(?:models|tunedModels)/.+"
 ROUTES = tuple(r._replace(pattern=re.compile(r.pattern), access=ACCESS[r.access]) for r in (
     # first row that matches; `/v1` twice or a vendor prefix come from base URLs people set
@@ -18017,6 +19433,8 @@ ROUTES = tuple(r._replace(pattern=re.compile(r.pattern), access=ACCESS[r.access]
           answer_discard),
     Route("GET POST DELETE", r"/v1/(?:messages/batches|files|complete|skills)(?:/.*)?", "api",
           answer_not_offered),
+    *(Route(row.method, row.path.replace("{id}", "(?P<id>[^/]+)"), row.access,
+            functools.partial(answer_admin, row=row)) for row in ADMIN),
     Route("OPTIONS", r"/.*", "public", answer_preflight),
 ))
 
@@ -18066,7 +19484,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                  listener: socket.socket | None = None):
         self.listener = listener        # one that is bound already
         self.services, self.routes = services, ROUTES
-        self.guard = KeyGuard(services)
+        self.guard, self.logins, self.events = KeyGuard(services), Logins(services), EventHub(self)
+        self.admin_rows = ADMIN
+        self.signing_in = threading.Lock()          # guards what follows it
+        self.sign_ins: dict[str, SignIn] = {}
         self.spending = Spending(services.clock, services.state)
         self.tls = tls_context(services.config)
         self.connections: set[Downstream] = set()
@@ -18137,10 +19558,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """503 without a thread and without reading: best effort, at once."""
         error = ProxyError("busy", "the proxy is at its limit of connections or threads")
         body = json_encode(anthropic_render_error(error, new_id("req_"))).encode("ascii")
-        with contextlib.suppress(OSError):
-            downstream.sock.send(
-                b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        is_readable = self.tls is None or isinstance(downstream.sock, ssl.SSLSocket)
+        with contextlib.suppress(OSError):      # TLS that has not begun could not be told
+            if is_readable:
+                downstream.sock.send(
+                    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                    b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+                    + body)
         self.release(downstream, linger=downstream in self.connections
                      or downstream in self.refused)
 
@@ -18148,7 +19572,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Whether connections, threads or calls are nearly used up, so that none is kept."""
         config = self.services.config
         return (len(self.connections) >= CROWDED * self.max_connections
-                or self.workers.busy() >= CROWDED * config.max_threads
+                or self.workers.busy() >= CROWDED * self.workers.limit
                 or self.services.pool.in_flight >= CROWDED * config.max_upstream_calls)
 
     def _refuse_overdue(self, now: float) -> None:
@@ -18186,9 +19610,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _work(self, downstream: Downstream) -> None:
         try:
-            if self.tls is None or downstream.shakes_hands(
-                    self.tls, time.monotonic() + self.services.config.client_head_timeout_s):
+            is_ready = self.tls is None or downstream.shakes_hands(self.tls)
+            if is_ready:
                 Handler(self, downstream).run()
+            elif is_ready is None:      # who is slow has no thread
+                self.relay.park(downstream, downstream.head_due - time.monotonic())
             else:
                 self.release(downstream)
         except Exception as err:        # a thread's top: log, close this connection, go on
@@ -19636,7 +21062,6 @@ class SimUpstream(http.server.ThreadingHTTPServer):
 class SimElsewhere(NamedTuple):
     """A simulator that another process runs."""
     url: str
-    accounts: Mapping[str, SimAccount]
 
     def stop(self) -> None:
         """Its process does."""
@@ -19652,12 +21077,17 @@ def sim_provider(sim: SimUpstream | SimElsewhere, provider: Provider) -> Provide
         userinfo_url=sim.url + "/userinfo", client_id="sim-client", client_secret="sim-secret")
 
 
+def sim_stored(sim: SimUpstream | SimElsewhere, names: Iterable[str]) -> dict:
+    """An accounts file of simulated accounts."""
+    return {"providers": {"sim": {"base_url": sim.url}}, "accounts": [
+        {"name": name, "provider": "sim", "refresh_token": SimAccount(name).refresh_token}
+        for name in names]}
+
+
 def sim_config(sim: SimUpstream | SimElsewhere, config: Config) -> Config:
-    """`config` with the simulated accounts in place of the owner's."""
-    accounts = tuple({"name": a.name, "provider": "sim", "refresh_token": a.refresh_token}
-                     for a in sim.accounts.values())
+    """`config` with the simulator in place of every upstream."""
     return replace(config, providers={
-        name: sim_provider(sim, row) for name, row in config.providers.items()}, accounts=accounts)
+        name: sim_provider(sim, row) for name, row in config.providers.items()})
 
 
 # What `bench` measures by: the bodies.  They are the same in every run and on every machine.
@@ -20214,10 +21644,6 @@ def plain_text(text: str, is_ascii: bool) -> str:
     return text.encode("ascii", "replace").decode("ascii") if is_ascii else text
 
 
-def clock_text(at: float, now: float) -> str:
-    return time.strftime("%H:%M" if at - now < 43200 else "%d %b %H:%M", time.localtime(at))
-
-
 def _strip_rows(status: Mapping, width: int, now: float, is_ascii: bool) -> list[tuple]:
     """What a glance should tell: state, load, when something runs dry, what is left."""
     def ms(seconds: float | None) -> str:
@@ -20230,9 +21656,9 @@ def _strip_rows(status: Mapping, width: int, now: float, is_ascii: bool) -> list
         f"{status['in_flight']} in flight", f"{status['queued']} queued" * bool(status["queued"]),
         f"{status['per_minute']}/min", f"errors {status['error_share']:.0%}",
         f"first byte {ms(status['first_byte_p50_s'])}, p95 {ms(status['first_byte_p95_s'])}",
-        f"next dry-out {dry['family']} {clock_text(dry['at'], now)}" if dry else ""), width)]
+        f"next dry-out {dry['family']} {clock_time(dry['at'], now)}" if dry else ""), width)]
     left = [f"{f['family']} {f['left'] / f['accounts']:.0%} of {f['accounts']}"
-            + (f", dry {clock_text(f['dry_at'], now)}" if (f["dry_at"] or 0) > now else "")
+            + (f", dry {clock_time(f['dry_at'], now)}" if (f["dry_at"] or 0) > now else "")
             for f in status["families"]]
     rows += [("", line) for line in flowed(["left:", *left], width) if left][:3]
     mark = "!" if is_ascii else "▲"
@@ -20429,28 +21855,40 @@ def touch_account(services: Services, candidate: Candidate) -> None:
 
 
 @contextlib.contextmanager
-def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
-                 recovers: bool = False) -> Iterator[Services]:
-    """Everything behind a server, or behind a command that needs the pool: the files, the accounts
-    and calls upstream, with --demo to the simulator.  Closed on the way out."""
+def accounts_file_of(args: argparse.Namespace, sim: Any, serves: bool) -> Iterator[str]:
+    """The path of the accounts file.  A simulating server has one of its own, which ends with it
+    and which its workers share; a simulating command has none: ""."""
     told = getattr(args, "as_worker", None)
-    path, clock = "" if args.demo else config_path(args.accounts, os.environ), Clock()
-    # what workers share; a process that simulates alone shares nothing
-    kept = os.path.join(told.folder, "accounts.json") if told and told.folder else path
-    config = load_config(path, flags, os.environ, {} if args.demo else None, recovers)
-    if recovers and path:
+    if not (sim and serves):
+        yield "" if sim else config_path(args.accounts, os.environ)
+    elif told:
+        yield told.demo_path
+    else:
+        import tempfile
+        with tempfile.TemporaryDirectory(prefix="agproxy-") as folder:
+            path = os.path.join(folder, "accounts.json")
+            write_atomic(path, json_encode(sim_stored(sim, DEMO_ACCOUNTS)).encode())
+            yield path
+
+
+@contextlib.contextmanager
+def opened_services(args: argparse.Namespace, path: str, sim: Any, log: Log,
+                    flags: Mapping[str, Any], recovers: bool) -> Iterator[Services]:
+    """Everything behind a server, or behind a command that needs the pool, on that accounts file or
+    without one; calls go to the simulator where there is one.  Closed on the way out."""
+    told, clock = getattr(args, "as_worker", None), Clock()
+    config = load_config(path, flags, os.environ, None if path else sim_stored(sim, DEMO_ACCOUNTS),
+                         recovers)
+    if recovers:
         keep_last_good(path)
-    sim = None
-    if args.demo:
-        sim = (SimElsewhere(told.simulator, {name: SimAccount(name) for name in DEMO_ACCOUNTS})
-               if told else SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S))
-        config = sim_config(sim, config)
-    state = State(os.path.join(os.path.dirname(os.path.realpath(kept)), "state.db") if kept else "",
+    config = sim_config(sim, config) if sim else config
+    state = State(os.path.join(os.path.dirname(os.path.realpath(path)), "state.db") if path else "",
                   warn, config.max_state_bytes)
     state.is_shared = told is not None
 
     def set_up(config: Config) -> None:
         state.most_body_bytes, state.bodies_last_s = config.capture_bytes, config.capture_s
+        state.max_bytes = config.max_state_bytes
         if recovers:        # a command's few lines are for who gave it
             log.set_up(config)
     set_up(config)
@@ -20458,13 +21896,15 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
                        clock, config.settings, state)
 
     def apply(edited: Config) -> None:
+        edited = sim_config(sim, edited) if sim else edited
         services.config = edited
         set_up(edited)
         pool.replace([account_from_row(row, edited.providers) for row in edited.accounts],
                      edited.settings)
+        note_version(services, "the file")
     file = AccountsFile(path, flags, log, apply)
     connections = ConnectionCache(clock, os.environ, lambda: services.config.settings)
-    tokens = Tokens(connections, clock, small_call_error, kept, file.keep_token)
+    tokens = Tokens(connections, clock, small_call_error, path, file.keep_token)
     services = Services(config, pool, connections, clock, log, Meters(), Memory(clock, state),
                         tokens, Calibration(clock, state), state, Replies(clock, state),
                         simulator=sim.url if sim else "", workers=getattr(args, "workers", 1),
@@ -20479,6 +21919,20 @@ def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
         file.save_tokens("is lost with this process; sign in anew")
         connections.close()
         state.close()
+
+
+@contextlib.contextmanager
+def services_for(args: argparse.Namespace, log: Log, flags: Mapping[str, Any],
+                 recovers: bool = False) -> Iterator[Services]:
+    """The same on the accounts file of the arguments, or with a simulator of its own."""
+    told, sim = getattr(args, "as_worker", None), None
+    if args.demo:
+        sim = SimElsewhere(told.simulator) if told else SimUpstream(DEMO_ACCOUNTS, DEMO_PACE_S)
+    try:
+        with accounts_file_of(args, sim, recovers) as path, opened_services(
+                args, path, sim, log, flags, recovers) as services:
+            yield services
+    finally:
         if sim:
             sim.stop()
         log.close()
@@ -20551,6 +22005,9 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
         listener, predecessor = open_listener(args, services)
         server = ProxyServer(services, config.host, config.port, listener)
         server.predecessor = predecessor
+        if getattr(args, "examine", None):
+            services.examine = functools.partial(args.examine, args, services)
+        note_version(services, "the file")
         threading.Thread(target=server.accept, name="accept", daemon=True).start()
         services.keeper.start()
         try:
@@ -20596,7 +22053,7 @@ class AsWorker(NamedTuple):
     alive: int              # of a pipe that nobody writes to: it ends when the parent is gone
     ready: int              # of a pipe that takes a byte from each that serves
     simulator: str          # its URL, with --demo
-    folder: str             # where simulated accounts' state is shared, "" for real ones
+    demo_path: str          # the accounts file of a demo
 
 
 @dataclass
@@ -20614,9 +22071,8 @@ class Crew:
     that grows while none lives long.  Each is a fresh start of this file: a fork would copy locks
     that other threads hold.  Only its thread touches the processes, until `stop` has joined it."""
 
-    def __init__(self, services: Services, listener: Any, given: list[str], folder: str,
-                 workers: list):
-        self.services, self.socket, self.given, self.folder = services, listener, given, folder
+    def __init__(self, services: Services, listener: Any, given: list[str], workers: list):
+        self.services, self.socket, self.given = services, listener, given
         self.server_port = listener.getsockname()[1]
         self.workers = workers          # to be filled; seen by who ends them at once
         self.predecessor, self.is_replaced = None, False
@@ -20679,7 +22135,7 @@ class Crew:
 
     def _start(self, worker: Worker, now: float) -> None:
         told = AsWorker(worker.number, self.socket.fileno(), self._alive, self._ready,
-                        self.services.simulator, self.folder)
+                        self.services.simulator, self.services.config.path)
         try:
             worker.process = subprocess.Popen(
                 [sys.executable, program_file(), *self.given,
@@ -20697,15 +22153,12 @@ class Crew:
 @contextlib.contextmanager
 def running_crew(args: argparse.Namespace, log_out: Any, workers: list) -> Iterator[Crew]:
     """Workers that serve one port; drained on the way out.  This process only looks after them."""
-    import tempfile
     flags = {name: getattr(args, name, None) for name in SETTINGS}
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="agproxy-")) if args.demo else ""
         services = stack.enter_context(services_for(args, Log(log_out), flags, recovers=True))
         services.state.on_foreign_change = lambda: None     # nobody asks this process's pool
         listener, predecessor = open_listener(args, services)
-        crew = Crew(services, listener, args.given, folder, workers)
+        crew = Crew(services, listener, args.given, workers)
         stack.callback(crew.stop)
         crew.predecessor = predecessor
         if predecessor:
@@ -20801,6 +22254,9 @@ def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
     say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
         f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
         f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
+    if sys.stdout.isatty():     # never into the log of a service
+        say(f"manage    {url}/#{new_login(services.state, 'link', services.clock.now())}"
+            "  (once, within an hour" + ")" * is_demo + "; `ui` makes another)" * (not is_demo))
     if services.simulator:
         say(f"simulator {services.simulator}  "
             """(POST /sim/faults {"account": "demo-2", "faults": ["503"]} makes a call fail)""")
@@ -20946,13 +22402,7 @@ def read_secret(option: str | None, prompt: str) -> str:
 def browser_login(args: argparse.Namespace, provider: Provider,
                   connections: ConnectionCache) -> tuple[dict, dict]:
     """(token answer, client cells to store) of a sign-in by browser, by paste, or both at once."""
-    clients = oauth_clients(provider, os.environ) if provider.scopes else [("", "")]
-    is_found = not clients
-    if not clients and is_googles(provider):
-        clients = discover_clients(provider, os.environ)
-    if not clients:
-        raise no_client(provider)
-    login = Login(provider, clients, os.environ)
+    login, is_found = begin_login(provider, os.environ)
     hint = browser_hint(os.environ)
     say(f"Open this link and sign in:\n\n{login.url}\n")
     if hint or args.no_browser:
@@ -20970,38 +22420,9 @@ def browser_login(args: argparse.Namespace, provider: Provider,
                 say(f"{wrong}; paste the whole address of the last page")
 
     threading.Thread(target=read_pasted, name="paste", daemon=True).start()
-    deadline = time.monotonic() + LOGIN_WAIT_S
-    try:
-        answer: dict = {}
-        while not answer:
-            code = login.wait(max(0.1, deadline - time.monotonic()))
-            try:
-                answer = login.exchange(code, connections)
-            except ProxyError as err:
-                if "that code" not in err.message:
-                    raise
-                say(f"{err.message}; the sign-in still waits for the right one")
-    finally:
-        login.close()
+    answer = login.finish(connections, say)
     client_id, secret = login.clients[0]
     return answer, {"client_id": client_id, "client_secret": secret} if is_found else {}
-
-
-def check_credential(row: dict, providers: Mapping[str, Provider],
-                     connections: ConnectionCache) -> None:
-    """Raises ProxyError when the credential does not work.  A rotated refresh token and the e-mail
-    address are put into `row`."""
-    account = account_from_row({"name": "new", **row}, providers)
-
-    def rotated(_: Account, old: str, new: str) -> None:
-        row["refresh_token"] = new
-    tokens = Tokens(connections, Clock(), small_call_error, on_rotate=rotated)
-    if account.provider.auth != "oauth":
-        check_key(account, tokens)
-        return
-    token = tokens.access(account)
-    if not row.get("email"):
-        row["email"] = oauth_email(account.provider, {"access_token": token}, connections)
 
 
 def chosen_accounts(found: Services, name: str | None) -> list[Account]:
@@ -21090,23 +22511,6 @@ def account_list(args: argparse.Namespace) -> int:
     return 0
 
 
-def verify_account(account: Account, found: Services) -> str:
-    """`works`, and what does not; raises ProxyError or ConfigError when nothing does."""
-    if account.provider.auth != "oauth":
-        check_key(account, found.tokens)
-        return "works"
-    token, absent = found.tokens.access(account, is_shared=False), []
-    for provider in account.providers if account.provider.envelope else ():
-        facts = pool_facts(found.pool, found.tokens, account, provider, token, again=True)
-        absent += [f"{provider.id} is absent: {facts.absent}"] * bool(facts.absent)
-        failure = None if facts.absent else found.keeper.read(account, provider)
-        if failure is not None:
-            raise failure
-    if len(absent) == len(account.providers):
-        raise ProxyError("absent", "; ".join(absent))
-    return "; ".join(["works", *absent])
-
-
 def account_verify(args: argparse.Namespace) -> int:
     """Asks upstream for each account again; one that works is cleared of its stop."""
     failed = 0
@@ -21132,37 +22536,18 @@ def account_clear(args: argparse.Namespace) -> int:
     return 0
 
 
-def edit_account(args: argparse.Namespace, change: Callable[[list, dict], Any]) -> str:
-    """`change(rows, row)` on the account of that name in the file; its name."""
-    def find(stored: dict) -> str:
-        rows = stored_accounts(stored)
-        fit = [r for r in rows if r[0] == args.name] or [
-            r for r in rows if r[0].partition("@")[0] == args.name]
-        if len(fit) != 1:
-            raise ConfigError(f"{'several accounts are' if fit else 'no account'} {args.name}; "
-                              f"there are: {', '.join(name for name, _ in rows) or 'none'}")
-        change(stored["accounts"], fit[0][1])
-        return fit[0][0]
-    return edit_accounts(config_path(args.accounts, os.environ), find)
-
-
 def account_remove(args: argparse.Namespace) -> int:
     with offline(args) as found:
-        name = edit_account(args, lambda rows, row: rows.remove(row))
-        for account in chosen_accounts(found, name):    # as it was when this began
-            found.pool.clear(account)
-        for ending in ("", ".lock"):
-            with contextlib.suppress(OSError):      # it had none
-                os.unlink(found.tokens.kept_path(name) + ending)
-        for table in ("facts", "quotas", "used"):
-            found.state.delete(table, name)
+        name = edit_account(found.config.path, args.name, lambda rows, row: rows.remove(row))
+        forget_account(found, name)
     say(f"removed: {name}.  Its sign-in is still valid at the vendor; revoke it there.")
     return 0
 
 
 def account_enable(args: argparse.Namespace) -> int:
     is_on = args.action == "enable"
-    name = edit_account(args, lambda rows, row: row.update(enabled=is_on))
+    name = edit_account(config_path(args.accounts, os.environ), args.name,
+                        lambda rows, row: row.update(enabled=is_on))
     if is_on:
         with offline(args) as found:
             for account in chosen_accounts(found, name):
@@ -21252,15 +22637,20 @@ def command_quota(args: argparse.Namespace) -> int:
 
 # A running server, looked at from outside
 
-def server_answer(args: argparse.Namespace, config: Config, path: str) -> tuple[int, bytes]:
-    """(status, body) of a GET to the server, with the owner's key.  Raises ProxyError where nobody
+def ask_server(url: str, config: Config, key: str = "", timeout_s: float = ASK_SERVER_S,
+               proxy: str = "direct") -> tuple[int, bytes]:
+    """(status, body) of a GET to a server of this program.  Raises ProxyError where nobody
     answers."""
-    key = config.api_key
     status, _, raw = simple_call(
-        ConnectionCache(Clock(), os.environ, lambda: config.settings), "GET",
-        (args.url or local_url(config, args.port or config.port)).rstrip("/") + path,
-        {"x-api-key": key} if key else {}, proxy="direct", timeout_s=ASK_SERVER_S)
+        ConnectionCache(Clock(), os.environ, lambda: config.settings), "GET", url,
+        {"x-api-key": key} if key else {}, proxy=proxy, timeout_s=timeout_s)
     return status, raw
+
+
+def server_answer(args: argparse.Namespace, config: Config, path: str) -> tuple[int, bytes]:
+    """The same of the server that the options name, with the owner's key."""
+    url = (args.url or local_url(config, args.port or config.port)).rstrip("/")
+    return ask_server(url + path, config, config.api_key)
 
 
 def server_status(args: argparse.Namespace, config: Config, state: State | None) -> dict:
@@ -21275,7 +22665,7 @@ def server_status(args: argparse.Namespace, config: Config, state: State | None)
     if code != 200 or "accounts" not in told:
         raise ProxyError("bad_request", "what answers there is no agproxy of this version "
                          f"({code})")
-    if state is not None and not told["requests"]:
+    if state is not None and not told["requests"] and not told["is_demo"]:
         told["requests"] = [{"at": at, **json.loads(text)} for _, at, text in state.rows(
             "requests", "at > ? ORDER BY at DESC LIMIT ?", time.time() - 86400, NEWEST_REQUESTS)]
     return told
@@ -21365,7 +22755,7 @@ def command_top(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         state = None
         if not args.url and os.path.exists(stored):
-            state = stack.enter_context(contextlib.closing(State(stored, lambda trouble: None)))
+            state = stack.enter_context(contextlib.closing(State(stored, warn)))
 
         def ask() -> dict:
             return server_status(args, config, state)
@@ -21492,20 +22882,14 @@ def command_explain(args: argparse.Namespace) -> int:
     if lacks_account(args):
         return 4
     with offline(args) as found:
-        plain = Request(args.model, (), wanted=model_variant(args.model)[0])
-        name, why = route_for(plain, {}, found.config, lambda: 0)
-        with contextlib.suppress(ProxyError):       # what nobody serves stays, as in serving
-            name = name if name and found.candidates(name) else ""
-        models, candidates, _ = found.plan(name or args.model)
-        chosen, reason, sheet = found.pool.explain(candidates)
-        now = found.clock.now()
-    told = ", else ".join(f"{model.id} ({model.label})" for model in models)
-    say(f"{args.model} -> " + (f"{name} ({why}) -> " if name else "") + told,
-        *sheet_lines(sheet_rows(sheet, now)))
-    if chosen is None:
-        say(refusal(args.model, sheet, now, None).message)
-        return 5 if sheet else 4
-    say(f"would use {chosen.candidate.account.label} ({chosen.candidate.provider.id}): {reason}")
+        told = explain_model(found, args.model)
+    models = ", else ".join(f"{model['id']} ({model['label']})" for model in told["models"])
+    routed = f"{told['routed_to']} ({told['routed_by']}) -> " if told["routed_to"] else ""
+    say(f"{args.model} -> {routed}{models}", *sheet_lines(told["sheet"]))
+    if told["account"] is None:
+        say(told["reason"])
+        return 5 if told["sheet"] else 4
+    say(f"would use {told['account']} ({told['pool']}): {told['reason']}")
     return 0
 
 
@@ -21792,41 +23176,6 @@ def key_revoke(args: argparse.Namespace) -> int:
     return 0
 
 
-def limit_rows(limits: Iterable[Limit], spending: Spending) -> list[dict]:
-    """Each limit with what was used of it, and when its window ends (null: it has none)."""
-    rows = []
-    for limit in limits:
-        used, end = spending.used(limit)
-        rows.append({"owner": limit.owner, "what": limit.what, "per": limit.per, "used": used,
-                     "most": limit.most, "free_at": end if limit.per else None})
-    return rows
-
-
-def key_row(key: UserKey, spending: Spending, state: State, now: float) -> dict:
-    """A key as it is listed; never its hash."""
-    ended = bool(key.expires_at) and key.expires_at <= now
-    last = state.rows("requests", "json LIKE ? ORDER BY at DESC LIMIT 1",
-                      f'%"key":{json_encode(key.id)}%')
-    return {"id": key.id, "user": key.user, "hint": key.hint, "guest": key.guest,
-            "admin": key.admin, "expires_at": key.expires_at or None,
-            "state": "expired" if ended else "ready" if key.enabled else "disabled",
-            "models": list(key.models), "last_used_at": last[0][1] if last else None,
-            "limits": limit_rows(key.limits, spending)}
-
-
-def user_rows(config: Config, spending: Spending, state: State, now: float) -> list[dict]:
-    """Each user with their keys, as listed."""
-    rows: dict[str, dict] = {}
-    for key in config.users:
-        row = rows.setdefault(key.user, {
-            "name": key.user, "enabled": key.enabled, "keys": [], "groups": [
-                name for name, group in key.groups.items() if config.groups.get(name) != group],
-            "limits": limit_rows([lim for lim in key.limits if lim.owner == "user " + key.user],
-                                 spending)})
-        row["keys"] += [key_row(key, spending, state, now)] if key.key_hash else []
-    return list(rows.values())
-
-
 def limit_text(row: Mapping) -> str:
     whose = "" if row["owner"].startswith("key ") else " (user)"
     return (f"{row['used']:,} of {row['most']:,} " + (
@@ -21905,19 +23254,18 @@ def command_users(args: argparse.Namespace) -> int:
         args.action or "list"][0](args)
 
 
-def answer_status(url: str, key: str = "") -> int:
+def answer_status(url: str, config: Config, key: str = "") -> int:
     """What a server on this machine answers to who asks for its models; 0 where there is none."""
     try:
-        return simple_call(ConnectionCache(Clock(), {}), "GET", url + "/v1/models",
-                           {"x-api-key": key} if key else {}, proxy="direct", timeout_s=5)[0]
+        return ask_server(url + "/v1/models", config, key)[0]
     except ProxyError:
         return 0
 
 
-def is_taken_up(url: str, key: str) -> bool:
+def is_taken_up(url: str, config: Config, key: str) -> bool:
     """Whether the running server knows a key that was just stored: it looks once a second."""
     for _ in range(40):
-        if answer_status(url, key) == 200:
+        if answer_status(url, config, key) == 200:
             return True
         time.sleep(0.25)
     return False
@@ -21986,7 +23334,7 @@ def command_share(args: argparse.Namespace) -> int:
     path, args.admin = accounts_path(args), None
     config = load_config(path, {"port": args.port}, os.environ)
     url = local_url(config, config.port)
-    status = answer_status(url)
+    status = answer_status(url, config)
     if status not in (200, 401):
         warn(f"no agproxy answers at {url}; start it: python3 agproxy.py serve")
         return 3
@@ -21997,13 +23345,11 @@ def command_share(args: argparse.Namespace) -> int:
     key, key_id, ends_at = share_key(args, path)
     is_kept = False
     try:
-        if not is_taken_up(url, key):
+        if not is_taken_up(url, config, key):
             raise ConfigError(f"the server at {url} did not take up the key; it reads another file "
                               f"than {path}")
         if found:
-            def interrupt(number: int, frame: Any) -> None:
-                raise KeyboardInterrupt
-            on_signals(interrupt, "SIGTERM", "SIGHUP", "SIGBREAK")
+            on_signals(signal.default_int_handler, "SIGTERM", "SIGHUP", "SIGBREAK")
             say(f"starting {os.path.basename(found[0])} ...")
 
             def tell(address: str) -> None:
@@ -22169,12 +23515,10 @@ def upstream_ways(accounts: Iterable[Account]) -> list[Way]:
     return [Way(*key, used_by=tuple(labels)) for key, labels in used.items()]
 
 
-def listener_at(url: str) -> str:
+def listener_at(url: str, config: Config) -> str:
     """Who answers at an address of this machine: `agproxy VERSION`, `another program` or ""."""
     try:
-        body = simple_call(ConnectionCache(Clock(), {}), "GET", url + "/health", {},
-                           proxy="direct", timeout_s=LOOK_S / 2)[2]
-        told = object_of(json_decode(body))
+        told = object_of(json_decode(ask_server(url + "/health", config, "", LOOK_S / 2)[1]))
         return f"agproxy {told['version']}" if "streams" in told else "another program"
     except (ProxyError, ValueError, KeyError) as err:
         return "" if isinstance(err.__cause__, ConnectionRefusedError) else "another program"
@@ -22214,7 +23558,7 @@ def look_around(checkup: Checkup, is_offline: bool) -> None:
     jobs: dict[Any, Callable] = {number: functools.partial(explore, way, connections, LOOK_S * 0.75)
                                  for number, way in enumerate(ways)}
     urls = {checkup.url, *filter(_LOCAL_URL.match, (row[3] for row in client_urls(checkup)))}
-    jobs.update((url, functools.partial(listener_at, url)) for url in urls)
+    jobs.update((url, functools.partial(listener_at, url, checkup.config)) for url in urls)
     jobs.update((name, functools.partial(program_output, name, "--version"))
                 for name in CLIENT_PROGRAMS)
     if os.name == "nt":
@@ -22262,7 +23606,7 @@ def check_program(checkup: Checkup) -> Iterator[tuple]:
 def own_files(checkup: Checkup) -> Iterator[tuple[str, os.stat_result]]:
     """What this program keeps beside the accounts file, tokens included; no links."""
     name = re.escape(os.path.basename(os.path.realpath(checkup.path)))
-    for folder, names in ((checkup.folder, name + r"(\..+)?|state\.db.*"),
+    for folder, names in ((checkup.folder, name + r"(\..+)?|(state\.db|clients\.json).*"),
                           (os.path.join(checkup.folder, "tokens"), r"[0-9a-f]{16}(\..+)?")):
         with contextlib.suppress(OSError):      # not there yet, or gone again
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -22342,7 +23686,10 @@ def check_settings(checkup: Checkup) -> Iterator[tuple]:
             if told[0].lower() != told[1].lower():
                 yield ("warn", f"{given} overrides settings.{name}", f"it says {told[0]}, the file "
                        f"{told[1]}", f"unset {given}")
-    known = {"AGPROXY_KEY", *("AGPROXY_" + name.upper() for name in SETTINGS)}
+    known = {"AGPROXY_KEY", *("AGPROXY_" + name.upper() for name in SETTINGS),
+             *(f"{_client_variable(row)}_{part}" for row in checkup.config.providers.values()
+               for part in ("ID", "SECRET")),
+             *(account.secret[4:] for account, _ in checkup.accounts)}      # of env:NAME
     for name in environ:
         if name.startswith("AGPROXY_") and name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -22536,27 +23883,40 @@ def mend(found: Iterable[Finding], tell: Callable[[str], None]) -> list[Finding]
     return left
 
 
-def command_doctor(args: argparse.Namespace) -> int:
-    """1 when something fails."""
+def examined(args: argparse.Namespace, services: Services | None, is_offline: bool,
+             is_fixing: bool) -> tuple[list[Finding], dict]:
+    """(what was found and is left, the same as JSON); `services` are those of a demo."""
     path = config_path(args.accounts, os.environ)
     checkup = Checkup(path, os.environ, os.path.expanduser("~"), Config(
         path, {name: row.default for name, row in SETTINGS.items()}))
-    with offline(args) if args.demo else contextlib.nullcontext() as services:
-        if services:
-            checkup.config, checkup.accounts = services.config, services.pool.reports()
-        else:
-            read_accounts(checkup)
-        look_around(checkup, args.offline)
+    if services:
+        checkup.config, checkup.accounts = services.config, services.pool.reports()
+    else:
+        read_accounts(checkup)
+    look_around(checkup, is_offline)
     found, done = findings(checkup), []
-    if args.fix:
+    if is_fixing:
         found = mend(found, done.append)
     counts = {state: sum(row.state == state for row in found) for state in ("fail", "warn", "ok")}
-    fixes = sum(row.fix is not None for row in found)
+    return found, {"version": VERSION, "counts": counts, "fixed": done, "findings": [
+        {**row._asdict(), "fix": row.fix is not None} for row in found]}
+
+
+def examine(args: argparse.Namespace, services: Services, is_fixing: bool) -> dict:
+    """What `doctor` finds on the machine of a running server."""
+    return examined(args, services if args.demo else None, False, is_fixing)[1]
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """1 when something fails."""
+    with offline(args) if args.demo else contextlib.nullcontext() as services:
+        found, told = examined(args, services, args.offline, args.fix)
+    counts, fixes = told["counts"], sum(row.fix is not None for row in found)
     if args.json:
-        say(json.dumps({"version": VERSION, "counts": counts, "fixed": done, "findings": [
-            {**row._asdict(), "fix": row.fix is not None} for row in found]}, indent=2))
+        say(json.dumps(told, indent=2))
     else:
-        say(*done, *finding_lines(found), "", ", ".join(f"{n} {s}" for s, n in counts.items())
+        say(*told["fixed"], *finding_lines(found), "", ", ".join(
+            f"{n} {s}" for s, n in counts.items())
             + (f"; doctor --fix mends {fixes} of them" if fixes else ""))
     return 1 if counts["fail"] else 0
 
@@ -23075,13 +24435,11 @@ def command_config(args: argparse.Namespace) -> Config:
     return load_config(config_path(args.accounts, os.environ), flags, os.environ)
 
 
-def client_models(url: str, key: str) -> tuple[tuple[str, ...], str]:
+def client_models(url: str, config: Config, key: str) -> tuple[tuple[str, ...], str]:
     """(the models that a server lists, else all that are known; why it cannot be used)."""
     try:
-        status, _, body = simple_call(
-            ConnectionCache(Clock(), os.environ), "GET", url + "/v1/models",
-            {"x-api-key": key} if key else {}, proxy="direct" if _LOCAL_URL.match(url) else "",
-            timeout_s=LOOK_S)
+        status, body = ask_server(url + "/v1/models", config, key, LOOK_S,
+                                  "direct" if _LOCAL_URL.match(url) else "")
         if status == 200:
             return tuple(row["id"] for row in json_decode(body)["data"]) or tuple(MODELS), ""
     except (ProxyError, ValueError, KeyError, TypeError):
@@ -23101,13 +24459,13 @@ def client_target(args: argparse.Namespace) -> ClientTarget:
     remember_secret(key)
     if config.users and not key and not args.url:
         raise ConfigError("the server wants a user's key: set AGPROXY_KEY to it")
-    models, trouble = client_models(url, key)
+    models, trouble = client_models(url, config, key)
     if trouble:
         warn(f"{url}: {trouble}")
     return ClientTarget(url, key, variable, getattr(args, "model", "") or models[0], models)
 
 
-def client_state(name: str, row: dict | None, path: str) -> str:
+def client_state(row: dict | None, path: str) -> str:
     """Whether a client is set up in a file, in words."""
     text = (file_bytes(path) or b"").decode("utf-8", "replace")
     if row is None:
@@ -23128,8 +24486,8 @@ def list_clients(rows: list[dict]) -> None:
     for name, client in CLIENTS.items():
         own = [row for row in rows if row["client"] == name]
         program = (shutil.which(name) or "not on PATH") if client.title else "any such tool"
-        states = [client_state(name, row, row["path"]) for row in own] or [
-            client_state(name, None, client_path(client, client.files[-1], os.environ, ""))
+        states = [client_state(row, row["path"]) for row in own] or [
+            client_state(None, client_path(client, client.files[-1], os.environ, ""))
             if client.title else "not set up"]
         say(f"{name:10} {program:28} {states[0]}", *(f"{'':39} {state}" for state in states[1:]))
 
@@ -23141,7 +24499,7 @@ def agreed(found: list[FileChange], args: argparse.Namespace) -> bool:
         say(*change_lines(change))
     if args.print or not differing:
         return not args.print
-    if args.yes or ask_person("Write this? [y/N] ").lower() in ("y", "yes"):
+    if is_agreed(args, "Write this?"):
         return True
     raise ConfigError("nothing was written")
 
@@ -23169,6 +24527,8 @@ def command_setup(args: argparse.Namespace) -> int:
     if args.command == "unsetup" or args.undo:
         return undo_setup(args, record)
     client, target = CLIENTS[args.client], client_target(args)
+    if args.file and len(client.files) > 1:
+        raise ConfigError(f"--file: {args.client} has {len(client.files)} files")
     rows = client_rows(record)
     found = [setup_change(args.client, file, client_path(client, file, os.environ, args.file),
                           target, rows) for file in client.files]
@@ -23224,9 +24584,7 @@ def command_statusline(args: argparse.Namespace) -> int:
         url = local_url(config, config.port)
         key = os.environ.get("AGPROXY_KEY") or config.api_key
         with contextlib.suppress(ProxyError):
-            status, _, body = simple_call(
-                ConnectionCache(Clock(), {}), "GET", url + query, {"x-api-key": key} if key else {},
-                proxy="direct", timeout_s=STATUS_WAIT_S)
+            status, body = ask_server(url + query, config, key, STATUS_WAIT_S)
             if status == 200:
                 say(body.decode("utf-8", "replace"))
                 return 0
@@ -23239,6 +24597,44 @@ def command_statusline(args: argparse.Namespace) -> int:
         say(f"{line} | agproxy does not answer")
     except (ConfigError, ProxyError, OSError, ValueError) as err:
         say(f"agproxy: {redact(cause(err), 80)}")
+    return 0
+
+
+def set_password(path: str) -> None:
+    """Stores the hash of a password, which is asked for."""
+    password = read_secret(None, "New password of the management: ")
+    setting_value("admin_password", password, "the password")
+    made = scrypt_hash(password)
+    edit_accounts(path, lambda stored: stored.setdefault("settings", {}).update(
+        admin_password=made))
+
+
+def command_ui(args: argparse.Namespace) -> int:
+    """A fresh one-time link to the running server; 3 where none runs.  Who may write state.db is
+    its owner: the link's hash is put there, where the server looks."""
+    path = config_path(args.accounts, os.environ)
+    if args.password:
+        set_password(path)
+        say("stored; the management asks for it, and links go on to work")
+        return 0
+    config = load_config(path, {"port": args.port}, os.environ)
+    folder = os.path.dirname(os.path.realpath(path))
+    ports = {config.port, *(int(m[1]) for name in (os.listdir(folder) if os.path.isdir(folder)
+                                                   else ()) if not args.port
+                            for m in [re.fullmatch(r".+-(\d+)\.sock", name)] if m)}
+    urls = [url for url in (local_url(config, port) for port in sorted(ports))
+            if listener_at(url).startswith("agproxy")]
+    if not urls:
+        warn(f"no server runs at {local_url(config, config.port)}; begin with: python3 agproxy.py "
+             "serve, or name its --port")
+        return 3
+    state = State(os.path.join(folder, "state.db"), warn)
+    links = [f"{url}/#{new_login(state, 'link', time.time())}" for url in urls]
+    state.close()
+    say(*links)
+    if not args.no_browser and sys.stdout.isatty() and not browser_hint(os.environ):
+        import webbrowser
+        webbrowser.open(links[0])
     return 0
 
 
@@ -23720,9 +25116,8 @@ def command_bench(args: argparse.Namespace) -> int:
         raise ConfigError(f"--against-pid: there is no process {pid}")
     scale = BENCH_SCALES["quick" if args.quick else "full"]
     scale = scale._replace(runs=args.runs or scale.runs)
-    for name in ("SIGTERM", "SIGHUP"):      # end as Ctrl-C does: with all children
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    # end as Ctrl-C does: with all children
+    on_signals(signal.default_int_handler, "SIGTERM", "SIGHUP")
 
     def told(text: str) -> None:
         if sys.stderr.isatty():
@@ -23730,7 +25125,10 @@ def command_bench(args: argparse.Namespace) -> int:
     loads, notes = bench_loads(scale, descriptors)
     with Bench(scale, args.upstream_port, (port, pid)) as bench:
         if args.soak:
-            say(*soak_table(*bench.soak(args.soak, told)))
+            answers, samples = bench.soak(args.soak, told)
+            told("")
+            say(*([json.dumps({"answers": answers, "samples": samples})] if args.json
+                  else soak_table(answers, samples)))
             return 0
         bench.grow(told) if args.growth else bench.run(loads, told)
         told("")
@@ -23786,6 +25184,7 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
     "groups": (command_groups, "create, add, move, remove, test, list, delete groups", False),
     "alias": (command_alias, "names for models: alias [NAME [MODEL ...]]", False),
     "models": (command_models, "list models and the accounts that serve them", False),
+    "ui": (command_ui, "a fresh one-time link to the running server's management", False),
     "users": (command_users, "create, list, edit, disable, delete users of this proxy", False),
     "keys": (command_users, "create, list, edit, rotate, revoke keys of users", False),
     "share": (command_share, "a guest's key, and a tunnel to the running server", False),
@@ -23812,7 +25211,8 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-soft-limit", dest="soft_limit", action="store_const", const="0")
     for flag, about in (("--fallback", "serve a model's pair when it is exhausted"),
                         ("--pid-offset", "begin with another account in each process"),
-                        ("--auto-refresh", "start 5 h windows as soon as they may begin")):
+                        ("--auto-refresh", "start 5 h windows as soon as they may begin"),
+                        ("--admin-remote", "answer /admin/* beyond this machine too")):
         command.add_argument(flag, action="store_const", const="true", help=about)
     command.add_argument("--max-empty-retries", type=int, metavar="N")
     command.add_argument("--log-file", metavar="FILE",
@@ -23949,6 +25349,13 @@ def _add_look_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument(flag, action="store_true", help=about)
 
 
+def _add_ui_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--port", "-p", type=int, help="of the server, if it is another")
+    command.add_argument("--no-browser", action="store_true", help="print the link only")
+    command.add_argument("--password", action="store_true",
+                         help="set the password that opens the management too")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agproxy.py", description="Any AI coding client on any model account you own.",
@@ -23988,6 +25395,8 @@ def build_parser() -> argparse.ArgumentParser:
             _add_look_options(command, name)
         if name in ("quota", "why", "doctor", "top"):
             command.add_argument("--json", action="store_true")
+        if name == "ui":
+            _add_ui_options(command)
         if name == "doctor":
             command.add_argument("--fix", action="store_true",
                                  help="close files to others, remove what killed writers left")
@@ -24026,7 +25435,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["serve", *arguments]
     args = build_parser().parse_args(arguments)
-    args.given = arguments
+    args.given, args.examine = arguments, examine
     try:
         return COMMANDS[args.command][0](args)
     except BrokenPipeError:         # `| head` has seen enough

@@ -107,7 +107,7 @@ class Proxy:
     def __init__(self, accounts, tmp_path, provider=None, env=None, **settings):
         self.sim = ag.SimUpstream(accounts)
         # `Host: localhost` is short for tests: without our port it is none of ours
-        stored = {"settings": {"port": 0, "strategy": "sticky", "hosts": ["localhost"], **settings}}
+        stored = {"settings": {"port": 0, "strategy": "sticky", "hosts": ["localhost"], **settings}, **ag.sim_stored(self.sim, accounts)}
         config = ag.load_config(str(tmp_path / "accounts.json"), {}, env or {}, stored)
         config = ag.sim_config(self.sim, config)
         if provider:        # one for all accounts, or a provider for each
@@ -990,6 +990,26 @@ def test_chunks_are_the_same_however_the_bytes_are_cut():
 def test_bad_chunks_are_refused(raw):
     with pytest.raises(ValueError):
         ag.BodyReader("chunked", 100).feed(raw)
+
+
+def test_what_follows_the_end_of_a_compressed_answer_is_not_kept():
+    import gzip
+    reader, whole = ag.BodyReader("close", 1000, "gzip"), gzip.compress(b"hello")
+    assert [reader.feed(piece) for piece in (whole, b"x" * 9000, b"y" * 9000)] == [b"hello", b"", b""]
+    assert not reader._unzip.unused_data
+
+
+def test_names_are_not_looked_for_one_by_one_in_a_body_of_many():
+    class Counted(bytes):
+        counted = 0
+
+        def count(self, *given):
+            Counted.counted += 1
+            return super().count(*given)
+    body = "{" + ",".join(f'"n{number}": 1' for number in range(5000)) + ', "n4999": 2}'
+    assert isinstance(ag._told_once(Counted(body.encode())), ag.Repeating) and Counted.counted < 200
+    assert type(ag._told_once(Counted(b'{"a": "a", "b": {"a": 1}}'))) is dict
+    assert isinstance(ag._told_once(b'{"a": 1, "a": 2}'), ag.Repeating)
 
 
 def test_compressed_bodies_are_limited_by_their_output():
@@ -4912,8 +4932,8 @@ def test_the_admin_class_is_the_owners_on_this_machine_by_json(guarded, monkeypa
             (403, "POST", {**key, **kind, "origin": "http://evil.example"})):
         assert proxy.call(method, "/admin/thing", b"{}" if method == "POST" else None, headers)[0] == status, headers
     for address, is_ours in (("::1", True), ("::ffff:127.0.0.1", True), ("127.9.9.9", True), ("192.168.1.7", False), ("fe80::1%eth0", False)):
-        assert ag.is_loopback(address) is is_ours
-    monkeypatch.setattr(ag, "is_loopback", lambda address: False)
+        assert (ag.peer_of(address) is None) is is_ours
+    monkeypatch.setattr(ag, "peer_of", lambda address: address)
     assert proxy.call("GET", "/admin/thing", None, {**key, "x-forwarded-for": "127.0.0.1"})[0] == 403
 
 
@@ -4971,6 +4991,13 @@ def test_a_users_key_is_hashed_once_and_only_where_its_end_fits(monkeypatch):
 def test_a_wrong_user_is_named(row):
     with pytest.raises(ag.ConfigError, match=r"users\.0"):
         ag.load_config("", {}, {}, {"users": [row]})
+
+
+def test_a_key_that_names_no_model_has_those_of_its_user():
+    hashed = ag.scrypt_hash("anns-own-key")
+    keys = ag._config_users([{"name": "ann", "models": ["claude*"], "keys": [
+        {"id": f"key_{number}", "key_hash": hashed, "models": models} for number, models in enumerate(([], ["gemini*"]))]}], {})
+    assert [key.models for key in keys] == [("claude*",), ("gemini*",)]
 
 
 def test_a_user_asks_for_the_models_that_are_theirs(make_proxy):
@@ -10716,11 +10743,11 @@ def test_a_name_server_that_says_nothing_keeps_the_doctor_for_so_long_and_no_lon
 
 def test_who_listens_on_a_port_is_known_by_its_health(make_proxy):
     proxy = make_proxy()
-    assert ag.listener_at(f"http://127.0.0.1:{proxy.port}") == f"agproxy {ag.VERSION}"
-    assert ag.listener_at(proxy.sim.url) == "another program"
+    assert ag.listener_at(f"http://127.0.0.1:{proxy.port}", ag.Config("", {})) == f"agproxy {ag.VERSION}"
+    assert ag.listener_at(proxy.sim.url, ag.Config("", {})) == "another program"
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        assert ag.listener_at(f"http://127.0.0.1:{nobody.getsockname()[1]}") == ""
+        assert ag.listener_at(f"http://127.0.0.1:{nobody.getsockname()[1]}", ag.Config("", {})) == ""
 
 
 def test_the_doctor_knows_what_programs_print_and_that_some_do_not_run(tmp_path, monkeypatch):
@@ -13059,6 +13086,25 @@ def test_several_processes_write_one_log_file_while_it_is_put_aside(tmp_path):
     assert os.name == "nt" or len(list(tmp_path.iterdir())) > 10
 
 
+def test_a_log_file_that_cannot_be_begun_anew_is_tried_again(tmp_path, monkeypatch):
+    with contextlib.closing(ag.LogFile(str(tmp_path / "log.txt"))) as out:
+        out.most_bytes = 10
+        out.write("12345678\n")
+        plain = out._open
+        opened = iter([plain, None, None])     # the second is after the old file was put aside
+
+        def opens():
+            wanted = next(opened, plain)
+            if wanted is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            wanted()
+        monkeypatch.setattr(out, "_open", opens)
+        with pytest.raises(OSError):
+            out.write("lost\n")
+        out.write("kept\n")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "kept\n"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be moved there")
 def test_a_log_file_that_somebody_moved_is_begun_anew(tmp_path):
     path = tmp_path / "log.txt"
@@ -13429,6 +13475,506 @@ def test_the_dashboard_draws_metrics_that_there_are(capsys):
         assert any(part in name for name in named), part
 
 
+# The management ----------------------------------------------------------------
+
+OWNER_KEY = "owner-key-0123456789"
+MANAGED_SECRETS = ("planted-secret-key-1", "planted-secret-key-2", "planted-client-secret", "planted-header-secret", "planted-proxy-word",
+           "planted-password")
+
+
+class Managed:
+    """A server as `serve` makes it, with its files, over the simulator."""
+
+    def __init__(self, folder, monkeypatch, stack):
+        self.path = str(folder / "accounts.json")
+        self.sim = ag.SimUpstream({"a": None, "b": None})
+        stack.callback(self.sim.stop)
+        own = {"base_url": self.sim.url, "token_url": self.sim.url + "/token", "auth_url": self.sim.url + "/auth",
+               "userinfo_url": self.sim.url + "/userinfo", "client_id": "sim-client", "client_secret": "sim-secret"}
+        stored = {"settings": {"port": 0, "drain_s": 1}, "providers": {
+            "antigravity": own, "gemini-cli": own,
+            "lab": {"dialect": "chat", "base_url": self.sim.url + "/v1", "client_secret": MANAGED_SECRETS[2], "headers": {"x-auth": MANAGED_SECRETS[3]}}},
+            "accounts": [{"name": "a", "provider": "antigravity", "refresh_token": self.sim.accounts["a"].refresh_token},
+                         {"name": "b@home.example", "provider": "antigravity", "refresh_token": self.sim.accounts["b"].refresh_token},
+                         {"name": "k", "provider": "lab", "api_key": MANAGED_SECRETS[0], "enabled": False,
+                          "proxy": f"http://me:{MANAGED_SECRETS[4]}@127.0.0.1:1", "headers": {"x-api-key": MANAGED_SECRETS[3]}}],
+            "users": [{"name": "ann", "admin": True, "key_hash": hashed("anns-key")}, {"name": "bob", "key_hash": hashed("bobs-key")}]}
+        with open(self.path, "w", encoding="utf-8") as handle:
+            json.dump(stored, handle)
+        os.chmod(self.path, 0o600)
+        monkeypatch.setenv("PROXY_API_KEY", OWNER_KEY)
+        args = ag.build_parser().parse_args(["serve", "--accounts", self.path])
+        args.given, args.examine = [], ag.examine
+        self.server = stack.enter_context(ag.running_proxy(args, stack.enter_context(open(folder / "log.txt", "w", encoding="utf-8"))))
+        self.port, self.answers, self.log = self.server.server_port, [], folder / "log.txt"
+
+    def call(self, method, path, body=None, headers=None, own=True):
+        """(status, JSON or text); `own` brings the owner's key."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        told = {"content-type": "application/json", **({"x-api-key": OWNER_KEY} if own else {}), **(headers or {})}
+        client.request(method, path, json.dumps(body) if body is not None else None, told)
+        response = client.getresponse()
+        raw = response.read().decode()
+        client.close()
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.answers.append(raw)
+        with contextlib.suppress(ValueError):
+            return response.status, json.loads(raw)
+        return response.status, raw
+
+    def get(self, path):
+        status, told = self.call("GET", path)
+        assert status == 200, told
+        return told
+
+    def do(self, method, path, body=None):
+        status, told = self.call(method, path, {} if body is None else body)
+        assert status == 200, told
+        return told
+
+    def log_in(self):
+        """The headers of a session, without its CSRF token, and that."""
+        link = ag.new_login(self.server.services.state, "link", time.time())
+        status, told = self.call("POST", "/admin/login", {"token": link}, own=False)
+        assert status == 200
+        return {"cookie": self.headers["set-cookie"].split(";")[0]}, {"x-agproxy-csrf": told["csrf"]}, link
+
+
+@pytest.fixture(scope="module")
+def managed(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    with contextlib.ExitStack() as stack:
+        stack.callback(patch.undo)
+        yield Managed(tmp_path_factory.mktemp("managed"), patch, stack)
+
+
+def admin_paths():
+    return [(row, row.path.replace("{id}", "nobody")) for row in ag.ADMIN]
+
+
+def test_each_management_route_wants_the_owner(managed):
+    before = bytes_of(managed.path)
+    for row, path in admin_paths():
+        for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Bearer bobs-key"}, {"cookie": f"agproxy-{managed.port}=wrong"}):
+            status, told = managed.call(row.method, path, None if row.method == "GET" else {}, headers, own=False)
+            assert status in (401, 429), (row.path, headers)
+            assert set(told["error"]) == {"code", "message", "fix"} and all(told["error"].values())
+        if row.access == "admin" and row.path not in ("/admin/events", "/admin/doctor"):       # of tests of their own
+            for right in ({"x-api-key": OWNER_KEY}, {"authorization": "Bearer " + OWNER_KEY}, {"x-goog-api-key": "anns-key"}):
+                status, told = managed.call(row.method, path, ["no object"], right, own=False)     # let in; nothing is done
+                assert status == 400 or row.method == "GET" and status in (200, 404), (row.path, told)
+    assert bytes_of(managed.path) == before
+
+
+def test_the_management_takes_json_from_no_other_site(managed):
+    cookie, csrf, _ = managed.log_in()
+    for headers, status in (({"content-type": "text/plain"}, 415), ({"content-type": "application/x-www-form-urlencoded"}, 415),
+                            ({"origin": "http://evil.example"}, 403), ({"origin": "null"}, 403), ({"sec-fetch-site": "cross-site"}, 403),
+                            ({"host": "evil.example"}, 403), ({"host": f"evil.example:{managed.port}"}, 403)):
+        for row, path in admin_paths():
+            if row.method != "GET" or status == 403:
+                given = {**cookie, **csrf, **headers}
+                got, told = managed.call(row.method, path, None if row.method == "GET" else {}, given, own=False)
+                assert got == status and told["error"]["fix"], (row.path, headers, told)
+    assert managed.call("PUT", "/admin/status", {})[0] == 405 and managed.call("GET", "/admin/nothing")[1]["error"]["code"] == "not_found"
+
+
+def test_a_session_changes_nothing_without_its_csrf_token(managed):
+    cookie, csrf, link = managed.log_in()
+    assert "HttpOnly" in managed.headers["set-cookie"] and "SameSite=Strict" in managed.headers["set-cookie"]
+    assert managed.call("POST", "/admin/login", {"token": link}, own=False)[0] == 401       # once
+    assert managed.call("GET", "/admin/session", None, cookie, own=False)[1] == {"user": "owner", "csrf": csrf["x-agproxy-csrf"]}
+    before = bytes_of(managed.path)
+    for row, path in admin_paths():
+        if row.method != "GET" and row.access == "admin":
+            for wrong in ({}, {"x-agproxy-csrf": ""}, {"x-agproxy-csrf": "0" * 64}):
+                status, told = managed.call(row.method, path, {}, {**cookie, **wrong}, own=False)
+                assert status == 403 and "x-agproxy-csrf" in told["error"]["message"], row.path
+    assert bytes_of(managed.path) == before
+    assert managed.call("POST", "/admin/accounts/a/clear", {}, {**cookie, **csrf}, own=False)[0] == 200
+    assert managed.call("POST", "/v1/messages", {}, cookie, own=False)[0] == 401       # it is no key
+    assert managed.call("POST", "/admin/logout", {}, {**cookie, **csrf}, own=False)[0] == 200
+    assert managed.call("GET", "/admin/session", None, cookie, own=False)[0] == 401
+
+
+def test_links_and_sessions_end(tmp_path):
+    clock, state = FakeClock(), ag.State("", lines_of_nobody)
+    services = type("Services", (), {"state": state, "clock": clock, "config": ag.load_config("", {}, {}, {})})()
+    logins, server = ag.Logins(services), type("Server", (), {"server_port": 1, "tls": None})()
+    try:
+        def session(token):
+            return logins.token_of(type("Exchange", (), {"headers": {"cookie": "x=y; agproxy-1=" + token}})(), server)
+        for wrong in ({}, {"token": ""}, {"token": "x"}, {"password": ""}, {"password": "x"}):
+            with pytest.raises(ag.ProxyError):
+                logins.begin(wrong)
+        old, fresh = ag.new_login(state, "link", clock.at - ag.LINK_LASTS_S - 1), ag.new_login(state, "link", clock.at)
+        with pytest.raises(ag.ProxyError):
+            logins.begin({"token": old})
+        token = logins.begin({"token": fresh})
+        with pytest.raises(ag.ProxyError):
+            logins.begin({"token": token})      # a session is no link
+        clock.at += ag.SESSION_IDLE_S - 10
+        assert session(token) == token and session(fresh) == "" and session("") == ""
+        state.flush()
+        clock.at += ag.SESSION_IDLE_S - 10      # it was used in between
+        assert session(token) == token
+        state.flush()
+        clock.at += ag.SESSION_IDLE_S + 1
+        assert session(token) == ""
+        assert all(token not in str(row) and fresh not in str(row) for row in state.rows("logins"))
+    finally:
+        state.close()
+
+
+def test_a_password_opens_the_management_and_guessing_it_costs_pauses():
+    clock, state = FakeClock(), ag.State("", lines_of_nobody)
+    config = ag.load_config("", {}, {}, {"settings": {"admin_password": ag.scrypt_hash("right password")}})
+    logins = ag.Logins(type("Services", (), {"state": state, "clock": clock, "config": config})())
+
+    def kind(**given):
+        try:
+            return logins.begin(given) and "in"
+        except ag.ProxyError as err:
+            return err.kind
+    try:
+        assert [kind(password="wrong") for _ in range(ag.FREE_PASSWORDS + 2)] == (
+            ["authentication"] * ag.FREE_PASSWORDS + ["locked_out"] * 2)
+        assert kind(password="right password") == "locked_out"      # nobody learns that it is right
+        assert kind(token=ag.new_login(state, "link", clock.at)) == "in"
+        for pause in (1, 2, 4, 8, 16, 32, 60, 60):
+            clock.at += pause - 0.5
+            assert kind(password="wrong") == "locked_out"
+            clock.at += 0.6
+            assert kind(password="wrong") == "authentication"
+        clock.at += 61
+        assert [kind(password=p) for p in ("right password", "wrong")] == ["in", "authentication"]
+        config.settings["admin_password"] = vars(config)["admin_password"] = ""
+        assert kind(password="") == "authentication"
+    finally:
+        state.close()
+
+
+BAD_FIELDS = [      # method, path, body, what the sentence says
+    ("PATCH", "accounts/a", {"weight": "x"}, "weight: a number is required"),
+    ("PATCH", "accounts/a", {"weight": -1}, "weight and max_in_flight are 0 or more"),
+    ("PATCH", "accounts/a", {"weight": True}, "weight: a number is required"),
+    ("PATCH", "accounts/a", {"soft_limit": 2}, "soft_limit below 1"),
+    ("PATCH", "accounts/a", {"enabled": "yes"}, "enabled: true or false is required"),
+    ("PATCH", "accounts/a", {"priority": 1.5}, "priority: a whole number"),
+    ("PATCH", "accounts/a", {"models": "x"}, "models: a list of model names is required"),
+    ("PATCH", "accounts/a", {"models": [1]}, "models: a list of model names is required"),
+    ("PATCH", "accounts/a", {"tags": {}}, "tags: a list of words is required"),
+    ("PATCH", "accounts/a", {"proxy": "ftp://x"}, "proxy: direct, http://host:port or socks5://host:port is required"),
+    ("PATCH", "accounts/a", {"headers": {"a b": "c"}}, "headers: names and texts of one line are required"),
+    ("PATCH", "accounts/a", {"user_agent": "a\nb"}, "user_agent: names and texts of one line"),
+    ("PATCH", "accounts/a", {"api_key": "x"}, "antigravity takes a refresh_token or access_token"),
+    ("PATCH", "accounts/a", {"refresh_token": None}, "exactly one of refresh_token, access_token, api_key is required"),
+    ("PATCH", "accounts/a", {"wieght": 1}, "wieght: is no field here; weight?"),
+    ("PATCH", "accounts/a", {"provider": "gemini"}, "provider: is no field here"),
+    ("POST", "accounts", {}, "provider: the id of a provider is required"),
+    ("POST", "accounts", {"provider": 1}, "provider: the id of a provider is required"),
+    ("POST", "accounts", {"provider": "nope"}, "provider: one of antigravity"),
+    ("POST", "accounts", {"provider": "antigravity", "refresh_token": "x"}, 'agreed: Google'),
+    ("POST", "accounts", {"provider": "gemini"}, "exactly one of refresh_token, access_token, api_key is required"),
+    ("POST", "accounts", {"provider": "gemini", "api_key": ""}, "exactly one of"),
+    ("POST", "accounts", {"provider": "gemini", "api_key": "x", "name": "me@home.example"}, "name: a label without @ is required"),
+    ("POST", "accounts", {"provider": "gemini", "api_key": "x", "check": 1}, "check: true, or false"),
+    ("POST", "accounts", {"provider": "gemini", "api_key": "x", "check": False, "name": "a"}, "the name a is another account's"),
+    ("POST", "oauth/start", {"provider": "gemini"}, "gemini has no sign-in"),
+    ("POST", "oauth/start", {"provider": "antigravity"}, "agreed: Google"),
+    ("POST", "oauth/start", {"provider": "antigravity", "agreed": True}, "agreed: to agree"),
+    ("POST", "oauth/complete", {"id": "x"}, "answer: the whole address of the last page is required"),
+    ("POST", "groups", {"name": "g"}, "models: a list of models is required"),
+    ("POST", "groups", {"models": ["x"]}, "name: a name is required"),
+    ("POST", "groups", {"name": "g", "models": []}, "groups.g.models: a list of models is required"),
+    ("POST", "groups", {"name": "g", "models": [7]}, "groups.g.models: names, or objects with a `model`"),
+    ("POST", "groups", {"name": "g", "models": ["g"]}, "groups.g: contains itself"),
+    ("POST", "groups", {"name": "g", "models": ["x"], "strategy": "best"}, "groups.g.strategy: one of priority, random"),
+    ("POST", "groups", {"name": "g", "models": [{"model": "x", "weight": -1}]}, "a weight of 0 or more"),
+    ("POST", "aliases", {"name": "x", "to": 1}, "to: a model, or a list of models"),
+    ("POST", "aliases", {"name": "x", "to": []}, "aliases.x: a model name, or a list of them, is required"),
+    ("POST", "routes", {"name": "long_context", "to": "x", "over_tokens": 0}, "routes.long_context: a model name is required"),
+    ("POST", "routes", {"name": "long_context", "to": "x", "over_tokens": "9"}, "over_tokens: a whole number is required"),
+    ("POST", "rules", {"to": "x"}, "when: an object of conditions is required"),
+    ("POST", "rules", {"when": {"modl": "x"}, "to": "x"}, "rules.0: modl is not known here"),
+    ("POST", "rules", {"when": {"over_tokens": "9"}, "to": "x"}, "rules.0.when: an object of conditions is required"),
+    ("POST", "rules", {"when": {}, "drop": "x"}, "drop: a list of paths is required"),
+    ("PUT", "rules", {}, "rules: a list of rules is required"),
+    ("PUT", "rules", {"rules": [{"when": {"provider": "x"}, "to": "y"}]}, "who serves is not known yet"),
+    ("PATCH", "settings", {"soft_limit": 5}, "soft_limit: at most 0.99 is allowed, not 5.0"),
+    ("PATCH", "settings", {"max_wait_s": "soon"}, "max_wait_s: a number is required, not 'soon'"),
+    ("PATCH", "settings", {"connect_timeout_s": 0}, "connect_timeout_s: a number above zero is required"),
+    ("PATCH", "settings", {"fallback": "perhaps"}, "fallback: true or false is required"),
+    ("PATCH", "settings", {"strategy": "best"}, "strategy: one of hybrid, sticky"),
+    ("PATCH", "settings", {"cors_origins": ["*"]}, "cors_origins: whole origins are required"),
+    ("PATCH", "settings", {"hosts": 7}, "hosts: a list of names is required"),
+    ("PATCH", "settings", {"background_model": 7}, "background_model: text is required"),
+    ("PATCH", "settings", {"admin_password": "short"}, "admin_password: at least 8 characters are required"),
+    ("PATCH", "settings", {"soft_limt": 0.1}, "soft_limt: is no field here; soft_limit?"),
+    ("PATCH", "settings", {"soft_limit": 0.1, "port": 99999}, "port: at most 65535 is allowed"),
+    ("POST", "settings/rollback", {}, "version: the id of a version is required"),
+    ("POST", "login", {"token": 1}, "token: a text is required"),
+    ("GET", "requests?limit=0", None, "limit: a whole number from 1 to 500 is required"),
+    ("GET", "requests?limit=x", None, "limit: a whole number is required"),
+    ("GET", "usage?by=mood", None, "by: one of account, used"),
+    ("GET", "usage?per=year", None, "per: one of hour, day, week, month is required"),
+    ("GET", "usage?since=yesterday", None, "since: epoch seconds are required"),
+    ("GET", "usage?format=pdf", None, "format: one of json, csv is required"),
+    ("GET", "explain", None, "model: a model name is required"),
+    ("GET", "status?x=1", None, "x: is no field here; allowed: none"),
+    ("GET", "oauth/status", None, "id: the id of a sign-in is required"),
+    ("POST", "groups", [], "the body is a JSON object")]
+
+
+def test_a_bad_field_is_told_what_is_allowed_and_changes_nothing(managed):
+    for method, path, body, sentence in BAD_FIELDS:
+        before = bytes_of(managed.path)
+        status, told = managed.call(method, "/admin/" + path, body)
+        assert status == 400 and told["error"]["code"] == "invalid_request", (path, body, told)
+        assert sentence in told["error"]["message"], (path, body, told)
+        assert "accounts." not in told["error"]["message"] and bytes_of(managed.path) == before, (path, body)
+    for method, path in (("GET", "accounts/x"), ("PATCH", "accounts/x"), ("DELETE", "groups/x"), ("GET", "rules/1"), ("PATCH", "rules/0"),
+                         ("GET", "requests/x"), ("GET", "requests/x/why"), ("GET", "oauth/status?id=x"), ("DELETE", "aliases/..%2Fx")):
+        status, told = managed.call(method, "/admin/" + path, None if method == "GET" else {})
+        assert status == 404 and told["error"]["fix"], (path, told)
+    assert managed.call("POST", "/admin/settings/rollback", {"version": "ver_x"})[0] == 404
+
+
+def test_the_openapi_document_lists_exactly_the_routes(managed):
+    told = managed.get("/admin/openapi.json")
+    listed = {(method.upper(), path) for path, row in told["paths"].items() for method in row}
+    served = {(r.methods, r.pattern.pattern.replace("(?P<id>[^/]+)", "{id}")) for r in ag.ROUTES if r.pattern.pattern.startswith("/admin")}
+    assert listed == served == {(row.method, row.path) for row in ag.ADMIN} and len(listed) == len(ag.ADMIN) > 50
+    add = told["paths"]["/admin/accounts"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert add["required"] == ["provider"] and set(ag.ACCOUNT_FIELDS) < set(add["properties"])
+    assert all(f"/admin/{word}" in "".join(told["paths"]) for word in (
+        "quota limits groups aliases rules settings/history settings/rollback requests/{id}/why explain usage events doctor backup").split())
+
+
+def test_accounts_are_added_changed_and_removed_by_their_ids(managed):
+    assert {row["id"] for row in managed.get("/admin/accounts")["accounts"]} >= {"a", "b", "k"}      # no address
+    new = managed.do("POST", "/admin/accounts", {"provider": "lab", "name": "new", "api_key": MANAGED_SECRETS[1], "check": False, "models": ["m"]})
+    assert new == {"id": "new"} and next(r for r in json_of(managed.path)["accounts"] if r["name"] == "new")["api_key"] == MANAGED_SECRETS[1]
+    changed = managed.do("PATCH", "/admin/accounts/new", {"weight": 3, "models": None, "tags": ["t"]})
+    assert changed["settings"] == {"name": "new", "provider": "lab", "api_key": "set", "refresh_token": None, "access_token": None,
+                                   "weight": 3, "tags": ["t"]}
+    assert managed.do("POST", "/admin/accounts/new/disable")["state"] == "disabled"
+    assert managed.do("POST", "/admin/accounts/new/enable")["enabled"] is True       # at once, and in the file
+    assert managed.do("POST", "/admin/accounts/b/verify")["result"].startswith("works")
+    assert managed.do("POST", "/admin/accounts/b/refresh")["quotas"]
+    assert {row["account"] for row in managed.get("/admin/quota")["quota"]} >= {"b"}
+    account = next(a for a in managed.server.services.pool.accounts if a.name == "a")
+    managed.sim.plan("a", "quota")
+    lease = managed.server.services.pool.borrow(managed.server.services.candidates("gemini-3-flash")[0])
+    with lease as held:
+        held.settle(ag.ProxyError("quota", "spent", delay_s=900))
+    limits = managed.get("/admin/limits")["limits"]
+    assert [row["account"] for row in limits] == [held.candidate.account.label] and limits[0]["is_stated"]
+    assert managed.do("DELETE", "/admin/limits")["cleared"] >= 1 and not managed.get("/admin/limits")["limits"] and account
+    assert managed.do("DELETE", "/admin/accounts/new")["removed"] == "new"
+    assert "new" not in [row["name"] for row in json_of(managed.path)["accounts"]]
+    assert managed.call("GET", "/admin/accounts/new")[0] == 404
+
+
+def test_two_addresses_of_one_label_have_an_id_each():
+    ids = ag.account_ids(["me@home.example", "me@work.example", "you"])
+    assert len(ids) == 3 and ids["you"] == "you" and not any("@" in key for key in ids)
+    assert set(ids.values()) == {"me@home.example", "me@work.example", "you"}
+
+
+def test_a_sign_in_is_finished_from_another_machines_browser(managed):
+    begun = managed.do("POST", "/admin/oauth/start", {"provider": "antigravity", "agreed": "yes", "name": "far"})
+    assert begun["state"] == "waiting"
+    host, _, path = begun["url"].partition("://")[2].partition("/")
+    browser = http.client.HTTPConnection(host, timeout=60)
+    browser.request("GET", "/" + path.replace("auth?", "sim/consent?") + "&account=a")
+    response = browser.getresponse()
+    response.read()
+    browser.close()
+    last_page = response.headers["location"]        # which does not load there
+    assert managed.call("POST", "/admin/oauth/complete", {"id": begun["id"], "answer": last_page.replace("state=", "state=x")})[0] == 400
+    assert managed.get("/admin/oauth/status?id=" + begun["id"])["state"] == "waiting"
+    managed.do("POST", "/admin/oauth/complete", {"id": begun["id"], "answer": last_page})
+    until(lambda: managed.get("/admin/oauth/status?id=" + begun["id"])["state"] != "waiting")
+    told = managed.get("/admin/oauth/status?id=" + begun["id"])
+    assert told["state"] == "done" and told["account"], told
+    assert told["account"] in [row["id"] for row in managed.get("/admin/accounts")["accounts"]]
+    code = dict(ag.urllib.parse.parse_qsl(last_page.partition("?")[2]))["code"]
+    assert code not in json.dumps(managed.get("/admin/audit"))
+
+
+def test_routing_is_changed_row_by_row(managed):
+    managed.do("POST", "/admin/groups", {"name": "smart", "models": ["gemini-3-flash"]})
+    assert managed.call("POST", "/admin/groups", {"name": "smart", "models": ["x"]})[1]["error"]["code"] == "conflict"
+    managed.do("PATCH", "/admin/groups/smart", {"models": ["gemini-3-flash", "claude-sonnet-4-6"], "strategy": "random"})
+    assert managed.get("/admin/groups/smart") == {"id": "smart", "models": ["gemini-3-flash", "claude-sonnet-4-6"], "strategy": "random"}
+    assert managed.do("POST", "/admin/groups/smart/test")["account"]
+    managed.do("POST", "/admin/aliases", {"name": "claude-*x/y", "to": "smart"})
+    assert managed.do("PATCH", "/admin/aliases/claude-*x%2Fy", {"to": ["smart", "gemini-3-flash"]})["to"] == ["smart", "gemini-3-flash"]
+    managed.do("POST", "/admin/routes", {"name": "think", "to": "smart"})
+    for to in ("one", "two"):
+        managed.do("POST", "/admin/rules", {"when": {"model": to + "*"}, "to": "smart"})
+    assert managed.do("PATCH", "/admin/rules/2", {"system": "short", "to": None}) == {"id": "2", "when": {"model": "two*"}, "system": "short"}
+    rules = [{n: v for n, v in row.items() if n != "id"} for row in managed.get("/admin/rules")["rules"]]
+    assert [row["when"]["model"] for row in managed.do("PUT", "/admin/rules", {"rules": rules[::-1]})["rules"]] == ["two*", "one*"]
+    assert managed.get("/admin/explain?model=one-more")["routed_by"] == "rule 2"
+    assert json_of(managed.path)["routes"] == {"think": "smart"}
+    for path in ("rules/2", "rules/1", "routes/think", "aliases/claude-*x%2Fy", "groups/smart"):
+        managed.do("DELETE", "/admin/" + path)
+    assert not any(json_of(managed.path)[part] for part in ("groups", "aliases", "routes", "rules"))
+
+
+def test_users_and_keys_are_managed_and_a_key_is_told_once(managed):
+    assert managed.do("POST", "/admin/users", {"name": "eve", "models": ["gemini-*"]})["id"] == "eve"
+    made = managed.do("POST", "/admin/keys", {"user": "eve", "limits": {"requests/minute": 5}})
+    assert made["key"].startswith("agp-") and made["key"] not in bytes_of(managed.path).decode()
+    assert managed.call("GET", "/v1/models", None, {"x-api-key": made["key"]}, own=False)[0] == 200      # at once
+    listed = managed.get("/admin/keys/" + made["id"])
+    assert listed["user"] == "eve" and made["key"].endswith(listed["hint"]) and "key_hash" not in listed
+    fresh = managed.do("POST", f"/admin/keys/{made['id']}/rotate")["key"]
+    assert [managed.call("GET", "/v1/models", None, {"x-api-key": k}, own=False)[0] for k in (made["key"], fresh)] == [401, 200]
+    assert managed.do("PATCH", "/admin/keys/" + made["id"], {"limits": None, "expires_at": 2_000_000_000})["expires_at"] == 2_000_000_000
+    managed.do("PATCH", "/admin/users/eve", {"enabled": False})
+    assert managed.call("GET", "/v1/models", None, {"x-api-key": fresh}, own=False)[0] in (401, 403)
+    for method, path, body in (("POST", "keys", {"user": "nobody"}), ("POST", "keys", {}), ("POST", "users", {"name": "eve"}),
+                               ("POST", "users", {"name": ""}), ("PATCH", "users/eve", {"enabled": 1}), ("PATCH", "users/eve", {"models": "x"}),
+                               ("PATCH", "keys/" + made["id"], {"expires_at": "soon"}), ("PATCH", "keys/" + made["id"], {"limits": {"x": 1}}),
+                               ("PATCH", "keys/" + made["id"], {"key_hash": "x"})):
+        before = bytes_of(managed.path)
+        status, told = managed.call(method, "/admin/" + path, body)
+        assert status == 400 and told["error"]["message"] and bytes_of(managed.path) == before, (path, body)
+    assert managed.do("DELETE", "/admin/keys/" + made["id"]) == {"removed": made["id"]}
+    assert managed.do("DELETE", "/admin/users/eve") == {"removed": "eve"}
+    assert managed.call("GET", "/admin/users/eve")[0] == managed.call("DELETE", "/admin/keys/x", {})[0] == 404
+    told_once = json.dumps([managed.get("/admin/audit"), managed.get("/admin/settings/history")])
+    assert made["key"] not in told_once and fresh not in told_once
+
+
+def test_settings_are_read_changed_and_rolled_back_without_losing_tokens(managed):
+    before = managed.get("/admin/settings/history")["versions"][0]["id"]
+    rows = {row["id"]: row for row in managed.get("/admin/settings")["settings"]}
+    assert set(rows) == set(ag.SETTINGS) and rows["drain_s"]["source"] == "file" and rows["soft_limit"]["source"] == "default"
+    managed.do("PATCH", "/admin/settings", {"soft_limit": 0.4, "admin_password": MANAGED_SECRETS[5]})
+    assert json_of(managed.path)["settings"]["admin_password"].startswith("scrypt:")
+    assert managed.server.services.config.soft_limit == 0.4      # in force
+    assert managed.call("POST", "/admin/login", {"password": MANAGED_SECRETS[5]}, own=False)[0] == 200
+    managed.do("POST", "/admin/aliases", {"name": "secret-key", "to": "gemini-3-flash"})
+    newest, older = managed.get("/admin/settings/history?limit=2")["versions"]
+    assert any(line.startswith("+") and "secret-key" in line for line in newest["diff"]) and newest["who"] == "owner"
+    assert any(line.startswith("+") and "soft_limit" in line for line in older["diff"]) and "scrypt" not in json.dumps(older)
+    ag.edit_accounts(managed.path, lambda stored: stored["accounts"][0].update(refresh_token="1//rotated-meanwhile"))
+    diff = managed.do("POST", "/admin/settings/rollback", {"version": before})["diff"]
+    stored = json_of(managed.path)
+    assert any(line.startswith("-") and "secret-key" in line for line in diff)
+    assert "soft_limit" not in stored["settings"] and "secret-key" not in stored.get("aliases", {})
+    assert stored["accounts"][0]["refresh_token"] == "1//rotated-meanwhile"
+    assert stored["settings"]["admin_password"].startswith("scrypt:") and json.dumps(stored["users"]).count('"scrypt:') == 2
+    managed.do("POST", "/admin/settings/rollback", {"version": newest["id"]})      # forth again
+    assert json_of(managed.path)["aliases"]["secret-key"] == "gemini-3-flash"
+    ag.edit_accounts(managed.path, lambda stored: stored["accounts"][0].update(refresh_token=managed.sim.accounts["a"].refresh_token))
+    managed.do("PATCH", "/admin/settings", {"soft_limit": None, "admin_password": None})
+    managed.do("DELETE", "/admin/aliases/secret-key")
+
+
+def test_an_edit_that_cannot_be_stored_is_a_507_and_changes_nothing(managed, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    before = bytes_of(managed.path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ag, "write_atomic", full)
+        status, told = managed.call("PATCH", "/admin/settings", {"soft_limit": 0.3})
+    assert status == 507 and told["error"]["code"] == "not_stored" and "No space left" in told["error"]["message"]
+    assert bytes_of(managed.path) == before and managed.server.services.config.soft_limit != 0.3
+
+
+def test_requests_usage_audit_and_events_tell_what_happened(managed):
+    listener = socket.create_connection(("127.0.0.1", managed.port), timeout=60)
+    try:
+        listener.sendall(f"GET /admin/events HTTP/1.1\r\nHost: 127.0.0.1:{managed.port}\r\nx-api-key: {OWNER_KEY}\r\n\r\n".encode())
+        heard = b""
+        while b"event: status" not in heard:
+            more = listener.recv(65536)
+            assert more, heard
+            heard += more
+        managed.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]})
+        key = managed.headers["request-id"]
+        managed.do("POST", "/admin/accounts/a/disable")
+        while not (b"event: request" in heard and key.encode() in heard and b"event: limit" in heard):
+            more = listener.recv(65536)
+            assert more
+            heard += more
+        managed.do("POST", "/admin/accounts/a/enable")
+    finally:
+        listener.close()
+    until(lambda: managed.server.events._thread is None)        # nobody listens: nothing runs
+    row = managed.get("/admin/requests?limit=1")["requests"][0]
+    assert row["id"] == key and row["used"] == "gemini-3-flash" and "choices" not in row
+    assert managed.get(f"/admin/requests/{key}")["total_ms"] >= 0 and managed.get(f"/admin/requests/{key}/why")["choices"][0]["sheet"]
+    assert managed.get("/admin/requests?status=200&used=gemini-3-flash")["requests"] and not managed.get("/admin/requests?used=x")["requests"]
+    used = managed.get("/admin/usage?by=used&per=month")["usage"]
+    assert used[-1]["used"] == "gemini-3-flash" and used[-1]["requests"] >= 1 and used[-1]["output_tokens"] > 0
+    assert managed.get("/admin/usage?format=csv").splitlines()[0] == "from,account," + ",".join(ag.USAGE_SUMS)
+    assert ag.csv_of([{"a": '=1+"x"', "b": "-"}]) == b'a,b\r\n"\'=1+""x""",-\r\n'
+    newest = managed.get("/admin/audit?limit=2")["audit"]
+    assert [(row["who"], row["what"]) for row in newest] == [("owner", "POST /admin/accounts/a/enable"), ("owner", "POST /admin/accounts/a/disable")]
+    assert any(line.startswith("-") and '"enabled": false' in line for line in newest[0]["changes"])
+
+
+def test_a_backup_stays_on_the_disk_for_its_owner(managed):
+    told = managed.do("POST", "/admin/backup")
+    names = sorted(os.listdir(told["folder"]))
+    assert names == ["accounts.json", "state.db"] and json_of(os.path.join(told["folder"], "accounts.json")) == json_of(managed.path)
+    if os.name == "posix":
+        assert [os.stat(os.path.join(told["folder"], n)).st_mode & 0o777 for n in names] == [0o600] * 2
+        assert os.stat(told["folder"]).st_mode & 0o777 == 0o700
+
+
+def test_no_answer_of_the_management_holds_a_secret(managed):
+    managed.do("PATCH", "/admin/accounts/k", {"api_key": MANAGED_SECRETS[0], "headers": {"x-api-key": MANAGED_SECRETS[3]}})
+    managed.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]})
+    for row, _ in admin_paths():
+        ids = {"accounts": "k", "groups": "none", "requests": managed.get("/admin/requests?limit=1")["requests"][0]["id"]}
+        if row.method == "GET" and row.path != "/admin/events":       # which does not end
+            part = row.path.split("/")[2]
+            managed.call("GET", row.path.replace("{id}", ids.get(part, "1")) + {"explain": "?model=opus"}.get(part, ""))
+    hashes = re.findall("scrypt:[0-9a-f:]+", json.dumps(json_of(managed.path)["users"]))
+    secrets = [*MANAGED_SECRETS, *hashes, OWNER_KEY, "sim-secret", *(a.refresh_token for a in managed.sim.accounts.values()), "home.example"]
+    assert len(managed.answers) > 100
+    for secret in secrets:
+        assert not any(secret in text for text in managed.answers), secret
+        assert secret not in managed.log.read_text(encoding="utf-8"), secret
+        if not secret.startswith("scrypt:"):        # of random keys, to restore users
+            managed.server.services.state.flush()
+            for table in ("audits", "versions", "logins", "requests"):
+                assert all(secret not in str(row) for row in managed.server.services.state.rows(table)), (table, secret)
+
+
+def test_a_name_of_ones_own_may_manage_from_afar_where_allowed(guarded, monkeypatch):
+    monkeypatch.setattr(ag, "peer_of", lambda address: address)
+    kind, key = {"content-type": "application/json"}, {"x-api-key": KEY}
+    for remote, status in ((False, 403), (True, 200)):
+        proxy = guarded({"PROXY_API_KEY": KEY}, hosts=["box.lan"], admin_remote=remote)
+        here = {"host": f"box.lan:{proxy.port}", "origin": f"http://box.lan:{proxy.port}"}
+        assert proxy.call("POST", "/admin/thing", b"{}", {**kind, **key, **here})[0] == status
+        for wrong in ({"origin": "http://evil.example"}, {"origin": "http://box.lan:1"}, {"host": "evil.example", "origin": "http://evil.example"}):
+            assert proxy.call("POST", "/admin/thing", b"{}", {**kind, **key, **here, **wrong})[0] == 403, wrong
+
+
+def test_ui_prints_a_link_that_opens_the_running_server(managed, capsys, monkeypatch):
+    monkeypatch.delenv("PROXY_API_KEY")
+    assert ag.main(["ui", "--accounts", managed.path, "--port", str(managed.port), "--no-browser"]) == 0
+    url, _, token = capsys.readouterr().out.strip().partition("/#")
+    assert url == f"http://127.0.0.1:{managed.port}"
+    assert [managed.call("POST", "/admin/login", {"token": token}, own=False)[0] for _ in range(2)] == [200, 401]
+    free = ag.shared_listener("127.0.0.1", 0)
+    port = free.getsockname()[1]
+    free.close()
+    assert ag.main(["ui", "--accounts", managed.path, "--port", str(port), "--no-browser"]) == 3
+    monkeypatch.setattr("sys.stdin", ag.io.StringIO("a long password\n"))
+    assert ag.main(["ui", "--accounts", managed.path, "--password"]) == 0 and "long" not in capsys.readouterr().out
+    assert ag.SCRYPT.fullmatch(json_of(managed.path)["settings"]["admin_password"])
+
+
 # House rules ----------------------------------------------------------------
 
 def text_of(name):
@@ -13653,7 +14199,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "own" / "accounts.json"))
-    monkeypatch.setattr(ag, "client_models", lambda url, key: (("opus", "flash"), ""))
+    monkeypatch.setattr(ag, "client_models", lambda url, config, key: (("opus", "flash"), ""))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
