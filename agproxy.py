@@ -35,6 +35,7 @@ Rooms, in reading order; each uses only rooms above it.  Numbers are addresses a
     18. Simulated upstream
     19. Terminal
     20. Commands
+    21. Web dashboard page
 
 `python3 agproxy.py map` prints them with their present line numbers.
 """
@@ -140,12 +141,14 @@ def quick_status_line() -> bytes:
     import io
     import socket
     url, key = (os.environ.get("ANTHROPIC_" + name, "") for name in ("BASE_URL", "AUTH_TOKEN"))
-    host, _, port = url.partition("://")[2].partition("/")[0].rpartition(":")
+    place, _, base = url.partition("://")[2].rstrip("/").partition("/")
+    host, _, port = place.rpartition(":")
     if not url.startswith("http://") or not port.isdecimal() or not (url + key).isprintable():
         return b""
     raw = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(1 << 20)
     sys.stdin = io.TextIOWrapper(io.BytesIO(raw))       # to be read again where nobody answers
-    data, sent = b"", (f"GET {status_query(raw)} HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    path = "/" * bool(base) + base + status_query(raw)
+    data, sent = b"", (f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n"
                        f"x-api-key: {key}\r\nConnection: close\r\n\r\n").encode("utf-8")
     with socket.create_connection((host.strip("[]"), int(port)), STATUS_WAIT_S) as sock:
         sock.sendall(sent)
@@ -226,6 +229,9 @@ SMALL_KINDS = ("probe", "warmup", "title", "topic", "paths", "summary", "suggest
 SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "host": Setting("127.0.0.1", "BIND_ADDRESS", "address to listen on"),
     "port": Setting(8080, "PORT", "port to listen on; 0 takes any free one"),
+    "socket": Setting("", "", "path of a Unix socket to listen on in place of the port"),
+    "base_path": Setting("", "", "path below which everything is served too, as `/agproxy`: for a "
+                         "reverse proxy"),
     "strategy": Setting("hybrid", "", "how an account is chosen, see above"),
     "soft_limit": Setting(0.2, "SOFT_LIMIT_THRESHOLD",
                           "accounts with at most this fraction left are passed over; 0 is off"),
@@ -287,6 +293,8 @@ SETTINGS = {            # a number's unit is in its name; bounds are in `Config`
     "admin_password": Setting("", "ADMIN_PASSWORD", "opens the management; in the file as its "
                               "scrypt hash, which `ui --password` writes"),
     "admin_remote": Setting(False, "", "answer `/admin/*` beyond this machine too"),
+    "prices": Setting({}, "", "list prices where you know better: `{\"gemini-3*\": [2, 0.2, 12]}`, "
+                      "dollars per million tokens of input, cached input, output"),
 }
 
 WORKER_LASTS_S = 60             # a worker process that lived longer is begun again after 1 s
@@ -460,6 +468,26 @@ MODELS = {row.id: row for row in (      # Cloud Code and Gemini API catalogues, 
     Model("gpt-oss-120b-medium", "GPT-OSS 120B (Medium)", "gpt-oss", 114000, 32768, 0, 8192, 8192,
           True, ""),
 )}
+
+# Dollars per million tokens of input, of input read from a cache, and of output.  Of prompts up to
+# 200,000 tokens, from the vendors' lists: Anthropic (platform.claude.com, about-claude/pricing) and
+# Google (ai.google.dev, gemini-api/docs/pricing; 3.6 to 3.8 Flash as they cost until the end of
+# 2026) in October 2026, OpenAI (developers.openai.com, api/docs/pricing) in June.  The first
+# pattern that fits a name, or a model's id on the Gemini API; what none fits has no known price.
+PRICES = {
+    "claude-fable-5-1*": (10, 0.25, 50), "claude-fable-5*": (10, 1, 50),
+    "claude-opus-5-5*": (4, 0.2, 20), "claude-opus-5*": (5, 0.5, 25),
+    "claude-opus-4-[5-8]*": (5, 0.5, 25), "claude-opus-4*": (15, 1.5, 75),
+    "claude-sonnet-5-5*": (2, 0.1, 10), "claude-sonnet-5*": (2, 0.2, 10),
+    "claude-sonnet-4*": (3, 0.3, 15), "claude-haiku-4-5*": (1, 0.1, 5),
+    "gemini-3.[678]-flash": (0.75, 0.075, 3.75), "gemini-3.5-flash": (1.5, 0.15, 9),
+    "gemini-3-flash-preview": (0.5, 0.05, 3), "gemini-3.1-flash-lite": (0.25, 0.025, 1.5),
+    "gemini-3.1-pro-preview": (2, 0.2, 12), "gemini-3-pro-preview": (2, 0.2, 12),
+    "gemini-2.5-pro": (1.25, 0.125, 10), "gemini-2.5-flash": (0.3, 0.03, 2.5),
+    "gemini-2.5-flash-lite": (0.1, 0.01, 0.4),
+    "gpt-5.5": (5, 0.5, 30), "gpt-5.4": (2.5, 0.25, 15), "gpt-5.4-mini": (0.75, 0.075, 4.5),
+    "gpt-5.4-nano": (0.2, 0.02, 1.25), "gpt-5.3-codex": (1.75, 0.175, 14),
+}
 
 # Names people and clients use -> models in order of preference; the first that any account
 # can serve is taken.  Patterns as in fnmatch, the first match wins.
@@ -795,6 +823,7 @@ class ProxyError(Exception):
 
 class ConfigError(Exception):
     """The accounts file or an option is wrong; the text names the field and what is allowed."""
+    exit_code = 1
 
 
 class ClientGone(Exception):
@@ -1543,11 +1572,10 @@ def set_aside(path: str) -> str:
 def sweep_temporaries(folder: str, begin: str = "") -> None:
     """Removes what killed writers left of files that begin so, once it is a minute old."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:   # no folder, nothing of ours
-        for entry in entries:
-            if entry.name.startswith(begin) and entry.name.endswith(".tmp"):
-                with contextlib.suppress(OSError):      # another process swept it
-                    if abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) > 60:
-                        os.unlink(entry.path)
+        for entry in (e for e in entries if e.name.startswith(begin) and e.name.endswith(".tmp")):
+            with contextlib.suppress(OSError):      # another process swept it
+                if abs(time.time() - entry.stat(follow_symlinks=False).st_mtime) > 60:
+                    os.unlink(entry.path)
 
 
 def short_trace(err: BaseException) -> str:
@@ -1842,6 +1870,11 @@ def config_path(flag: str | None, environ: Mapping[str, str]) -> str:
     return os.path.join(base, "agproxy", "accounts.json")
 
 
+def beside(path: str, *names: str) -> str:
+    """A path in the folder where the accounts file really is."""
+    return os.path.join(os.path.dirname(os.path.realpath(path)), *names)
+
+
 def resolve_secret(text: str) -> str:
     """A secret as it is, or from `env:NAME`, `file:PATH`, `cmd:COMMAND`; redacted from now on."""
     kind, _, rest = text.partition(":")
@@ -1928,9 +1961,45 @@ def check_password(value: str, where: str) -> None:
     remember_secret(value)
 
 
+def _prices(value: Any, where: str) -> dict[str, list]:
+    """Prices of the owner's own, by patterns of model names."""
+    with contextlib.suppress(ValueError):
+        value = json_decode(value.encode()) if isinstance(value, str) else value
+    if not isinstance(value, dict) or not all(
+            isinstance(row, list) and len(row) == 3 and all(
+                type(price) in (int, float) and 0 <= price < 1e6 for price in row)
+            for row in value.values()):
+        raise ConfigError(f'{where}: {{"model pattern": [input, cached, output]}} is required, in '
+                          "dollars per million tokens")
+    return value
+
+
+NEEDED = ("max_body_bytes", "max_connections", "max_threads", "max_upstream_calls")     # not 0
+
+
+def _setting_number(name: str, default: float, value: Any, where: str) -> float:
+    """A number within its setting's bounds."""
+    try:
+        exact = int if isinstance(default, int) and not name.endswith("_s") else float
+        value = exact(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{where}: a number is required, not {value!r}") from None
+    if not 0 <= value < 1e15 or value == 0 and (
+            name.endswith("_s") and name != "max_wait_s" or name in NEEDED):
+        raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
+    if name == "client_window_tokens" and 0 < value < 50_000:
+        raise ConfigError(f"{where}: 0, or at least 50000 is required, not {value!r}")
+    most = {"soft_limit": 0.99, "port": 65535}.get(name)
+    if most is not None and value > most:
+        raise ConfigError(f"{where}: at most {most} is allowed, not {value!r}")
+    return value
+
+
 def setting_value(name: str, value: Any, where: str) -> Any:
     """`value` in the type of the setting's default; raises ConfigError naming `where` it stood."""
     default = SETTINGS[name].default
+    if isinstance(default, dict):
+        return _prices(value, where)
     if isinstance(default, tuple):
         value = value.split(",") if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
@@ -1948,19 +2017,7 @@ def setting_value(name: str, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: true or false is required, not {value!r}")
         return word in ("true", "1", "yes", "on")
     if isinstance(default, (int, float)) and not isinstance(value, bool):
-        try:
-            exact = int if isinstance(default, int) and not name.endswith("_s") else float
-            value = exact(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ConfigError(f"{where}: a number is required, not {value!r}") from None
-        if not 0 <= value < 1e15 or (value == 0 and name.endswith("_s") and name != "max_wait_s"):
-            raise ConfigError(f"{where}: a number above zero is required, not {value!r}")
-        if name == "client_window_tokens" and 0 < value < 50_000:
-            raise ConfigError(f"{where}: 0, or at least 50000 is required, not {value!r}")
-        most = {"soft_limit": 0.99, "port": 65535}.get(name)
-        if most is not None and value > most:
-            raise ConfigError(f"{where}: at most {most} is allowed, not {value!r}")
-        return value
+        return _setting_number(name, default, value, where)
     if not isinstance(value, str):
         wanted = "text" if isinstance(default, str) else "a number"
         raise ConfigError(f"{where}: {wanted} is required")
@@ -1972,7 +2029,13 @@ def setting_value(name: str, value: Any, where: str) -> Any:
         check_proxy(value, where)
     if name == "admin_password" and value:
         check_password(value, where)
-    return value
+    if name == "base_path":
+        value = value.rstrip("/")
+        if not re.fullmatch(r"((?!/(v1\w*|admin|api|models|responses|\.+)(/|\Z))/[\w.~-]+)*", value,
+                            re.ASCII):
+            raise ConfigError(f"{where}: a path as /agproxy is required, that begins as none of "
+                              "the proxy's own")
+    return os.path.abspath(os.path.expanduser(value)) if name == "socket" and value else value
 
 
 def warn_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -1997,6 +2060,8 @@ def config_settings(stored: Mapping, flags: Mapping, environ: Mapping[str, str])
             found[name] = setting_value(name, stored[name], f"settings.{name}")
         else:
             found[name] = row.default
+    if flags.get("port") is not None and flags.get("socket") is None:
+        found["socket"] = ""        # who names a port means it
     return found
 
 
@@ -2530,20 +2595,37 @@ def as_shown(value: Any, name: str = "") -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
+_KEY_CELLS = ("keys", "key_hash")       # of a user
+
+
+def put_cells(row: dict, cells: Mapping) -> None:
+    """Sets what is given; null takes it away."""
+    for name, value in cells.items():
+        row.pop(name, None) if value is None else row.update({name: value})
+
+
 def version_of(stored: Mapping) -> dict:
-    """What is remembered of a form of the file: no credential; of users' keys the hashes, without
-    which none could be restored."""
-    return {name: value if name in RESTORED[1:] else as_shown(value, name)
-            for name, value in stored.items()}
+    """What is remembered of a form of the file: no credential, and no key's hash."""
+    version = {name: value if name in RESTORED[1:] else as_shown(value, name)
+               for name, value in stored.items()}
+    if isinstance(stored.get("users"), list):
+        version["users"] = [{n: as_shown(v, n) if n in _KEY_CELLS else v
+                             for n, v in object_of(row).items()} for row in stored["users"]]
+    return version
 
 
 def restore_version(stored: dict, version: Mapping) -> None:
-    """Puts the parts that a rollback restores; secrets, accounts and providers stay as they are."""
+    """Puts the parts that a rollback restores; secrets, accounts and providers stay as they are,
+    and so do keys: none that was revoked opens anything again, none given since is lost with its
+    user's former limits."""
     now = object_of(stored.get("settings"))
+    users = {row.get("name"): row for row in map(object_of, stored.get("users") or ())}
     for name in RESTORED:
         stored.pop(name, None)
         if name in version:
             stored[name] = copy.deepcopy(version[name])
+    for row in stored.get("users") or ():
+        put_cells(row, {name: users.get(row.get("name"), {}).get(name) for name in _KEY_CELLS})
     settings = stored.get("settings", {})
     hidden = [n for n, value in settings.items() if value == "set" or re.search(
         r"\[(secret|e-mail)\]", str(value))]
@@ -2795,6 +2877,11 @@ class LogFile:
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+    @staticmethod
+    def isatty() -> bool:
+        """It stands for a background server's standard output."""
+        return False
 
     def close(self) -> None:
         if self._file is not None:
@@ -5630,12 +5717,16 @@ class _Restoring:
         self.root, self.left = root, 20_000
 
     def resolved(self, schema: Any) -> dict:
-        """The schema with references and allOf in their places; {} where nothing is known."""
+        """The schema with references and allOf in their places; {} where nothing is known, or
+        nothing is left."""
         schema = schema if isinstance(schema, dict) else {}
         for _ in range(SCHEMA_MAX_REFS):
+            # each step copies its members
+            self.left -= 1 + sum(len(v) for v in (schema, *schema.values())
+                                 if isinstance(v, (list, dict))) // 8
+            if self.left < 0:
+                break
             if not isinstance(schema.get("$ref"), str):
-                self.left -= 1 + sum(len(v) for v in schema.values()
-                                     if isinstance(v, (list, dict))) // 8
                 return _merge_all_of(schema, self, ())
             siblings = {k: v for k, v in schema.items() if k != "$ref"}
             schema = {**object_of(_pointer(self.root, schema["$ref"])), **siblings}
@@ -11369,7 +11460,22 @@ def proxied(proxy: str, host: str, port: int, timeout_s: float) -> socket.socket
 def _place(base_url: str) -> tuple[str, str | None, int]:
     """(scheme, host, port) of a URL; raises ValueError."""
     url = urllib.parse.urlsplit(base_url)
+    if url.scheme == "http+unix":       # http+unix://%2Frun%2Fagproxy.sock
+        return url.scheme, urllib.parse.unquote(url.netloc), 0
     return url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80)
+
+
+def unix_connection(path: str, timeout_s: float) -> socket.socket:
+    """A connection to a Unix socket of this machine; raises OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(path)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class ConnectionCache:
@@ -11472,6 +11578,8 @@ class ConnectionCache:
     def _open(self, key: tuple, timeout_s: float,
               context: ssl.SSLContext | None = None) -> socket.socket:
         scheme, host, port, proxy = key
+        if scheme == "http+unix":
+            return unix_connection(host, timeout_s)
         if scheme == "https":
             opener: http.client.HTTPConnection = http.client.HTTPSConnection(
                 host, port, timeout=timeout_s, context=context or self._tls_context())
@@ -11484,6 +11592,14 @@ class ConnectionCache:
         with self._lock:
             self.opened += 1
         return opener.sock
+
+
+def careless_connections() -> ConnectionCache:
+    """For questions to this machine that hold no secret: whatever name a certificate has."""
+    connections, context = ConnectionCache(Clock(), {}), ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connections._tls[""] = context
+    return connections
 
 
 class TimedSocket(io.RawIOBase):
@@ -11527,8 +11643,8 @@ def simple_call(connections: ConnectionCache, method: str, url: str, headers: Ma
     client.sock = TimedSocket(connection.sock, clock)
     try:
         path = parts.path + ("?" + parts.query if parts.query else "")
-        client.request(method, path or "/", body, {
-            "Host": parts.netloc.rpartition("@")[2], **headers})
+        host = "localhost" if parts.scheme == "http+unix" else parts.netloc.rpartition("@")[2]
+        client.request(method, path or "/", body, {"Host": host, **headers})
         response = client.getresponse()
         data = response.read(MAX_SMALL_REPLY_BYTES)     # cut where it is longer: no JSON
         return response.status, {k.lower(): v for k, v in response.getheaders()}, data
@@ -13493,8 +13609,7 @@ class Tokens:
 
     def kept_path(self, name: str) -> str:
         """Where an account's access token is kept for the next process."""
-        return os.path.join(os.path.dirname(os.path.realpath(self.path)), "tokens",
-                            hashlib.sha256(name.encode("utf-8")).hexdigest()[:16])
+        return beside(self.path, "tokens", hashlib.sha256(name.encode("utf-8")).hexdigest()[:16])
 
     def _kept(self, path: str, secret: str) -> tuple[str, str, float] | None:
         try:
@@ -14078,7 +14193,7 @@ class Login:
                     self.send_error(400)
                 else:
                     self.answer(200, "The sign-in was refused." if "error=" in query else "Signed "
-                                "in: you can close this page and go back to the terminal.")
+                                "in: you can close this page and go back.")
 
             def send_error(self, *args: Any) -> None:       # its own would tell the request's line
                 self.answer(400, "This sign-in is not expected here.")
@@ -15602,7 +15717,8 @@ class Services:
     simulator: str = ""         # its URL, where it is the upstream
     workers: int = 1            # processes that serve the port
     worker: int = 1             # which of them this is
-    examine: Callable[[bool], dict] | None = None       # doctor's findings; True mends
+    # what only commands can do on the server's machine: name -> function; see COMMAND_HOOKS
+    hooks: Mapping[str, Callable[..., dict]] = field(default_factory=dict)
     retries: RetryShare = field(default_factory=RetryShare)
     learned: dict = field(default_factory=dict)     # (provider, model, dialect) -> lasting repairs
     learning: Any = field(default_factory=threading.Lock)       # guards what is added to learned
@@ -16262,6 +16378,7 @@ class Downstream:
 
 
 _REASONS = {200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized",
+            308: b"Permanent Redirect",
             403: b"Forbidden", 404: b"Not Found", 405: b"Method Not Allowed",
             408: b"Request Timeout", 413: b"Content Too Large", 414: b"URI Too Long",
             415: b"Unsupported Media Type", 426: b"Upgrade Required", 429: b"Too Many Requests",
@@ -16333,6 +16450,7 @@ class Exchange:
     _waking = threading.Lock()
     model = MODELS["gemini-3-flash"]        # that is asked, as far as it is known
     arrival: Any = None                     # its route and body, until that is whole
+    base = ""                               # settings.base_path, where its path began so
 
     def __init__(self, downstream: Downstream, services: Services, line: RequestLine,
                  headers: dict[str, str], body: bytes = b""):
@@ -16754,7 +16872,8 @@ def _worker_report(services: Services, server: Any) -> dict:
     """The counters of this process, what it is at, and its newest requests."""
     log, state, pool, meters = services.log, services.state, services.pool, services.meters
     now, at = time.monotonic(), services.clock.now()
-    running = [request_facts(r, now, at) for r in reversed(list(meters.running.values()))]
+    running = [{**request_facts(r, now, at), "is_running": True}
+               for r in reversed(list(meters.running.values()))]
     ended = [row for row in reversed(list(log.newest)) if row["asked"] != "-"]
     gauges = {"in_flight": len(running), "queued": len(pool.queue.waiting),
               "streams": len(server.relay.streams), "threads": threading.active_count(),
@@ -16775,7 +16894,7 @@ def worker_reports(services: Services, server: Any) -> list[dict]:
     reports = {services.worker: _worker_report(services, server)}
     if services.workers > 1 and services.state is not None:
         for _, text, _ in services.state.rows(
-                "learned", "key LIKE ? AND at > ?",       # a crew before may have had this parent id
+                "learned", "key LIKE ? AND at > ?",      # a crew before may have had this parent
                 _workers_key(services).rpartition(" ")[0] + " %", time.time() - 90):
             with contextlib.suppress(ValueError):
                 told = json.loads(text)
@@ -17429,6 +17548,8 @@ class Route(NamedTuple):
 OWNER = UserKey("", "", admin=True)     # who brings PROXY_API_KEY
 WRONG_KEYS = 20                 # then one a second is looked at
 FREE_PASSWORDS = 5              # wrong ones, before each costs a pause
+TOLD_REFUSALS_S = 600           # between rows of the audit about refused log-ins, that anybody
+                                # could fill it with
 MOST_KNOWN_KEYS = 1000
 
 
@@ -17532,6 +17653,16 @@ class Logins:
         self.services = services
         self._lock = threading.Lock()
         self._wrong, self._next_at = 0, 0.0
+        self._refused, self._told_at = 0, -TOLD_REFUSALS_S      # since the last row of the audit
+
+    def refused(self) -> int:
+        """How many log-ins were refused, when that is due to be noted; else 0."""
+        with self._lock:
+            self._refused, now = self._refused + 1, self.services.clock.monotonic()
+            if now < self._told_at + TOLD_REFUSALS_S:
+                return 0
+            told, self._refused, self._told_at = self._refused, 0, now
+        return told
 
     def begin(self, given: Mapping[str, str]) -> str:
         """The token of a new session; raises ProxyError authentication or locked_out."""
@@ -17569,12 +17700,12 @@ class Logins:
         return hmac.new(token.encode(), b"csrf", "sha256").hexdigest()
 
     @staticmethod
-    def cookie(token: str, server: Any) -> str:
+    def cookie(token: str, server: Any, base: str) -> str:
         """Its name has the port: browsers give a host's cookies to all of its ports."""
-        return (f"agproxy-{server.server_port}={token}; HttpOnly; SameSite=Strict; Path=/"
+        return (f"agproxy-{server.server_port}={token}; HttpOnly; SameSite=Strict; Path={base}/"
                 + "; Secure" * (server.tls is not None) + "; Max-Age=0" * (not token))
 
-    def token_of(self, exchange: Exchange, server: Any) -> str:
+    def token_of(self, exchange: Exchange, server: Any, is_used: bool = True) -> str:
         """The token of the request's session, "" where it has none that is alive."""
         name, state = f"agproxy-{server.server_port}", self.services.state
         given = dict(part.strip().partition("=")[::2]
@@ -17583,7 +17714,7 @@ class Logins:
             return ""
         key, now = login_key("session", given), self.services.clock.now()
         rows = state.rows("logins", "key = ? AND at > ?", key, now - SESSION_IDLE_S)
-        if rows and now - rows[0][2] > 60:
+        if is_used and rows and now - rows[0][2] > 60:
             state.put("logins", key, "session", now)
         remember_secret(given if rows else "")
         return given if rows else ""
@@ -17750,13 +17881,21 @@ class Handler:
             raise invalid("", "a Host header is required")
         if line.is_http_1_0 and "transfer-encoding" in head.headers:
             raise invalid("", "HTTP/1.0 has no Transfer-Encoding")
-        return Exchange(self.downstream, self.services, line, head.headers)
+        base = self.services.config.base_path
+        if not base or not (line.path + "/").startswith(base + "/"):
+            return Exchange(self.downstream, self.services, line, head.headers)
+        exchange = Exchange(self.downstream, self.services,
+                            line._replace(path=line.path[len(base):]), head.headers)
+        exchange.base = base
+        return exchange
 
     def _begin_body(self, exchange: Exchange, route: Route, match: Any, keeps: bool) -> Arrival:
         """What is to arrive, by the head; a client that waits for a word to go on gets it."""
         config, headers = self.services.config, exchange.headers
         limit = config.max_body_bytes if route.access.needs_key else min(
             config.max_body_bytes, MAX_PUBLIC_BODY_BYTES)
+        if route.access.is_here:        # a setting must not lock out who would change it back
+            limit = max(limit, MAX_PUBLIC_BODY_BYTES)
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in BODY_ENCODINGS:
             raise ProxyError("media_type", f"Content-Encoding {encoding[:40]!r} is not supported")
@@ -17873,7 +18012,9 @@ class Handler:
                 raise ProxyError("forbidden", "requests from this web origin are not allowed; add "
                                  "it to settings.cors_origins")
             exchange.cors_origin = origin
-        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        elif headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not (
+                exchange.path == "/" and headers.get("sec-fetch-mode") == "navigate"
+                and headers.get("sec-fetch-dest") == "document"):       # a link to the page
             raise ProxyError("forbidden", "requests from other web sites are not allowed")
         if access.needs_key:
             given = keys_of(exchange)
@@ -18188,8 +18329,32 @@ def answer_models(handler: Handler, exchange: Exchange, match: Any) -> None:
             openai_render_model, created=int(handler.server.services.clock.now())), "id", {})
 
 
+@functools.lru_cache(maxsize=None)
+def page_answer() -> tuple[bytes, dict]:
+    """The dashboard and its headers; made when somebody asks, since a start has no time for it."""
+    hashes = {tag: base64.b64encode(hashlib.sha256(re.search(
+        f"<{tag}>(.*)</{tag}>", PAGE, re.S)[1].encode()).digest()).decode()
+        for tag in ("script", "style")}
+    policy = ("default-src 'none'; connect-src 'self'; img-src data:; frame-ancestors 'none'; "
+              "base-uri 'none'; form-action 'none'"
+              + "".join(f"; {tag}-src 'sha256-{digest}'" for tag, digest in hashes.items()))
+    return PAGE.encode(), {"content-security-policy": policy, "referrer-policy": "no-referrer",
+                           "x-content-type-options": "nosniff", "cache-control": "no-store",
+                           "vary": "accept"}
+
+
 def answer_root(handler: Handler, exchange: Exchange, match: Any) -> None:
-    exchange.send_json(200, {"name": "agproxy", "version": VERSION})
+    if "text/html" in exchange.headers.get("accept", "") and exchange.path == "/":
+        page, headers = page_answer()
+        exchange.send_bytes(200, "text/html; charset=utf-8", page, headers)
+    else:
+        exchange.send_json(200, {"name": "agproxy", "version": VERSION}, {"vary": "accept"})
+
+
+def answer_base(handler: Handler, exchange: Exchange, match: Any) -> None:
+    """The base path without its slash, from which the page's own links would lead elsewhere."""
+    query = "?" + exchange.query if exchange.query else ""
+    exchange.send_bytes(308, "text/plain", b"", {"location": f"{exchange.base}/{query}"})
 
 
 def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
@@ -18197,7 +18362,8 @@ def answer_health(handler: Handler, exchange: Exchange, match: Any) -> None:
     if exchange.is_stranger:        # a web page may have been rebound to it
         exchange.send_json(200, {"status": "ok"})
         return
-    report = {"status": "ok", "version": VERSION, "pid": os.getpid(), "workers": services.workers,
+    report = {"status": "ok", "version": VERSION, "instance": server.instance,
+              "pid": os.getpid(), "workers": services.workers,
               "uptime_s": int(time.monotonic() - server.started_at),
               "streams": len(server.relay.streams), "threads": server.workers.threads,
               "faults": services.log.faults,
@@ -18335,20 +18501,36 @@ def forget_account(services: Services, name: str) -> None:
         services.state.delete(table, name)
 
 
-def explain_model(services: Services, asked: str) -> dict:
-    """What would happen to a plain request for this model now; nothing is sent.  `account` is None
-    where nobody would serve it.  Raises ProxyError not_found."""
-    plain = Request(asked, (), wanted=model_variant(asked)[0])
-    name, why = route_for(plain, {}, services.config, lambda: 0)
+REQUEST_KINDS: dict[str, dict] = {      # what else than its model makes a request go elsewhere
+    "plain": {}, "background": {"small": "title"}, "think": {"thinking": ThinkingWish(True)},
+    "web_search": {"search": SearchWish("web_search")},
+    "image": {"turns": (Turn("user", (Media("image/png", ""),)),)}}
+
+
+def explain_model(services: Services, asked: str, tokens: int = 0, kind: str = "plain") -> dict:
+    """What would happen to a request for this model now, that long and of that kind; nothing is
+    sent.  `account` is None where nobody would serve it.  Raises ProxyError not_found."""
+    config = services.config
+    plain = Request(asked, **{"turns": (), "wanted": model_variant(asked)[0],
+                              **REQUEST_KINDS[kind]})
+    name, why = route_for(plain, {}, config, lambda: tokens)
     with contextlib.suppress(ProxyError):       # what nobody serves stays, as in serving
         name = name if name and services.candidates(name) else ""
-    models, candidates, _ = services.plan(name or asked)
+    served = name or asked
+    models, candidates, _ = services.plan(served)
     chosen, reason, sheet = services.pool.explain(candidates)
-    now = services.clock.now()
-    return {"asked": asked, "routed_to": name, "routed_by": why if name else "",
-            "models": [{"id": model.id, "label": model.label} for model in models],
+    now, group = services.clock.now(), virtual_model(served, model_variant(served)[0], config)
+    return {"asked": asked, "tokens": tokens, "kind": kind,
+            "routed_to": name, "routed_by": why if name else "",
+            "alias": list(alias_targets(served, model_variant(served)[0], config.aliases)),
+            "group": {"strategy": group.strategy, "models": [
+                item.model for item in group.items]} if group else None,
+            "models": [{"id": model.id, "label": model.label,
+                        "fits": tokens <= model.context_tokens} for model in models],
             "account": chosen.candidate.account.label if chosen else None,
+            "model": chosen.candidate.model.id if chosen else None,
             "pool": chosen.candidate.provider.id if chosen else None,
+            "strategy": config.strategy,
             "reason": reason if chosen else refusal(asked, sheet, now, None).message,
             "sheet": sheet_rows(sheet, now)}
 
@@ -18406,16 +18588,83 @@ USAGE_PER = {"hour": "%Y-%m-%d %H:00", "day": "%Y-%m-%d", "week": "%G-W%V", "mon
 USAGE_SUMS = ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")
 
 
-def usage_rows(state: State, by: str, per: str, since: float, until: float) -> list[dict]:
-    """Sums of requests and tokens by a column of theirs and by time, in local time."""
-    sums: dict[tuple, collections.Counter] = {}
-    for at, row in request_rows(state, since, until):
-        when = time.strftime(USAGE_PER[per], time.localtime(at))
-        sums.setdefault((when, str(row.get(by) or "-")), collections.Counter()).update(
-            requests=1, errors=int(row.get("status", 0) >= 400),
-            **{name: int(row.get(name) or 0) for name in USAGE_SUMS[2:]})
-    return [{"from": when, by: name, **{n: found[n] for n in USAGE_SUMS}}
-            for (when, name), found in sorted(sums.items())]
+def model_price(name: str, own: Mapping[str, Any]) -> tuple | None:
+    """(input, cached input, output) in dollars per million tokens, the owner's prices first."""
+    names = [name.lower(), *([MODELS[name].key_id] if name in MODELS else [])]
+    return next((tuple(price) for prices in (own, PRICES) for pattern, price in prices.items()
+                 if any(n and fnmatch.fnmatchcase(n, pattern.lower()) for n in names)), None)
+
+
+def cost_usd(row: Mapping, price: Iterable[float]) -> float:
+    tokens = (row.get(name) or 0 for name in USAGE_SUMS[2:])
+    return sum(count * each for count, each in zip(tokens, price)) / 1e6
+
+
+class Usages:
+    """Sums over recorded requests by a column of theirs and by local time, what they would have
+    cost by the list, and what was saved.  Requests come newest first."""
+
+    def __init__(self, by: str, per: str, own_prices: Mapping[str, Any]):
+        self.by, self.per = by, per
+        self.price = functools.lru_cache(None)(lambda name: model_price(name, own_prices))
+        self._sums: dict[tuple, collections.Counter] = {}
+        self._later: dict[tuple, dict] = {}     # by conversation and model: its next request
+        self.saved = collections.Counter()
+        self.local: collections.Counter = collections.Counter()
+
+    def add(self, at: float, row: Mapping) -> None:
+        when = time.strftime(USAGE_PER[self.per], time.localtime(at))
+        price, is_spent = self.price(row.get("used", "")), any(
+            row.get(name) for name in USAGE_SUMS[2:])
+        found = self._sums.setdefault((when, str(row.get(self.by) or "-")), collections.Counter())
+        found.update(requests=1, errors=int(row.get("status", 0) >= 400),
+                     unpriced=int(is_spent and price is None), priced=int(price is not None),
+                     cost_usd=cost_usd(row, price) if price else 0,
+                     **{name: int(row.get(name) or 0) for name in USAGE_SUMS[2:]})
+        self._add_saved(at, row, price)
+
+    def _add_saved(self, at: float, row: Mapping, price: tuple | None) -> None:
+        note = row.get("note", "")
+        if note.startswith("answered locally: "):
+            self.local[note.partition(": ")[2].partition(";")[0]] += 1
+            return
+        asked, used = self.price(row.get("asked", "")), row.get("used")
+        cached = row.get("cached_tokens") or 0
+        if re.search(r"routed: .*, (" + "|".join(SMALL_KINDS) + ")", note) and (
+                row.get("asked") != used):
+            self.saved.update(moved=1, moved_usd=max(
+                0, cost_usd(row, asked) - cost_usd(row, price)) if asked and price else 0)
+        if price:
+            self.saved.update(cached_usd=cached * (price[0] - price[1]) / 1e6)
+        # what the account before had in its cache was read anew at the next one
+        key = row.get("session"), row.get("agent"), used
+        later = self._later.get(key)
+        self._later[key] = {**row, "at": at}
+        homes = {row.get("account"), (later or row).get("account")} - {"-"}
+        if row.get("session") and later and later["at"] - at < HOME_WARM_S and len(homes) == 2:
+            lost = max(0, min(cached - (later.get("cached_tokens") or 0),
+                              later.get("input_tokens") or 0))
+            self.saved.update(switches=1, lost_tokens=lost, lost_usd=lost * (
+                price[0] - price[1]) / 1e6 if price else 0)
+
+    @staticmethod
+    def _row(found: Mapping) -> dict:
+        return {**{name: found[name] for name in USAGE_SUMS}, "unpriced": found["unpriced"],
+                "cost_usd": round(found["cost_usd"], 6) if found["priced"] else None}
+
+    def rows(self) -> list[dict]:
+        return [{"from": when, self.by: name, **self._row(found)}
+                for (when, name), found in sorted(self._sums.items())]
+
+    def totals(self) -> dict:
+        return self._row(sum(self._sums.values(), collections.Counter()))
+
+    def savings(self) -> dict:
+        """Tokens and dollars; what switches lost counts only what was read from a cache before."""
+        known = {name: round(self.saved[name], 6) for name in
+                 ("moved", "moved_usd", "cached_usd", "switches", "lost_tokens", "lost_usd")}
+        return {"local": sum(self.local.values()), "local_kinds": dict(self.local),
+                "cached_tokens": self.totals()["cached_tokens"], **known}
 
 
 def csv_of(rows: list[dict]) -> bytes:
@@ -18438,28 +18687,32 @@ def limit_rows(limits: Iterable[Limit], spending: Spending) -> list[dict]:
     return rows
 
 
-def key_row(key: UserKey, spending: Spending, state: State, now: float) -> dict:
+# when each key was last used; a text within JSON has a backslash before each quote
+KEYS_USED = """(SELECT substr(rest, 1, instr(rest, '"') - 1), max(at) FROM (SELECT at,
+    substr(json, instr(json, '"key":"') + 7, 200) AS rest FROM requests) GROUP BY 1)"""
+
+
+def key_row(key: UserKey, spending: Spending, used_at: Mapping[str, float], now: float) -> dict:
     """A key as it is listed; never its hash."""
     ended = bool(key.expires_at) and key.expires_at <= now
-    last = state.rows("requests", "json LIKE ? ORDER BY at DESC LIMIT 1",
-                      f'%"key":{json_encode(key.id)}%')
     return {"id": key.id, "user": key.user, "hint": key.hint, "guest": key.guest,
             "admin": key.admin, "expires_at": key.expires_at or None,
             "state": "expired" if ended else "ready" if key.enabled else "disabled",
-            "models": list(key.models), "last_used_at": last[0][1] if last else None,
+            "models": list(key.models), "last_used_at": used_at.get(quote(key.id)[1:-1]),
             "limits": limit_rows(key.limits, spending)}
 
 
 def user_rows(config: Config, spending: Spending, state: State, now: float) -> list[dict]:
     """Each user with their keys, as listed."""
     rows: dict[str, dict] = {}
+    used_at = dict(state.rows(KEYS_USED))
     for key in config.users:
         row = rows.setdefault(key.user, {
             "name": key.user, "enabled": key.enabled, "keys": [], "groups": [
                 name for name, group in key.groups.items() if config.groups.get(name) != group],
             "limits": limit_rows([lim for lim in key.limits if lim.owner == "user " + key.user],
                                  spending)})
-        row["keys"] += [key_row(key, spending, state, now)] if key.key_hash else []
+        row["keys"] += [key_row(key, spending, used_at, now)] if key.key_hash else []
     return list(rows.values())
 
 
@@ -18602,6 +18855,24 @@ def checked_fields(row: AdminRow, given: Mapping) -> dict:
     return dict(given)
 
 
+# what leads secrets elsewhere, or lets others in: settings, and the account's field of that name
+OWNERS_FIELDS = {"proxy", "ca_file", "host", "socket", "hosts", "cors_origins", "tls_cert",
+                 "tls_key", "admin_password", "admin_remote"}
+
+
+def check_reach(user: UserKey | None, fields: Mapping) -> None:
+    """Raises ProxyError for what would run a program, read this machine's files and variables, or
+    lead the owner's secrets elsewhere by another's key."""
+    for name in CREDENTIALS:
+        if str(fields.get(name)).startswith(("env:", "file:", "cmd:")):
+            raise invalid(name, "the secret itself is required; env:, file: and cmd: are written "
+                          "into the accounts file on the proxy's machine")
+    found = sorted(OWNERS_FIELDS & fields.keys())
+    if found and user is not OWNER:
+        raise ProxyError("forbidden", f"{', '.join(found)}: this needs the owner's key, "
+                         "PROXY_API_KEY, or a log-in")
+
+
 def query_fields(row: AdminRow, query: str) -> dict:
     """The same of a query, whose values are texts."""
     given: dict[str, Any] = {}
@@ -18635,6 +18906,7 @@ def answer_admin(handler: Handler, exchange: Exchange, match: Any, row: AdminRow
         if not isinstance(given, dict):
             raise invalid("", "the body is a JSON object")
         fields = checked_fields(row, given)
+        check_reach(exchange.user, fields)
     wanted = urllib.parse.unquote(match.groupdict().get("id") or "")
     call = AdminCall(handler, exchange, wanted, fields, [])
     try:
@@ -18660,10 +18932,12 @@ def admin_login(call: AdminCall) -> dict:
     try:
         token = logins.begin(call.fields)
     except ProxyError as err:
-        note_audit(call, "log-in refused", err.kind)
+        count = logins.refused()
+        if count:
+            note_audit(call, "log-in refused", f"{err.kind}; {count} since the last such row")
         raise
     exchange.user = OWNER
-    exchange.more_headers["set-cookie"] = logins.cookie(token, call.server)
+    exchange.more_headers["set-cookie"] = logins.cookie(token, call.server, exchange.base)
     return {"csrf": logins.csrf(token), "expires_in_s": SESSION_IDLE_S}
 
 
@@ -18674,7 +18948,8 @@ def admin_session(call: AdminCall) -> dict:
 
 def admin_logout(call: AdminCall) -> dict:
     call.server.logins.end(call.exchange, call.server)
-    call.exchange.more_headers["set-cookie"] = call.server.logins.cookie("", call.server)
+    call.exchange.more_headers["set-cookie"] = call.server.logins.cookie("", call.server,
+                                                                        call.exchange.base)
     return {"logged_out": True}
 
 
@@ -18708,6 +18983,26 @@ def chosen_provider(call: AdminCall) -> Provider:
     return rows[wanted]
 
 
+def admin_providers(call: AdminCall) -> dict:
+    """Who may be given an account, and to which terms its owner must agree."""
+    return {"providers": [
+        {"id": row.id, "takes_key": row.auth != "oauth", "has_sign_in": bool(
+            row.auth_url and (row.auth == "oauth" or PROVIDERS.get(row.id, row).auth_url)),
+         "needs_key": row.id in PROVIDERS and row.id not in KEYLESS, "terms": row.policy,
+         "variables": list(row.variables)}
+        for row in call.services.config.providers.values() if row.base_urls]}
+
+
+def admin_models(call: AdminCall) -> dict:
+    """What is served by name, and what it costs by the list."""
+    own = call.services.config.prices
+    return {"models": [
+        {"id": model.id, "label": model.label, "family": model.family,
+         "context_tokens": model.context_tokens, "price_usd": model_price(model.id, own),
+         "accounts": len({c.account.name for c in candidates})}
+        for model, candidates in call.services.pool.offers()]}
+
+
 def keep_account(call: AdminCall, row: dict, cells: Mapping[str, str]) -> str:
     """The id of an account that is stored, new or signed in again."""
     def change(stored: dict) -> str:
@@ -18736,8 +19031,7 @@ def admin_edit_account(call: AdminCall) -> dict:
     def change(rows: list, row: dict) -> None:
         for name in CREDENTIALS if any(call.fields.get(n) for n in CREDENTIALS) else ():
             row.pop(name, None)
-        for name, value in call.fields.items():
-            row.pop(name, None) if value is None else row.update({name: value})
+        put_cells(row, call.fields)
     call.edit_account(change)
     return admin_account(call)
 
@@ -18899,8 +19193,7 @@ def admin_part_edit(call: AdminCall, part: str) -> dict:
         rows = stored.get(part) or {}
         key = part_row(rows, call.id, part)
         row = dict(rows[key]) if isinstance(rows[key], dict) else {"to": rows[key]}
-        row.update(call.fields)
-        row = {name: value for name, value in row.items() if value is not None}
+        put_cells(row, call.fields)
         rows[key] = row["to"] if part in ("aliases", "routes") and set(row) == {"to"} else row
     call.edit(change)
     return admin_part_row(call, part)
@@ -18952,12 +19245,6 @@ def admin_key(call: AdminCall) -> dict:
     return row_of(call, admin_keys(call)["keys"], "key")
 
 
-def put_cells(row: dict, cells: Mapping) -> None:
-    """Sets what is given; null takes it away."""
-    for name, value in cells.items():
-        row.pop(name, None) if value is None else row.update({name: value})
-
-
 def admin_add_user(call: AdminCall) -> dict:
     cells = {k: v for k, v in call.fields.items() if k != "name"}
     call.edit(lambda stored: add_user(stored, call.fields["name"], cells))
@@ -19007,8 +19294,8 @@ def admin_revoke_key(call: AdminCall) -> dict:
 
 # Settings
 
-RESTART_SETTINGS = ("host", "port", "tls_cert", "tls_key", "max_connections", "max_threads",
-                    "max_state_bytes", "pid_offset")
+RESTART_SETTINGS = ("host", "port", "socket", "tls_cert", "tls_key", "max_connections",
+                    "max_threads", "pid_offset")
 
 
 def setting_source(config: Config, stored: Mapping, name: str) -> str:
@@ -19039,12 +19326,7 @@ def admin_edit_settings(call: AdminCall) -> dict:
             setting_value(name, value, name)
     if values.get("admin_password"):
         values["admin_password"] = scrypt_hash(values["admin_password"])
-
-    def change(stored: dict) -> None:
-        settings = stored.setdefault("settings", {})
-        for name, value in values.items():
-            settings.pop(name, None) if value is None else settings.update({name: value})
-    call.edit(change)
+    call.edit(lambda stored: put_cells(stored.setdefault("settings", {}), values))
     return {"settings": [row for row in admin_settings(call)["settings"] if row["id"] in values]}
 
 
@@ -19107,8 +19389,19 @@ def admin_why(call: AdminCall) -> dict:
                                              "note", "failures", "mended", "refused", "choices")}
 
 
+def admin_bodies(call: AdminCall) -> dict:
+    """What was said, as far as it was kept."""
+    row, services = recorded_request(call), call.services
+    return {"id": row["id"], "capture": services.config.settings["capture"], "bodies": [
+        unpacked_bodies(packed) for _, packed, _ in services.state.rows("bodies", "id = ?",
+                                                                        call.id)]}
+
+
 def admin_explain(call: AdminCall) -> dict:
-    return explain_model(call.services, call.fields["model"])
+    kind = call.fields.get("kind", "plain")
+    if kind not in REQUEST_KINDS:
+        raise invalid("kind", f"one of {', '.join(REQUEST_KINDS)} is required")
+    return explain_model(call.services, call.fields["model"], call.fields.get("tokens", 0), kind)
 
 
 def admin_usage(call: AdminCall) -> Any:
@@ -19118,9 +19411,18 @@ def admin_usage(call: AdminCall) -> Any:
                                ("format", fields.get("format", "json"), ("json", "csv"))):
         if value not in known:
             raise invalid(name, f"one of {', '.join(known)} is required")
-    since = fields.get("since", now - 7 * 86400)
-    rows = usage_rows(call.services.state, by, per, since, fields.get("until", now + 60))
-    return csv_of(rows) if fields.get("format") == "csv" else {"by": by, "per": per, "usage": rows}
+    since, usages = fields.get("since", now - 7 * 86400), Usages(by, per,
+                                                                call.services.config.prices)
+    call.services.state.flush()
+    for at, row in request_rows(call.services.state, since, fields.get("until", now + 60)):
+        usages.add(at, row)
+    if fields.get("format") == "csv":
+        return csv_of(usages.rows())
+    step, until = 3600 if per == "hour" else 86400, int(fields.get("until", now))
+    times = {time.strftime(USAGE_PER[per], time.localtime(at)): 1 for at in range(
+        until, max(int(since), until - 400 * step), -step)}
+    return {"by": by, "per": per, "usage": usages.rows(), "totals": usages.totals(),
+            "savings": usages.savings(), "times": [*times][::-1]}
 
 
 def admin_audit(call: AdminCall) -> dict:
@@ -19132,11 +19434,42 @@ def admin_audit(call: AdminCall) -> dict:
                       for key, at, who, what, text in rows]}
 
 
+def by_hook(call: AdminCall, name: str, *given: Any) -> dict:
+    """What a command answers that this process was given; see COMMAND_HOOKS."""
+    if name not in call.services.hooks:
+        raise ProxyError("conflict", f"this process cannot do that; run `python3 agproxy.py "
+                         f"{'doctor' if name == 'doctor' else 'setup'}`")
+    return call.services.hooks[name](*given)
+
+
 def admin_doctor(call: AdminCall, is_fixing: bool = False) -> dict:
-    if call.services.examine is None:
-        raise ProxyError("conflict", "this process cannot examine its machine; run "
-                         "`python3 agproxy.py doctor`")
-    return call.services.examine(is_fixing)
+    return by_hook(call, "doctor", is_fixing)
+
+
+# Clients
+
+_URL = re.compile(r"https?://[^\s\"'\\?#@<>]{1,300}")
+
+
+def told_url(call: AdminCall) -> str:
+    """Where clients are to be sent: the `url` of the call, else where it came in."""
+    url = call.fields.get("url") or (
+        f"http{'s' if call.server.tls else ''}://{call.exchange.headers.get('host', '')}")
+    if not _URL.fullmatch(url):
+        raise invalid("url", "http://HOST:PORT is required, without a name and password")
+    return url.rstrip("/")
+
+
+def admin_clients(call: AdminCall) -> dict:
+    return by_hook(call, "clients", told_url(call))
+
+
+def admin_client(call: AdminCall, action: str) -> dict:
+    """Shows or does what `setup` or `unsetup` does, on the server's machine."""
+    key = call.fields.get("key")
+    if key and not re.fullmatch(r"[\w.~+/=-]{1,200}", key):
+        raise invalid("key", "a key without spaces and quotes is required")
+    return by_hook(call, "client", call.id, action, call.fields, call.server.server_port)
 
 
 def admin_backup(call: AdminCall) -> dict:
@@ -19157,7 +19490,8 @@ class EventHub:
     def __init__(self, server: Any):
         self.server, self.services = server, server.services
         self._lock = threading.Lock()
-        self._listeners: list[list] = []        # [exchange, bytes not sent yet, when it got some]
+        # [exchange, bytes not sent yet, when it got some, when it was last found entitled]
+        self._listeners: list[list] = []
         self._told: dict = {}
         self._seen: dict[str, float] = {}       # ids of requests that were told -> when
         self._thread: threading.Thread | None = None
@@ -19166,11 +19500,12 @@ class EventHub:
         with self._lock:
             if len(self._listeners) >= MOST_LISTENERS:
                 raise ProxyError("busy", f"{MOST_LISTENERS} listeners are connected already")
+            status = status_report(self.services, self.server)
             first = exchange.open_stream() + exchange.frame(
-                b"retry: 2000\n\n" + sse_event("status", status_report(self.services, self.server)))
-            self._listeners.append([exchange, first, time.monotonic()])
+                b"retry: 2000\n\n" + sse_event("status", status))
+            self._listeners.append([exchange, first, time.monotonic(), time.monotonic()])
             if self._thread is None:
-                self._told = {}
+                self._told = status     # not {}: what changes before the first look is news too
                 self._seen = dict.fromkeys(self._new_requests(), self.services.clock.now())
                 self._thread = threading.Thread(target=self._run, name="events", daemon=True)
                 self._thread.start()
@@ -19216,10 +19551,22 @@ class EventHub:
         self._seen = {key: at for key, at in self._seen.items() if at > now - 60}
         return out
 
+    def _is_entitled(self, exchange: Exchange) -> bool:
+        """Whether who listens still may: sessions end, keys are revoked."""
+        given, server = keys_of(exchange), self.server
+        if not any(given):
+            return bool(server.logins.token_of(exchange, server, is_used=False))
+        with contextlib.suppress(ProxyError):
+            user = server.guard.check(given, time.monotonic())
+            return user is not None and user.admin
+        return False
+
     def _serve(self, row: list, events: bytes, is_over: bool) -> bool:
         """Whether the listener is still there and takes what it is sent."""
-        exchange, unsent, sent_at = row
+        exchange, unsent, sent_at, looked_at = row
         now = time.monotonic()
+        if now - looked_at >= PING_EVERY_S:
+            row[3], is_over = now, is_over or not self._is_entitled(exchange)
         data = events or (b": still here\n\n" if now - sent_at >= PING_EVERY_S else b"")
         unsent += exchange.frame(data) + (exchange.last_frame() if is_over else b"")
         row[2] = now if data else sent_at
@@ -19280,21 +19627,20 @@ def admin_openapi(call: AdminCall) -> dict:
 
 # The table of the management: routes and the OpenAPI document come from it
 
-_PART_FIELDS = {
-    "groups": {"strategy": Field(str, f"one of {', '.join(GROUP_STRATEGIES)} is required"),
-               "models": Field(list, "a list of models is required")},
+_PART_FIELDS = {        # the first of each is needed
+    "groups": {"models": Field(list, "a list of models is required"),
+               "strategy": Field(str, f"one of {', '.join(GROUP_STRATEGIES)} is required")},
     "aliases": {"to": _NAMES},
     "routes": {"to": Field(str, "a model name is required"), "over_tokens": _WHOLE},
     "rules": {"when": Field(dict, "an object of conditions is required"),
               "to": _TEXT, "set": Field(dict, "an object of paths and values is required"),
               "default": Field(dict, "an object of paths and values is required"),
               "drop": Field(list, "a list of paths is required"), "system": _TEXT}}
-_FIRST_FIELD = {"groups": "models", "aliases": "to", "routes": "to", "rules": "when"}
 
 
 def part_rows(part: str) -> Iterator[AdminRow]:
     """The rows for one part of the file: list, add, read, change, remove."""
-    fields, first = _PART_FIELDS[part], _FIRST_FIELD[part]
+    fields, first = _PART_FIELDS[part], next(iter(_PART_FIELDS[part]))
     name = {"aliases": "alias"}.get(part, part[:-1])
     new = {**fields, first: fields[first]._replace(is_needed=True)}
     if part != "rules":
@@ -19316,6 +19662,7 @@ _USER_FIELDS = {**{name: _KEY_FIELDS[name] for name in ("models", "limits", "adm
                 "enabled": _ACCOUNT_FIELDS["enabled"],
                 "groups": Field(dict, "an object of groups is required")}
 _COUNT, _TIME = {"limit": _WHOLE}, Field((int, float), "epoch seconds are required")
+_CLIENT = {"model": _TEXT, "key": _TEXT}
 _SIGN_IN_ID = {"id": Field(str, "the id of a sign-in is required", True)}
 ADMIN = (
     AdminRow("POST", "/admin/login", admin_login, "Log in by a one-time token or the password",
@@ -19346,6 +19693,8 @@ ADMIN = (
              "Hand in the address of the browser's last page",
              {**_SIGN_IN_ID, "answer": Field(str, "the whole address of the last page is required",
                                              True)}),
+    AdminRow("GET", "/admin/providers", admin_providers, "Who may be given an account"),
+    AdminRow("GET", "/admin/models", admin_models, "What is served, with prices by the list"),
     AdminRow("GET", "/admin/quota", admin_quota, "Each quota window of each account"),
     AdminRow("GET", "/admin/limits", admin_limits, "What rests, why, until when"),
     AdminRow("DELETE", "/admin/limits", admin_clear, "Forget the limits of all accounts"),
@@ -19382,15 +19731,29 @@ ADMIN = (
         **{name: _TEXT for name in USAGE_BY}}),
     AdminRow("GET", "/admin/requests/{id}", admin_request, "One request"),
     AdminRow("GET", "/admin/requests/{id}/why", admin_why, "Why it went where it went"),
+    AdminRow("GET", "/admin/requests/{id}/bodies", admin_bodies,
+             "What was said, where `capture` keeps it"),
     AdminRow("GET", "/admin/explain", admin_explain, "What would happen to a model now",
-             {"model": Field(str, "a model name is required", True)}),
-    AdminRow("GET", "/admin/usage", admin_usage, "Requests and tokens, as JSON or CSV", {
+             {"model": Field(str, "a model name is required", True), "tokens": _WHOLE,
+              "kind": Field(str, f"one of {', '.join(REQUEST_KINDS)} is required")}),
+    AdminRow("GET", "/admin/usage", admin_usage,
+             "Requests, tokens, their price by the list, savings; as JSON or CSV", {
         "by": _TEXT, "per": _TEXT, "format": _TEXT, "since": _TIME, "until": _TIME}),
     AdminRow("GET", "/admin/events", admin_events,
              "Server-sent events: status, request, limit"),
     AdminRow("GET", "/admin/doctor", admin_doctor, "What is wrong on this machine"),
     AdminRow("POST", "/admin/doctor", functools.partial(admin_doctor, is_fixing=True),
              "The same, and mends what it can"),
+    AdminRow("GET", "/admin/clients", admin_clients,
+             "What to set in each client, and whether it is set up on the server's machine",
+             {"url": _TEXT}),
+    AdminRow("POST", "/admin/clients/{id}/preview", functools.partial(
+        admin_client, action="preview"), "What `setup` would change, or `unsetup` with `undo`",
+             {**_CLIENT, "undo": Field(bool, "true or false is required")}),
+    AdminRow("POST", "/admin/clients/{id}/setup", functools.partial(
+        admin_client, action="setup"), "Set a client up on the server's machine", _CLIENT),
+    AdminRow("POST", "/admin/clients/{id}/unsetup", functools.partial(
+        admin_client, action="unsetup"), "Undo what setup did"),
     AdminRow("POST", "/admin/backup", admin_backup, "Write a copy of all files on the server"),
     AdminRow("GET", "/admin/audit", admin_audit, "Who changed what", _COUNT),
     AdminRow("GET", "/admin/openapi.json", admin_openapi, "This table as OpenAPI"),
@@ -19422,6 +19785,7 @@ ROUTES = tuple(r._replace(pattern=re.compile(r.pattern), access=ACCESS[r.access]
     Route("GET HEAD", r"/v1beta\w*(/openai)?/models(?:/(?P<id>[^:]+))?", "api", answer_models),
     Route("GET HEAD", r"(?:/v1)?(?:/v1)?/models(?:/(?P<id>.+))?", "api", answer_models),
     Route("GET HEAD", r"/", "public", answer_root),
+    Route("GET HEAD", r"", "public", answer_base),
     Route("GET HEAD", r"/api/hello", "public", answer_root),
     Route("GET HEAD", r"/health", "public", answer_health),
     Route("GET HEAD", r"/account-limits", "accounts", answer_account_limits),
@@ -19461,6 +19825,12 @@ def bind_alone(sock: socket.socket, address: tuple) -> None:
     sock.bind(address)
 
 
+def port_of(listener: socket.socket) -> int:
+    """Its port; 0 for a Unix socket."""
+    address = listener.getsockname()
+    return address[1] if isinstance(address, tuple) else 0
+
+
 def peer_of(address: str) -> Any:
     """Whose connections count together: an IPv4 address, the /64 of an IPv6 one; None for this
     machine, on which one program may stand for many."""
@@ -19483,6 +19853,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def __init__(self, services: Services, host: str, port: int,
                  listener: socket.socket | None = None):
         self.listener = listener        # one that is bound already
+        self.instance = new_id("srv_")  # of this start: what tells it from another at its address
         self.services, self.routes = services, ROUTES
         self.guard, self.logins, self.events = KeyGuard(services), Logins(services), EventHub(self)
         self.admin_rows = ADMIN
@@ -19514,10 +19885,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self.socket.close()
             self.socket = self.listener
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = "", port_of(self.socket)
         scheme, usual = ("https", 443) if self.tls else ("http", 80)
         self.own_hosts = {f"{name}:{self.server_port}" for name in LOOPBACK_NAMES}
-        if self.server_port == usual:       # then clients leave it out
+        if self.server_port in (usual, 0):      # then clients leave it out
             self.own_hosts.update(LOOPBACK_NAMES)
         self.own_origins = {f"{scheme}://{host}" for host in self.own_hosts}
 
@@ -19531,8 +19902,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         head_s = self.services.config.client_head_timeout_s
-        downstream = Downstream(request, peer_of(client_address[0]), time.monotonic() + head_s)
-        most, peer = self.services.config.max_connections_per_address, downstream.peer
+        peer = peer_of(client_address[0]) if client_address else None       # by a Unix socket
+        downstream = Downstream(request, peer, time.monotonic() + head_s)
+        most = self.services.config.max_connections_per_address
         with self._lock:
             is_full = len(self.connections) >= self.max_connections or (
                 peer is not None and 0 < most <= self.by_peer[peer])
@@ -19718,6 +20090,41 @@ def shared_listener(host: str, port: int, number: int | None = None) -> socket.s
     return sock
 
 
+def bind_unix(path: str) -> socket.socket:
+    """A socket that listens in the file system, for its owner only, in place of what was there."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".new")        # of one that was killed here
+        sock.bind(path + ".new")
+        os.chmod(path + ".new", 0o600)
+        sock.listen(ProxyServer.request_queue_size)     # not before nobody else may connect
+        sock.setblocking(False)
+        os.replace(path + ".new", path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def unix_listener(path: str) -> socket.socket:
+    """The same for clients: one on which nobody listens any more is replaced, nothing else.
+    Raises OSError, EADDRINUSE where somebody does."""
+    if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise FileExistsError(errno.EEXIST, "something else than a socket is there")
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+        unix_connection(path, 2).close()
+        raise OSError(errno.EADDRINUSE, "a server listens there")
+    return bind_unix(path)
+
+
+def unlink_own(path: str, inode: int) -> None:
+    """Removes a name that is still that of the file with this number."""
+    with contextlib.suppress(OSError):      # its folder is gone
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+
+
 class Handover:
     """Where a successor on this machine gets the listening socket of this server: a socket in the
     file system at `path`, for its owner only.  A successor that accepts says so by one byte; one
@@ -19726,19 +20133,8 @@ class Handover:
     def __init__(self, path: str, listener: socket.socket, services: Services):
         self.path, self.listener, self.services = path, listener, services
         self._successor: socket.socket | None = None    # that is about to begin: one at a time
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path + ".new")        # of one that was killed here
-            self._socket.bind(path + ".new")
-            os.chmod(path + ".new", 0o600)
-            self._socket.listen()               # not before nobody else may connect
-            self._socket.setblocking(False)
-            os.replace(path + ".new", path)     # the predecessor's: who listens owns the name
-            self._file = os.stat(path).st_ino
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = bind_unix(path)      # the predecessor's: who listens owns the name
+        self._file = os.stat(path).st_ino
 
     def poll(self, seconds: float) -> bool:
         """Whether a successor has taken over; waits so long for one to do so."""
@@ -19766,9 +20162,7 @@ class Handover:
             self._successor = None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):      # its folder is gone
-            if os.stat(self.path).st_ino == self._file:     # else it is the successor's
-                os.unlink(self.path)
+        unlink_own(self.path, self._file)       # else it is the successor's
         self._forget()
         self._socket.close()
 
@@ -21770,8 +22164,8 @@ class TopScreen:
 
 # ── 20. Commands ──────────────────────────────────────────────────────────
 # A command parses, calls one function of a room above, prints, and returns an
-# exit code: 0 fine, 1 failure, 2 usage, 4 needs an account or a login, 5 all
-# exhausted.
+# exit code: 0 fine, 1 failure, 2 usage, 3 no server runs, 4 needs an account
+# or a login, 5 all exhausted.
 
 DEMO_ACCOUNTS = {"demo-1": 6, "demo-2": None, "demo-3": None}     # calls until the quota 429
 DEMO_PACE_S = 0.02
@@ -21815,11 +22209,33 @@ def ask_person(question: str) -> str:
     return line.strip()
 
 
+def read_variables(path: str) -> dict[str, str]:
+    """NAME=value lines of a file, which is closed to others; raises ConfigError."""
+    found = {}
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as handle:
+            close_to_others(path, handle.fileno())
+            lines = handle.read().splitlines()
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"--env-file {path}: {cause(err)}") from err
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"""\s*(?:export\s+)?([A-Za-z_]\w*)=(["']?)(.*)\2\s*""", line, re.A)
+        if match:
+            found[match[1]] = match[3].strip() if not match[2] else match[3]
+        elif line.strip() and not line.lstrip().startswith("#"):
+            raise ConfigError(f"--env-file {path}: line {number} is not NAME=value")
+    return found
+
+
 def check_bind(config: Config, is_first: bool = True) -> None:
     """No address beyond loopback without a key that is worth the name; and what is wrong with the
     certificate is said before anything begins."""
     is_secure = tls_context(config) is not None
-    if config.host in ("127.0.0.1", "localhost", "::1"):
+    if config.socket and (is_secure or os.name == "nt"):
+        raise ConfigError("socket: Windows has none that could be used; leave it out" if
+                          os.name == "nt" else "socket: it is served without TLS; leave tls_cert "
+                          "and tls_key out")
+    if config.socket or config.host in ("127.0.0.1", "localhost", "::1"):
         return
     key = config.api_key
     is_weak = len(key) < 16 or len(set(key)) < 8 or any(w in key.lower() for w in _WEAK_KEYS) or (
@@ -21882,8 +22298,7 @@ def opened_services(args: argparse.Namespace, path: str, sim: Any, log: Log,
     if recovers:
         keep_last_good(path)
     config = sim_config(sim, config) if sim else config
-    state = State(os.path.join(os.path.dirname(os.path.realpath(path)), "state.db") if path else "",
-                  warn, config.max_state_bytes)
+    state = State(beside(path, "state.db") if path else "", warn, config.max_state_bytes)
     state.is_shared = told is not None
 
     def set_up(config: Config) -> None:
@@ -21960,12 +22375,19 @@ def port_holder(port: int) -> str:
     return ""
 
 
+def place_name(config: Config, port: int) -> str:
+    """What a server at that place is called in names of files."""
+    if config.socket:
+        return f"unix-{zlib.crc32(config.socket.encode('utf-8', 'replace')):08x}"
+    return f"{config.host}-{port}".replace(":", "_")
+
+
 def handover_path(services: Services, port: int) -> str:
     """Where a server on that port is found by its successor; "" where it is not."""
     path = services.state.path
     if not path or os.name == "nt":
         return ""
-    return os.path.join(os.path.dirname(path), f"{services.config.host}-{port}.sock")
+    return os.path.join(os.path.dirname(path), place_name(services.config, port) + ".sock")
 
 
 def open_listener(args: argparse.Namespace, services: Services) -> tuple[Any, Predecessor | None]:
@@ -21977,16 +22399,21 @@ def open_listener(args: argparse.Namespace, services: Services) -> tuple[Any, Pr
         with contextlib.suppress(OSError):      # nobody is there: it begins as any other
             predecessor = Predecessor(path)
             return predecessor.listener, predecessor
+    place = config.socket or f"{config.host}:{config.port}"
     try:
+        if config.socket and not told:
+            return unix_listener(config.socket), None
         return shared_listener(config.host, config.port, told and told.listener), None
     except OSError as err:
+        other = "--socket" if config.socket else "--port"
         if err.errno != errno.EADDRINUSE:
-            raise ConfigError(f"{config.host}:{config.port} cannot be listened on: {err.strerror}; "
-                              "choose another with --port") from err
+            raise ConfigError(f"{place} cannot be listened on: {cause(err)}; choose another with "
+                              + other) from err
         todo = ("--replace takes its place" if path and os.path.exists(path) else
+                "--socket OTHER takes another" if config.socket else
                 f"--port {config.port % 65535 + 1} takes another")
-        raise ConfigError(f"{config.host}:{config.port} cannot be listened on: "
-                          f"{port_holder(config.port) or 'another program'} holds it; "
+        holder = "" if config.socket else port_holder(config.port)
+        raise ConfigError(f"{place} cannot be listened on: {holder or 'another program'} holds it; "
                           f"python3 agproxy.py serve {todo}") from err
 
 
@@ -22005,9 +22432,10 @@ def running_proxy(args: argparse.Namespace, log_out: Any) -> Iterator[ProxyServe
         listener, predecessor = open_listener(args, services)
         server = ProxyServer(services, config.host, config.port, listener)
         server.predecessor = predecessor
-        if getattr(args, "examine", None):
-            services.examine = functools.partial(args.examine, args, services)
+        services.hooks = {name: functools.partial(hook, args, services)
+                          for name, hook in getattr(args, "hooks", {}).items()}
         note_version(services, "the file")
+        server.instance = getattr(args, "instance", "") or server.instance
         threading.Thread(target=server.accept, name="accept", daemon=True).start()
         services.keeper.start()
         try:
@@ -22073,7 +22501,7 @@ class Crew:
 
     def __init__(self, services: Services, listener: Any, given: list[str], workers: list):
         self.services, self.socket, self.given = services, listener, given
-        self.server_port = listener.getsockname()[1]
+        self.server_port = port_of(listener)
         self.workers = workers          # to be filled; seen by who ends them at once
         self.predecessor, self.is_replaced = None, False
         self._alive, self._kept_open = os.pipe()
@@ -22208,10 +22636,20 @@ def client_options(client: str, url: str) -> list[str]:
 
 def local_url(config: Config, port: int) -> str:
     """Where a server is found from this machine."""
+    if config.socket:
+        return "http+unix://" + urllib.parse.quote(config.socket, safe="")
     host = config.host
     host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     scheme = "https" if config.tls_cert else "http"
     return f"{scheme}://{host}:{port}"
+
+
+def client_url(config: Config) -> str:
+    """The same for clients and tunnels, which can use nothing but a port."""
+    if config.socket:
+        raise ConfigError(f"the server listens on {config.socket}, where no client can be sent to; "
+                          "name the address of what is before it with --url, or a --port")
+    return local_url(config, config.port)
 
 
 def server_url(server: ProxyServer | Crew) -> str:
@@ -22236,25 +22674,38 @@ def lacks_account(args: argparse.Namespace) -> bool:
     return True
 
 
+def has_login(args: argparse.Namespace) -> bool:
+    """Whether the owner can log in to a server that has no account yet, and add one on its page."""
+    config = load_config(config_path(args.accounts, os.environ), {}, os.environ, recovers=True)
+    return bool(config.api_key or config.admin_password)
+
+
 def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
     services = server.services
     config, url = services.config, server_url(server)
     mode = "  (demo: simulated accounts)" if is_demo else ""
     others = " and the machine's other addresses" if config.host in ("0.0.0.0", "::") else ""
-    say(f"agproxy {VERSION} listens on {url}{others}{mode}")
+    say(f"agproxy {VERSION} listens on {config.socket or url}{others * (not config.socket)}{mode}")
+    if config.base_path:
+        say(f"below     {config.base_path} too, for a reverse proxy")
     if services.workers > 1:
         say(f"workers   {services.workers} processes")
     say("key       " + ("PROXY_API_KEY" if config.api_key else "a user's" if config.users else
                         "none needed on this machine"))
-    say("accounts  " + ", ".join(f"{a.label} ({a.provider.id}, {state})"
-                                 for a, state in services.pool.states()))
+    say("accounts  " + (", ".join(f"{a.label} ({a.provider.id}, {state})"
+                                  for a, state in services.pool.states())
+                        or f"none yet; {url} adds one in a browser"))
     policies = {a.provider.policy for a in services.pool.accounts} - {""}
     say(*(f"terms     {policy}" for policy in sorted(policies)))
     key = "$PROXY_API_KEY" if config.api_key else "agproxy"
-    say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
-        f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
-        f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
-    if sys.stdout.isatty():     # never into the log of a service
+    if config.socket:
+        import shlex
+        say(f"connect   curl --unix-socket {shlex.quote(config.socket)} http://localhost/health")
+    else:
+        say(f"connect   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} claude",
+            f"          OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={key}",
+            f"          GOOGLE_GEMINI_BASE_URL={url} GEMINI_API_KEY={key}")
+    if sys.stdout.isatty() and not config.socket:       # never into the log of a service
         say(f"manage    {url}/#{new_login(services.state, 'link', services.clock.now())}"
             "  (once, within an hour" + ")" * is_demo + "; `ui` makes another)" * (not is_demo))
     if services.simulator:
@@ -22265,17 +22716,100 @@ def say_banner(server: ProxyServer | Crew, is_demo: bool) -> None:
 def log_stream(args: argparse.Namespace) -> Any:
     """Where the log goes; where several processes write to it, they do so line by line."""
     if args.log_file:
-        return LogFile(args.log_file)
+        out = LogFile(args.log_file)
+        if args.background:         # what is printed goes there too, and with it when it is full
+            sys.stdout = sys.stderr = out
+        return out
     if args.workers > 1:
         sys.stdout.reconfigure(line_buffering=True)
     return sys.stdout
 
 
-def live(server: ProxyServer | Crew, heard: list[int], is_demo: bool) -> None:
+SERVE_OPTIONS = ("port", "host", "socket", "base_path", "tls_cert", "tls_key", "strategy",
+                 "soft_limit", "fallback", "pid_offset", "auto_refresh", "admin_remote",
+                 "max_empty_retries", "json_logs", "workers", "debug", "demo", "env_file")
+FILE_OPTIONS = ("socket", "tls_cert", "tls_key", "env_file")
+
+
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    value = getattr(args, name, None)       # 0 is given
+    return not (value is None or value is False or value == "" or (name, value) == ("workers", 1))
+
+
+def serve_words(args: argparse.Namespace) -> list[str]:
+    """The options of a server as they were given, true in any folder; but for --log-file."""
+    words = ["--accounts", os.path.abspath(config_path(args.accounts, os.environ))]
+    for name in filter(functools.partial(is_given, args), SERVE_OPTIONS):
+        value = getattr(args, name)
+        words.append("--" + name.replace("_", "-"))
+        if name in FILE_OPTIONS:
+            words.append(os.path.abspath(os.path.expanduser(value)))
+        elif value is not True and value != "true":
+            words.append(str(value))
+    return words
+
+
+def process_space() -> str:
+    """Within what the numbers of processes mean something: a container has its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""           # not Linux
+
+
+class RunFile:
+    """What a server tells commands on this machine, for its owner only, beside the accounts file:
+    its instance, by which they know that who answers is the process that they may end."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.path = args, ""
+        self.instance = args.instance = args.instance or new_id("srv_")
+
+    def write(self, server: ProxyServer | Crew) -> None:
+        args, config = self.args, server.services.config
+        if args.demo and not args.background:
+            return      # it leaves nothing behind
+        folder = os.path.dirname(os.path.realpath(config_path(args.accounts, os.environ)))
+        path = os.path.join(folder, place_name(config, server.server_port) + ".run")
+        args.port = server.server_port or args.port         # for its successors, where it was 0
+        row = {"instance": self.instance, "pid": os.getpid(), "space": process_space(),
+               "url": server_url(server),
+               "log": os.path.abspath(args.log_file) if args.log_file else "",
+               "accounts": config.path, "arguments": serve_words(args),
+               "is_background": args.background,
+               "is_keyed": bool(config.api_key)}
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + ".stop")       # of one that was killed
+            write_atomic(path, json_encode(row).encode("ascii"))
+            self.path = path
+        except OSError as err:
+            server.services.log.line("`status` and `stop` will not know this server: %s",
+                                     cause(err))
+
+    def is_asked_to_end(self, seconds: float) -> bool:
+        """Whether `stop` says so by a file, as on Windows, that has no signals; waits so long."""
+        time.sleep(seconds)
+        return bool(self.path) and os.path.exists(self.path + ".stop")
+
+    def remove(self) -> None:
+        """After the last answer; a successor's is left alone."""
+        with contextlib.suppress(OSError, ValueError):
+            with open(self.path, "rb") as handle:
+                is_own = object_of(json_decode(handle.read())).get("instance") == self.instance
+            for path in (self.path + ".stop", self.path) if is_own else ():
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+
+def live(server: ProxyServer | Crew, heard: list[int], is_demo: bool, run_file: RunFile) -> None:
     """Takes the predecessor's place, says so, and serves until a signal or a successor ends it."""
-    services, look = server.services, time.sleep
-    path = handover_path(services, server.server_port)
+    services, look = server.services, run_file.is_asked_to_end if os.name == "nt" else time.sleep
+    path, own = handover_path(services, server.server_port), services.config.socket
     with contextlib.ExitStack() as stack:
+        if own:
+            inode = os.stat(own).st_ino
+            stack.callback(lambda: server.is_replaced or unlink_own(own, inode))
         if path:
             try:
                 handover = Handover(path, server.socket, services)
@@ -22286,9 +22820,10 @@ def live(server: ProxyServer | Crew, heard: list[int], is_demo: bool) -> None:
         if server.predecessor is not None:      # not before its name is ours
             services.state.is_shared = True
             server.predecessor.replace()
+        run_file.write(server)
         say_banner(server, is_demo)
         live_until(heard, look)
-        server.is_replaced = not heard
+        server.is_replaced = not heard and os.name != "nt"
 
 
 def command_serve(args: argparse.Namespace) -> int:
@@ -22300,7 +22835,7 @@ def command_serve(args: argparse.Namespace) -> int:
                           "other one first")
     if args.as_worker:
         return serve_as_worker(args, log_stream(args))
-    if lacks_account(args):
+    if lacks_account(args) and not has_login(args):
         return 4
     heard: list[int] = []
     workers: list[Worker] = []
@@ -22315,10 +22850,13 @@ def command_serve(args: argparse.Namespace) -> int:
         heard.append(number)
 
     on_signals(stop, "SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP")
-    out = log_stream(args)
-    with (running_crew(args, out, workers) if args.workers > 1
-          else running_proxy(args, out)) as server:
-        live(server, heard, args.demo)
+    out, run_file = log_stream(args), RunFile(args)
+    args.given = [*args.given, "--instance", args.instance]     # of all workers
+    with contextlib.ExitStack() as stack:
+        stack.callback(run_file.remove)         # when all is written and closed
+        server = stack.enter_context(running_crew(args, out, workers) if args.workers > 1
+                                     else running_proxy(args, out))
+        live(server, heard, args.demo, run_file)
         try:
             say("a successor serves now; running answers are finished first" if server.is_replaced
                 else "stopping: running answers are finished first, a second signal ends at once")
@@ -22335,7 +22873,7 @@ def command_run(args: argparse.Namespace) -> int:
     client = shutil.which(args.client)
     if not client:
         raise ConfigError(f"{args.client} is not installed or not on PATH")
-    args.port = 0 if args.port is None else args.port
+    args.port, args.socket = 0 if args.port is None else args.port, ""
     with contextlib.closing(LogFile(args.log_file or os.devnull)) as out:
         with running_proxy(args, out) as server:
             config = server.services.config
@@ -22637,6 +23175,26 @@ def command_quota(args: argparse.Namespace) -> int:
 
 # A running server, looked at from outside
 
+def command_config(args: argparse.Namespace) -> Config:
+    """The configuration, with the place of a server from the command line."""
+    place = {name: getattr(args, name, None) for name in ("port", "socket")}
+    return load_config(config_path(args.accounts, os.environ), place, os.environ)
+
+
+def health_at(url: str) -> dict | None:
+    """What an agproxy at an address of this machine tells of itself; {} where something else has
+    that address, None where nobody has."""
+    try:
+        body = simple_call(careless_connections(), "GET", url + "/health", {}, proxy="direct",
+                           timeout_s=ASK_SERVER_S)[2]
+        told = redact_all(object_of(json_decode(body)))     # it goes to a terminal, whoever answers
+        return told if {"streams", "version", "pid"} <= told.keys() and isinstance(
+            told.get("uptime_s"), int) else {}
+    except (ProxyError, ValueError) as err:
+        nobody = (ConnectionRefusedError, FileNotFoundError)
+        return None if isinstance(err.__cause__, nobody) else {}
+
+
 def ask_server(url: str, config: Config, key: str = "", timeout_s: float = ASK_SERVER_S,
                proxy: str = "direct") -> tuple[int, bytes]:
     """(status, body) of a GET to a server of this program.  Raises ProxyError where nobody
@@ -22650,7 +23208,11 @@ def ask_server(url: str, config: Config, key: str = "", timeout_s: float = ASK_S
 def server_answer(args: argparse.Namespace, config: Config, path: str) -> tuple[int, bytes]:
     """The same of the server that the options name, with the owner's key."""
     url = (args.url or local_url(config, args.port or config.port)).rstrip("/")
-    return ask_server(url + path, config, config.api_key)
+    try:
+        return ask_server(url + path, config, config.api_key)
+    except ProxyError as err:
+        raise ProxyError(err.kind, f"no agproxy answers at {url} ({err.message}); begin with: "
+                         "python3 agproxy.py start, or name its --port") from err
 
 
 def server_status(args: argparse.Namespace, config: Config, state: State | None) -> dict:
@@ -22748,10 +23310,9 @@ def watch_status(ask: Callable[[], dict], status: dict, is_ascii: bool) -> None:
 def command_top(args: argparse.Namespace) -> int:
     """One screen of a running server; 3 where none runs."""
     import shutil
-    path = config_path(args.accounts, os.environ)
-    config = load_config(path, {}, os.environ)
+    config = command_config(args)
     is_ascii = "utf" not in (getattr(sys.stdout, "encoding", "") or "").lower()
-    stored = os.path.join(os.path.dirname(os.path.realpath(path)), "state.db")
+    stored = beside(config.path, "state.db")
     with contextlib.ExitStack() as stack:
         state = None
         if not args.url and os.path.exists(stored):
@@ -22830,7 +23391,7 @@ def command_metrics(args: argparse.Namespace) -> int:
     if args.grafana:
         say(json.dumps(grafana_dashboard(), indent=2))
         return 0
-    config = load_config(config_path(args.accounts, os.environ), {}, os.environ)
+    config = command_config(args)
     try:
         code, raw = server_answer(args, config, "/metrics")
     except ProxyError as err:
@@ -22882,7 +23443,7 @@ def command_explain(args: argparse.Namespace) -> int:
     if lacks_account(args):
         return 4
     with offline(args) as found:
-        told = explain_model(found, args.model)
+        told = explain_model(found, args.model, getattr(args, "tokens", 0))
     models = ", else ".join(f"{model['id']} ({model['label']})" for model in told["models"])
     routed = f"{told['routed_to']} ({told['routed_by']}) -> " if told["routed_to"] else ""
     say(f"{args.model} -> {routed}{models}", *sheet_lines(told["sheet"]))
@@ -23202,7 +23763,7 @@ def key_lines(users: Iterable[Mapping], now: float) -> list[str]:
     return in_columns(lines)
 
 
-def user_lines(users: Iterable[Mapping], now: float) -> list[str]:
+def user_lines(users: Iterable[Mapping]) -> list[str]:
     lines = [("USER", "STATE", "KEYS", "OWN GROUPS", "LIMITS OF ALL KEYS")]
     lines += [(user["name"], "ready" if user["enabled"] else "disabled", str(len(user["keys"])),
                ", ".join(user["groups"]) or "-", "; ".join(
@@ -23218,13 +23779,15 @@ def user_list(args: argparse.Namespace) -> int:
         users = [row for row in user_rows(found.config, Spending(found.clock, found.state),
                                           found.state, now)
                  if getattr(args, "name", None) in (None, row["name"])]
+    if not users and getattr(args, "name", None):
+        stored_user({"users": [{"name": key.user} for key in found.config.users]}, args.name)
     rows = users if args.command == "users" else [key for row in users for key in row["keys"]]
     if args.json:
         say(json.dumps({args.command: rows}, indent=2))
     elif not rows:
         say(f"There are no {args.command}.  Next: python3 agproxy.py users create NAME")
     else:
-        say(*(user_lines if args.command == "users" else key_lines)(users, now),
+        say(*(user_lines(users) if args.command == "users" else key_lines(users, now)),
             "Next: python3 agproxy.py " + ("keys list" if args.command == "users" else
                                            "keys rotate KEY"))
     return 0
@@ -23332,8 +23895,8 @@ def command_share(args: argparse.Namespace) -> int:
     """A guest's key, and a tunnel to the running server where a program for it is installed."""
     import shutil
     path, args.admin = accounts_path(args), None
-    config = load_config(path, {"port": args.port}, os.environ)
-    url = local_url(config, config.port)
+    config = command_config(args)
+    url = (args.url or client_url(config)).rstrip("/")
     status = answer_status(url, config)
     if status not in (200, 401):
         warn(f"no agproxy answers at {url}; start it: python3 agproxy.py serve")
@@ -23367,6 +23930,538 @@ def command_share(args: argparse.Namespace) -> int:
     say("No tunnel runs, so this address is known on this machine only.  Install one of "
         f"{', '.join(TUNNELS)} and share again, or have any tunnel forward to {url}.",
         f"End the key before its time: python3 agproxy.py keys revoke {key_id}")
+    return 0
+
+
+# A server in the background, and as a service of the system
+
+START_S, LATE_END_S = 60, 10            # until a server answers; after `drain_s`, until it is ended
+SHOWN_LINES = 15                        # of the log, where a start failed
+
+
+class Running(NamedTuple):
+    """The server at a place of this machine: what it wrote down, and what it answers now."""
+    config: Config
+    folder: str
+    path: str           # of its RunFile
+    url: str
+    row: dict           # what it wrote; {} for nothing
+    told: dict | None   # by `health_at`
+
+    def is_known(self) -> bool:
+        """Whether who answers is who wrote: a number of a process may be another's by now."""
+        return bool(self.told and self.row and self.row["space"] == process_space()
+                    and self.told.get("instance") == self.row["instance"])
+
+    def why_not(self) -> str:
+        """Why it is not known, in a sentence."""
+        if self.told is None:
+            return f"no agproxy runs at {self.url}" + (
+                ", the last one was killed" if self.row else "")
+        return (f"the agproxy at {self.url} was not begun here with this accounts file"
+                if self.told else f"what has {self.url} does not answer as an agproxy does")
+
+
+RUN_FIELDS = {"instance", "pid", "url", "space", "log", "accounts", "arguments"}
+
+
+def written_down(folder: str) -> dict[str, dict]:
+    """What each server of a folder tells, by the path of its RunFile."""
+    rows = {}
+    with contextlib.suppress(OSError):
+        for name in filter(re.compile(r".+\.run").fullmatch, os.listdir(folder)):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError, ValueError), open(path, "rb") as handle:
+                row = object_of(json_decode(handle.read()))
+                if RUN_FIELDS <= row.keys():
+                    rows[path] = row
+    return rows
+
+
+def find_server(args: argparse.Namespace) -> Running:
+    """The server at the place that options and settings name."""
+    given = config_path(args.accounts, os.environ)
+    config = load_config("" if args.demo else given, {name: getattr(args, name, None)
+                                                      for name in SETTINGS},
+                         os.environ, {} if args.demo else None)
+    folder = os.path.dirname(os.path.realpath(given))
+    path = os.path.join(folder, place_name(config, config.port) + ".run")
+    rows = written_down(folder)
+    url = rows[path]["url"] if path in rows else local_url(config, config.port)
+    told = health_at(url) if config.port or config.socket else None
+    for other, row in rows.items():     # on the same port by another name
+        if told and row.get("instance") == told.get("instance", ""):
+            path = other
+    return Running(config, folder, path, url, rows.get(path, {}), told)
+
+
+def failed_start(why: str, log: str, start: int = 0) -> ConfigError:
+    """What to raise, when the end of the log was shown."""
+    with contextlib.suppress(OSError), open(log, encoding="utf-8", errors="replace") as handle:
+        handle.seek(start)
+        for line in collections.deque(handle, SHOWN_LINES):
+            print(redact(line.rstrip("\n")), file=sys.stderr)
+    return ConfigError(f"{why}; above is the end of {log}")
+
+
+def begin_server(found: Running, words: list[str], log: str) -> dict:
+    """What a server tells that was started apart from this terminal, when it answers; raises
+    ConfigError with the end of its log where it does not."""
+    instance, until = new_id("srv_"), time.monotonic() + START_S
+    os.makedirs(os.path.dirname(log), mode=0o700, exist_ok=True)
+    detached = {"start_new_session": True} if os.name != "nt" else {
+        "creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}
+    with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
+        began = out.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [sys.executable, SOURCE, "serve", *words, "--log-file", log, "--background",
+             "--instance", instance], stdin=subprocess.DEVNULL, stdout=out, stderr=out, **detached)
+    while process.poll() is None and time.monotonic() < until:
+        for row in written_down(found.folder).values():
+            told = health_at(row["url"]) if row.get("instance") == instance else None
+            if told and told.get("instance") == instance:
+                process.returncode = 0      # it goes on: nothing to wait for
+                return row
+        time.sleep(0.1)
+    why = f"it ended with exit code {process.returncode}" if process.poll() is not None else (
+        f"it did not answer within {START_S} s")
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    failed = failed_start(f"the server was not started: {why}", log, began)
+    failed.exit_code = max(process.returncode, 1)       # 4: it lacks an account
+    raise failed
+
+
+def is_running(pid: int) -> bool:
+    """Whether that process is there; on Windows to ask would be to end it."""
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def await_end(found: Running, seconds: float) -> bool:
+    """Whether the server ended within that time: it takes its RunFile with it, or is gone."""
+    until, pid = time.monotonic() + seconds, found.row["pid"]
+    while time.monotonic() < until:
+        if written_down(found.folder).get(found.path, {}).get("instance") != found.row["instance"]:
+            return True
+        if os.name != "nt" and not is_running(pid):
+            os.unlink(found.path)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def end_server(found: Running) -> None:
+    """Ends the server that answers: in order, at once, by force.  It is never out of sight between
+    its answer and the last of them, so that its number can be no other's."""
+    pid, is_windows = found.row["pid"], os.name == "nt"
+    ways = ((signal.SIGTERM, found.config.drain_s + LATE_END_S), (signal.SIGTERM, 3),
+            (getattr(signal, "SIGKILL", signal.SIGTERM), 5))
+    for step, (number, seconds) in enumerate(ways[::2] if is_windows else ways):
+        if step:
+            warn(f"process {pid} goes on; it is ended " + ("by force" if step == len(ways) - 1
+                                                           or is_windows else "at once"))
+        with contextlib.suppress(ProcessLookupError):
+            if is_windows and not step:
+                with open(found.path + ".stop", "wb"):
+                    pass        # its server looks for it
+            else:
+                os.kill(pid, number)
+        if await_end(found, seconds):
+            break
+    until = time.monotonic() + 2        # the last that it does is to leave its port and files
+    while not is_windows and is_running(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def file_bytes(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read()
+    except FileNotFoundError:
+        return None
+
+
+# Services: names and words in, files and commands out
+
+class UnitPlace(NamedTuple):
+    """Where a service is installed, and what for."""
+    name: str
+    log: str
+    home: str
+    folder: str         # of the accounts file
+    user: str           # its number; on Windows DOMAIN\\NAME
+    end_s: float        # that it may take to end
+
+
+class Unit(NamedTuple):
+    """What the system is told.  A command that begins with `-` may fail."""
+    name: str
+    path: str
+    data: bytes
+    log: str
+    install: tuple
+    remove: tuple       # before the file goes
+    after: tuple        # ... and after it
+    start: tuple
+    stop: tuple
+    restart: tuple
+    note: str
+
+
+def systemd_word(word: str, is_program: bool = False) -> str:
+    """As ExecStart= reads it: % are specifiers, $ variables, the latter not in a program's path."""
+    text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text if is_program else text.replace("$", "$$")}"'
+
+
+def systemd_service(words: list[str], place: UnitPlace) -> Unit:
+    unit, ask = place.name + ".service", ("systemctl", "--user")
+    start = " ".join(systemd_word(word, not i) for i, word in enumerate(words))
+    text = f"""[Unit]
+Description=agproxy, a proxy for AI coding clients
+
+[Service]
+ExecStart={start}
+Restart=on-failure
+RestartSec=2
+RestartPreventExitStatus=2 4
+KillMode=mixed
+TimeoutStopSec={place.end_s:.0f}
+UMask=0077
+NoNewPrivileges=true
+
+[Install]
+WantedBy=default.target
+"""
+    reload = (*ask, "daemon-reload")
+    return Unit(unit, f"{place.home}/systemd/user/{unit}", text.encode(), place.log,
+                (reload, (*ask, "enable", unit), (*ask, "restart", unit)),
+                ((*ask, "disable", "--now", unit),),
+                (reload, ("-systemctl", "--user", "reset-failed", unit)),
+                *(((*ask, verb, unit),) for verb in ("start", "stop", "restart")),
+                "It runs while you are logged in; from boot on after: loginctl enable-linger")
+
+
+def launchd_service(words: list[str], place: UnitPlace) -> Unit:
+    import plistlib
+    label, domain = "local." + place.name, f"gui/{place.user}"
+    path, job = f"{place.home}/Library/LaunchAgents/{label}.plist", f"{domain}/{label}"
+    data = plistlib.dumps({
+        "Label": label, "ProgramArguments": words, "RunAtLoad": True, "Umask": 0o077,
+        "KeepAlive": {"SuccessfulExit": False}, "ExitTimeOut": int(place.end_s),
+        "StandardOutPath": place.log, "StandardErrorPath": place.log}, sort_keys=False)
+    return Unit(label, path, data, place.log,
+                (("-launchctl", "bootout", job), ("launchctl", "bootstrap", domain, path)),
+                (("launchctl", "bootout", job),), (), (("launchctl", "kickstart", job),),
+                (("launchctl", "kill", "SIGTERM", job),),
+                (("launchctl", "kickstart", "-k", job),), "It runs while you are logged in.")
+
+
+def task_service(words: list[str], place: UnitPlace) -> Unit:
+    from xml.sax.saxutils import escape
+    if any("%" in word or "$(" in word for word in words):
+        raise ConfigError("Windows' task scheduler reads % and $( as variables: no path or option "
+                          "may hold them")
+    name, path = place.name, f"{place.folder}\\{place.name}.xml"
+    text = f"""<?xml version="1.0" encoding="UTF-16"?>
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+  <Triggers><LogonTrigger><UserId>{escape(place.user)}</UserId></LogonTrigger></Triggers>
+  <Principals><Principal id="Author"><UserId>{escape(place.user)}</UserId>
+    <LogonType>InteractiveToken</LogonType><RunLevel>LeastPrivilege</RunLevel>
+  </Principal></Principals>
+  <Settings>
+    <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
+    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
+    <RestartOnFailure><Interval>PT1M</Interval><Count>10</Count></RestartOnFailure>
+  </Settings>
+  <Actions Context="Author"><Exec>
+    <Command>{escape(words[0])}</Command>
+    <Arguments>{escape(subprocess.list2cmdline(words[1:]))}</Arguments>
+  </Exec></Actions>
+</Task>
+""".replace("\n", "\r\n")
+    end, run = ("-schtasks", "/End", "/TN", name), ("schtasks", "/Run", "/TN", name)
+    return Unit(name, path, text.encode("utf-16"), place.log,
+                (("schtasks", "/Create", "/F", "/TN", name, "/XML", path), end, run),
+                (end, ("schtasks", "/Delete", "/F", "/TN", name)), (), (run,),
+                (end,), (end, run),
+                "It runs while you are logged in.")
+
+
+SERVICES = {"linux": systemd_service, "darwin": launchd_service, "win32": task_service}
+SERVICE_VARIABLES = re.compile(     # what a server reads of the environment, but for accounts' keys
+    r"PROXY_API_KEY|GOOGLE_CLIENT_(ID|SECRET)|AGPROXY_(?!KEY\Z)\w+|(?i:(https?|all|no)_proxy)|"
+    + "|".join(row.variable for row in SETTINGS.values() if row.variable))
+
+
+def service_plan(system: str, found: Running, args: argparse.Namespace) -> Unit:
+    """The service for a place, with the options that were given.  Raises ConfigError."""
+    config, environ, python = found.config, os.environ, sys.executable
+    name = "agproxy" if config.port == 8080 and not config.socket else "agproxy-" + (
+        place_name(config, config.port).rpartition("-")[2])
+    log = os.path.abspath(getattr(args, "log_file", "") or found.path[:-4] + ".log")
+    home, user = os.path.expanduser("~"), str(os.getuid() if os.name == "posix" else "")
+    if system == "linux":
+        home = environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+    if system == "win32":
+        user = "\\".join(environ[v] for v in ("USERDOMAIN", "USERNAME") if environ.get(v))
+        silent = re.sub(r"(?i)python(\.exe)?\Z", r"pythonw\1", python)      # without a window
+        python = silent if os.path.exists(silent) else python
+    words = [python, SOURCE, "serve", *serve_words(args), "--log-file", log]
+    if not all(word and word.isprintable() for word in words):
+        raise ConfigError("a path or option holds a character that cannot be shown; or Python does "
+                          "not tell where it is")
+    return SERVICES[system](words, UnitPlace(name, log, home, found.folder, user,
+                                         config.drain_s + LATE_END_S))
+
+
+def run_commands(commands: Iterable[tuple]) -> None:
+    """Runs the system's programs; raises ConfigError with what one says, and what helps."""
+    import shutil
+    for program, *rest in commands:
+        is_optional, program = program.startswith("-"), program.lstrip("-")
+        path, other = shutil.which(program), "; `python3 agproxy.py start` needs no service"
+        if path is None:
+            raise ConfigError(f"{program} is not here, so that no service can be run{other}")
+        try:
+            done = subprocess.run([path, *rest], stdin=subprocess.DEVNULL, capture_output=True,
+                                  text=True, errors="replace", timeout=120)
+        except (OSError, subprocess.SubprocessError) as err:
+            raise ConfigError(f"{program} did not run: {type(err).__name__}{other}") from err
+        if done.returncode and not is_optional:
+            told = (done.stderr or done.stdout).strip()
+            if "bus" in told:
+                other = ("; where you have no session of your own (su, cron, a container): "
+                         "loginctl enable-linger, as root with your name, and log in anew" + other)
+            raise ConfigError(f"{' '.join((program, *rest))} failed: {redact(told, 300)}{other}")
+
+
+def lacking_variables(found: Running, path: str | None) -> list[str]:
+    """What this shell has for a server, and a service would not have: names only."""
+    held = read_variables(path) if path else {}
+    used = {row[c][4:] for row in found.config.accounts for c in CREDENTIALS
+            if str(row.get(c, "")).startswith("env:")}
+    return sorted(name for name, value in os.environ.items() if value and name not in held and (
+        name in used or SERVICE_VARIABLES.fullmatch(name)))
+
+
+def install_service(service: Unit) -> None:
+    """Writes it and has it begin; where that fails all is as before."""
+    before = file_bytes(service.path)
+    os.makedirs(os.path.dirname(service.path), exist_ok=True)
+    os.makedirs(os.path.dirname(service.log), mode=0o700, exist_ok=True)
+    write_atomic(service.path, service.data)
+    try:
+        run_commands(service.install)
+    except ConfigError:
+        if before is None:
+            with contextlib.suppress(ConfigError):
+                run_commands(("-" + words[0].lstrip("-"), *words[1:])
+                             for words in service.remove + service.after)
+            os.unlink(service.path)
+        else:
+            write_atomic(service.path, before)
+        raise
+
+
+def service_lines(service: Unit, is_install: bool) -> list[str]:
+    """What would be written and run."""
+    shown = [" ".join(words).lstrip("-") for words in (
+        service.install if is_install else service.remove + service.after)]
+    text = service.data.decode("utf-16" if service.data[:2] in (b"\xff\xfe", b"\xfe\xff")
+                               else "utf-8")
+    return [f"{'write' if is_install else 'delete'}  {service.path}", "",
+            *(text.splitlines() if is_install else ()), *(f"run  {line}" for line in shown)]
+
+
+def known_service(found: Running, args: argparse.Namespace) -> Any:
+    """The service that is installed for this place, None where none is."""
+    if sys.platform not in SERVICES:
+        return None
+    service = service_plan(sys.platform, found, args)
+    return service if os.path.exists(service.path) else None
+
+
+def by_service(service: Any, found: Running, verb: str) -> int:
+    """Has the system's own program do it, and waits for the server to follow."""
+    old = (found.told or {}).get("instance")
+    if os.name == "nt" and verb != "start" and found.is_known():
+        end_server(found)       # a task is ended without a word
+    run_commands(getattr(service, verb))
+    until = time.monotonic() + START_S + found.config.drain_s
+    told = found.told
+    while time.monotonic() < until:
+        told = health_at(found.url)
+        if told is None if verb == "stop" else told and told.get("instance") != old or (
+                verb == "start" and told):
+            say(f"{service.name}: " + (f"agproxy runs at {found.url}" if told else "stopped"))
+            return 0
+        time.sleep(0.2)
+    raise failed_start(f"{service.name} did not {verb}", service.log)
+
+
+def command_service(args: argparse.Namespace) -> int:
+    """Installs this server as a service of the system, or removes it."""
+    system, is_install = args.print or sys.platform, args.action == "install"
+    if system not in SERVICES:
+        raise ConfigError("services are known of systemd, launchd and Windows; `python3 agproxy.py "
+                          "start` needs none")
+    if args.demo:
+        raise ConfigError("a demo is no service; start --demo runs one in the background")
+    found = find_server(args)
+    service = service_plan(system, found, args)
+    lacking = lacking_variables(found, args.env_file) if is_install else []
+    if lacking:
+        file = args.env_file or os.path.join(found.folder, "service.env")
+        warn(f"the service would not have {', '.join(lacking)}, which this shell has; no secret is "
+             f"written into it.  Put them into a file of mode 0600, as NAME=value, and name it: "
+             f"service install --env-file {file}; or unset them.")
+    if args.print:
+        say(*service_lines(service, is_install))
+        return 0
+    if lacking:
+        return 1
+    if is_install:
+        if found.told is not None and not os.path.exists(service.path):
+            raise ConfigError(f"{found.url} is in use; python3 agproxy.py stop")
+        install_service(service)
+        say(f"installed {service.path}", service.note)
+        return by_service(service, found, "start")
+    if not os.path.exists(service.path):
+        raise ConfigError(f"there is no service {service.name}: {service.path} does not exist")
+    run_commands(service.remove)
+    os.unlink(service.path)
+    run_commands(service.after)
+    say(f"removed {service.path}")
+    return 0
+
+
+def tell_started(row: Mapping, how: str) -> None:
+    place = "".join(
+        f" {flag} {value}" for flag, value in zip(row["arguments"], row["arguments"][1:])
+        if flag in ("--port", "--host", "--socket") and value != "8080")
+    say(f"agproxy {how} at {row['url']} (process {row['pid']})", f"log       {row['log']}",
+        f"manage    python3 agproxy.py ui{place}", f"end it    python3 agproxy.py stop{place}")
+
+
+def command_start(args: argparse.Namespace) -> int:
+    """A server of its own, apart from this terminal; returns when it answers."""
+    found = find_server(args)
+    service = known_service(found, args)
+    if found.is_known():
+        say(f"agproxy runs already at {found.url}; `restart` gives it new options")
+        return 0
+    if found.told is not None:
+        raise ConfigError(found.why_not() + "; choose another place with --port")
+    if service:
+        return by_service(service, found, "start")
+    log = args.log_file or found.path[:-4] + ".log"
+    tell_started(begin_server(found, serve_words(args), os.path.abspath(log)), "runs")
+    return 0
+
+
+def command_stop(args: argparse.Namespace) -> int:
+    """Ends the server in order: running answers are finished first."""
+    found = find_server(args)
+    service = known_service(found, args)
+    if found.told is None:
+        if found.row:
+            os.unlink(found.path)
+        say(found.why_not())
+        return 3
+    if service:
+        return by_service(service, found, "stop")
+    if not found.is_known():
+        raise ConfigError(f"{found.why_not()}; end it where it was begun")
+    end_server(found)
+    say(f"agproxy at {found.url} has ended")
+    return 0
+
+
+def restarted_words(args: argparse.Namespace, row: Mapping) -> list[str]:
+    """The options of the next server: those given now, else those of before."""
+    place = ("port", "host", "socket", "debug", "demo")
+    is_new = any(is_given(args, name) for name in SERVE_OPTIONS if name not in place)
+    words = serve_words(args) if is_new or not row else list(row["arguments"])
+    file = words[words.index("--env-file") + 1] if "--env-file" in words else ""
+    key = os.environ.get("PROXY_API_KEY") or file and read_variables(file).get("PROXY_API_KEY")
+    if row.get("is_keyed") and not key:
+        raise ConfigError("the running server wants PROXY_API_KEY, which is not set here: set it, "
+                          "or put it into a file for --env-file")
+    return words
+
+
+def command_restart(args: argparse.Namespace) -> int:
+    """A new server in place of the old one: no request fails, where one can hand over."""
+    found = find_server(args)
+    service = known_service(found, args)
+    if service:
+        return by_service(service, found, "restart")
+    if found.told is not None and not (found.is_known() and found.row["is_background"]):
+        raise ConfigError((found.why_not() if not found.is_known() else "that server was begun by "
+                           "`serve`") + "; restart it where it was begun, or there with "
+                          "`serve --replace`")
+    words = restarted_words(args, found.row)
+    log = args.log_file or found.row.get("log") or found.path[:-4] + ".log"
+    is_handed = found.told is not None and os.name != "nt" and "--demo" not in words
+    if found.told is not None and not is_handed:
+        end_server(found)
+    tell_started(begin_server(found, words + ["--replace"] * is_handed, os.path.abspath(log)),
+                 "runs anew" if found.told else "runs")
+    return 0
+
+
+def command_status(args: argparse.Namespace) -> int:
+    """Whether a server answers; 3 where none does."""
+    found = find_server(args)
+    told, service = found.told or {}, known_service(found, args)
+    if args.json:
+        say(json.dumps({"is_running": bool(told), "url": found.url, "is_known": found.is_known(),
+                        "service": service.name if service else "",
+                        **{name: told.get(name) for name in ("instance", "version", "uptime_s")},
+                        "pid": found.row.get("pid") if found.is_known() else told.get("pid"),
+                        "log": found.row.get("log", "")}, indent=2))
+    elif told:
+        say(f"agproxy {told['version']} runs at {found.url}, for {human_s(told['uptime_s'])}",
+            f"process   {found.row['pid'] if found.is_known() else told['pid']}",
+            *([f"log       {found.row['log']}"] if found.row.get("log") else ()),
+            *([] if found.is_known() else [found.why_not()]))
+    else:
+        say(found.why_not() + "; begin with: python3 agproxy.py start" * (found.told is None))
+    if service and not args.json:
+        say(f"service   {service.name}: {service.path}")
+    return 0 if told else 3
+
+
+def command_logs(args: argparse.Namespace) -> int:
+    """The end of the log; with -f what comes, also when the file was put aside."""
+    found = find_server(args)
+    path = found.row.get("log") or found.path[:-4] + ".log"
+    if not os.path.exists(path):
+        raise ConfigError(f"there is no {path}; a server in a terminal logs there, one of `start` "
+                          "or with --log-file into a file")
+    handle = open(path, encoding="utf-8", errors="replace")
+    try:
+        say(*(line.rstrip("\n") for line in collections.deque(handle, args.lines)))
+        while args.follow:
+            line = handle.readline()
+            if line:
+                print(line, end="", flush=True)
+                continue
+            with contextlib.suppress(FileNotFoundError):        # it is just being moved
+                if not os.path.samestat(os.stat(path), os.fstat(handle.fileno())):
+                    handle.close()
+                    handle = open(path, encoding="utf-8", errors="replace")
+            time.sleep(0.2)
+    finally:
+        handle.close()
     return 0
 
 
@@ -23515,13 +24610,10 @@ def upstream_ways(accounts: Iterable[Account]) -> list[Way]:
     return [Way(*key, used_by=tuple(labels)) for key, labels in used.items()]
 
 
-def listener_at(url: str, config: Config) -> str:
+def listener_at(url: str) -> str:
     """Who answers at an address of this machine: `agproxy VERSION`, `another program` or ""."""
-    try:
-        told = object_of(json_decode(ask_server(url + "/health", config, "", LOOK_S / 2)[1]))
-        return f"agproxy {told['version']}" if "streams" in told else "another program"
-    except (ProxyError, ValueError, KeyError) as err:
-        return "" if isinstance(err.__cause__, ConnectionRefusedError) else "another program"
+    told = health_at(url)
+    return f"agproxy {told['version']}" if told else "" if told is None else "another program"
 
 
 def program_output(*words: str) -> str:
@@ -23558,7 +24650,7 @@ def look_around(checkup: Checkup, is_offline: bool) -> None:
     jobs: dict[Any, Callable] = {number: functools.partial(explore, way, connections, LOOK_S * 0.75)
                                  for number, way in enumerate(ways)}
     urls = {checkup.url, *filter(_LOCAL_URL.match, (row[3] for row in client_urls(checkup)))}
-    jobs.update((url, functools.partial(listener_at, url, checkup.config)) for url in urls)
+    jobs.update((url, functools.partial(listener_at, url)) for url in urls)
     jobs.update((name, functools.partial(program_output, name, "--version"))
                 for name in CLIENT_PROGRAMS)
     if os.name == "nt":
@@ -23740,9 +24832,12 @@ def check_accounts(checkup: Checkup) -> Iterator[tuple]:
 
 def check_port(checkup: Checkup) -> Iterator[tuple]:
     config, other = checkup.config, "choose another: --port N, or settings.port"
-    who, place = checkup.listeners.get(checkup.url, ""), f"{config.host}:{config.port}"
+    who = checkup.listeners.get(checkup.url, "")
+    place = config.socket or f"{config.host}:{config.port}"
     try:
-        if not who or not config.port:
+        if config.socket and not who:
+            yield "ok", f"no server listens on {place}"
+        elif not who or not config.port:
             shared_listener(config.host, config.port).close()
             yield "ok", f"{place} is free, no server runs there"
     except OSError as err:
@@ -24296,14 +25391,6 @@ def sha256_of(data: bytes | None) -> str:
     return "" if data is None else hashlib.sha256(data).hexdigest()
 
 
-def file_bytes(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as handle:
-            return handle.read()
-    except FileNotFoundError:
-        return None
-
-
 def client_rows(path: str) -> list[dict]:
     """The rows of clients.json; raises ConfigError where it is damaged."""
     data = file_bytes(path)
@@ -24407,8 +25494,10 @@ def set_up_clients(found: Iterable[FileChange], rows: list[dict], path: str) -> 
         write_change(change)
 
 
-def take_down(found: Iterable[FileChange], rows: list[dict], path: str) -> None:
-    """The files first, then copies and folders that nobody needs, then the record."""
+def take_down(found: Iterable[FileChange], rows: list[dict], path: str) -> list[str]:
+    """The files first, then copies and folders that nobody needs, then the record.  What a person
+    should know."""
+    notes = []
     own = [(change.row["client"], change.path) for change in found]
     left = [row for row in rows if (row["client"], row["path"]) not in own]
     for change in found:
@@ -24421,18 +25510,13 @@ def take_down(found: Iterable[FileChange], rows: list[dict], path: str) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(change.path + BACKUP)
         elif not others and os.path.exists(change.path + BACKUP):
-            say(f"{change.path} was changed since: only what setup wrote is out; as it was before, "
-                f"it stands in {change.path}{BACKUP}")
+            notes.append(f"{change.path} was changed since: only what setup wrote is out; as it "
+                         f"was before, it stands in {change.path}{BACKUP}")
         for folder in reversed(change.row.get("made", [])):
             with contextlib.suppress(OSError):      # the client keeps more there
                 os.rmdir(folder)
     write_atomic(path, json.dumps(left, indent=2).encode())
-
-
-def command_config(args: argparse.Namespace) -> Config:
-    """The configuration, with the port of the command line."""
-    flags = {"port": args.port} if args.port is not None else {}
-    return load_config(config_path(args.accounts, os.environ), flags, os.environ)
+    return notes
 
 
 def client_models(url: str, config: Config, key: str) -> tuple[tuple[str, ...], str]:
@@ -24448,21 +25532,52 @@ def client_models(url: str, config: Config, key: str) -> tuple[tuple[str, ...], 
         "it refuses the key; set PROXY_API_KEY, or AGPROXY_KEY for a user's")
 
 
-def client_target(args: argparse.Namespace) -> ClientTarget:
-    """Where clients are sent; the models are those of the server, where one answers."""
-    config = command_config(args)
-    url = (args.url or local_url(config, config.port)).rstrip("/")
-    if not re.fullmatch(r"https?://[^\s\"'\\?#@]+", url):
-        raise ConfigError("--url: http://HOST:PORT is required, without a name and password")
-    variable = "AGPROXY_KEY" if os.environ.get("AGPROXY_KEY") else "PROXY_API_KEY"
-    key = os.environ.get(variable, "")
+def target_at(url: str, config: Config, model: str, may_lack_key: bool, key: str = ""
+              ) -> ClientTarget:
+    """The same for a server at a known place; a key that is not given is one of the variables'."""
+    variable = "AGPROXY_KEY" if key or os.environ.get("AGPROXY_KEY") else "PROXY_API_KEY"
+    key = key or os.environ.get(variable, "")
     remember_secret(key)
-    if config.users and not key and not args.url:
+    if not key and not may_lack_key:
         raise ConfigError("the server wants a user's key: set AGPROXY_KEY to it")
     models, trouble = client_models(url, config, key)
     if trouble:
         warn(f"{url}: {trouble}")
-    return ClientTarget(url, key, variable, getattr(args, "model", "") or models[0], models)
+    return ClientTarget(url, key, variable, model or models[0], models)
+
+
+def client_target(args: argparse.Namespace) -> ClientTarget:
+    """Where clients are sent; the models are those of the server, where one answers."""
+    config = command_config(args)
+    url = (args.url or client_url(config)).rstrip("/")
+    if not re.fullmatch(r"https?://[^\s\"'\\?#@]+", url):
+        raise ConfigError("--url: http://HOST:PORT is required, without a name and password")
+    return target_at(url, config, getattr(args, "model", ""), bool(args.url or not config.users))
+
+
+def clients_record(path: str) -> str:
+    """Where it stands what was done to clients, by the path of the accounts file."""
+    return beside(path, "clients.json")
+
+
+def setup_changes(name: str, target: ClientTarget, record: str, given: str = ""
+                  ) -> list[FileChange]:
+    rows, client = client_rows(record), CLIENTS[name]
+    return [setup_change(name, file, client_path(client, file, os.environ, given), target, rows)
+            for file in client.files]
+
+
+def write_setup(name: str, target: ClientTarget, found: list[FileChange], record: str) -> list[str]:
+    """Writes it; what a person should know then."""
+    os.makedirs(os.path.dirname(record), mode=0o700, exist_ok=True)
+    with file_lock(record):
+        set_up_clients(found, client_rows(record), record)
+    notes = [f"{change.path} holds the key now and is closed to others (0600)" for change in found
+             if target.key and target.key in change.after.decode("utf-8")]
+    if any(target.variable in c.after.decode() for c in found) and target.key:
+        notes.append(f"{name} takes the key from ${target.variable}: have it set where it starts")
+    return [*notes, f"{name} speaks to {target.url} now: {CLIENTS[name].next}",
+            f"undo with: python3 agproxy.py unsetup {name}"]
 
 
 def client_state(row: dict | None, path: str) -> str:
@@ -24481,14 +25596,18 @@ def client_state(row: dict | None, path: str) -> str:
     return f"{word} for {row['url']} in {path}"
 
 
+def client_states(name: str, client: Client, rows: list[dict]) -> list[str]:
+    """How it stands with each of the client's files on this machine."""
+    return [client_state(row, row["path"]) for row in rows if row["client"] == name] or [
+        client_state(None, client_path(client, client.files[-1], os.environ, ""))
+        if client.title else "not set up"]
+
+
 def list_clients(rows: list[dict]) -> None:
     import shutil
     for name, client in CLIENTS.items():
-        own = [row for row in rows if row["client"] == name]
         program = (shutil.which(name) or "not on PATH") if client.title else "any such tool"
-        states = [client_state(row, row["path"]) for row in own] or [
-            client_state(None, client_path(client, client.files[-1], os.environ, ""))
-            if client.title else "not set up"]
+        states = client_states(name, client, rows)
         say(f"{name:10} {program:28} {states[0]}", *(f"{'':39} {state}" for state in states[1:]))
 
 
@@ -24513,38 +25632,24 @@ def undo_setup(args: argparse.Namespace, record: str) -> int:
         say(f"{args.client} is not set up: nothing to undo")
     elif agreed(found, args):
         with file_lock(record):
-            take_down(found, client_rows(record), record)
+            say(*take_down(found, client_rows(record), record))
         say(f"{args.client} is no longer set up")
     return 0
 
 
 def command_setup(args: argparse.Namespace) -> int:
-    record = os.path.join(os.path.dirname(os.path.realpath(config_path(
-        args.accounts, os.environ))), "clients.json")
+    record = clients_record(config_path(args.accounts, os.environ))
     if not args.client:
         list_clients(client_rows(record))
         return 0
     if args.command == "unsetup" or args.undo:
         return undo_setup(args, record)
-    client, target = CLIENTS[args.client], client_target(args)
-    if args.file and len(client.files) > 1:
-        raise ConfigError(f"--file: {args.client} has {len(client.files)} files")
-    rows = client_rows(record)
-    found = [setup_change(args.client, file, client_path(client, file, os.environ, args.file),
-                          target, rows) for file in client.files]
-    if not agreed(found, args):
-        return 0
-    os.makedirs(os.path.dirname(record), mode=0o700, exist_ok=True)
-    with file_lock(record):
-        set_up_clients(found, client_rows(record), record)
-    for change in found:
-        if target.key and target.key in change.after.decode("utf-8"):
-            say(f"{change.path} holds the key now and is closed to others (0600)")
-    is_named = any(target.variable in c.after.decode() for c in found) and target.key
-    if is_named:
-        say(f"{args.client} takes the key from ${target.variable}: have it set where it starts")
-    say(f"{args.client} speaks to {target.url} now: {client.next}",
-        f"undo with: python3 agproxy.py unsetup {args.client}")
+    target = client_target(args)
+    if args.file and len(CLIENTS[args.client].files) > 1:
+        raise ConfigError(f"--file: {args.client} has {len(CLIENTS[args.client].files)} files")
+    found = setup_changes(args.client, target, record, args.file)
+    if agreed(found, args):
+        say(*write_setup(args.client, target, found, record))
     return 0
 
 
@@ -24552,6 +25657,114 @@ SHELLS = {          # shell -> (a line of it, how it names a variable, character
     "bash": ("export {0}={1}", '"${0}"', "'"), "fish": ("set -gx {0} {1};", "${0}", "'"),
     "powershell": ("$env:{0} = {1}", "$env:{0}", "'"), "cmd": ("set {0}={1}", "%{0}%", "%\"&|<>^"),
 }
+
+
+def shell_lines(shell: str, target: ClientTarget) -> Iterator[str]:
+    """What sets a client's variables; the key is named, not told."""
+    line, variable, bad = SHELLS[shell]
+    for name, value in client_variables("claude", target.url, NO_KEY).items():
+        if set(bad) & set(value):
+            raise ConfigError(f"{shell} cannot quote {value!r}")
+        quoted = value if shell == "cmd" else f"'{value}'"
+        is_key = value == NO_KEY and target.key
+        yield line.format(name, variable.format(target.variable) if is_key else quoted)
+
+
+# What the page shows and does of these, by functions that a server is given
+
+SDK_LINES = {       # title -> lines; {url}, {key} and {model} are filled in
+    "curl": """curl {url}/v1/messages -H "x-api-key: {key}" -H "content-type: application/json" \\
+  -d '{{"model": "{model}", "max_tokens": 100,
+       "messages": [{{"role": "user", "content": "Hi"}}]}}'""",
+    "OpenAI SDK, Python": """from openai import OpenAI
+client = OpenAI(base_url="{url}/v1", api_key="{key}")
+print(client.responses.create(model="{model}", input="Hi").output_text)""",
+    "OpenAI SDK, TypeScript": """import OpenAI from "openai";
+const client = new OpenAI({{ baseURL: "{url}/v1", apiKey: "{key}" }});
+console.log((await client.responses.create({{ model: "{model}", input: "Hi" }})).output_text);""",
+    "Anthropic SDK, Python": """from anthropic import Anthropic
+client = Anthropic(base_url="{url}", api_key="{key}")
+print(client.messages.create(model="{model}", max_tokens=100,
+                             messages=[{{"role": "user", "content": "Hi"}}]).content)""",
+    "Anthropic SDK, TypeScript": """import Anthropic from "@anthropic-ai/sdk";
+const client = new Anthropic({{ baseURL: "{url}", apiKey: "{key}" }});
+console.log((await client.messages.create({{ model: "{model}", max_tokens: 100,
+  messages: [{{ role: "user", content: "Hi" }}] }})).content);""",
+    "google-genai, Python": """from google import genai
+client = genai.Client(api_key="{key}", http_options={{"base_url": "{url}"}})
+print(client.models.generate_content(model="{model}", contents="Hi").text)""",
+}
+GENERIC_TITLES = {"openai": "OpenAI-style tools", "anthropic": "Anthropic-style tools"}
+SHOWN_KEY = "YOUR-KEY"      # stands for one: the server keeps only hashes
+
+
+def shown_steps(name: str, client: Client, target: ClientTarget) -> list[dict]:
+    """What to type, and what `setup` writes into an empty file; the status line is left out, whose
+    command is that of the server's machine."""
+    export = SHELLS["bash"][0].format(target.variable, SHOWN_KEY) + "\n" if target.key else ""
+    steps = [{"title": "By agproxy, which shows the difference first",
+              "text": f"{export}python3 agproxy.py setup {name} --url {target.url}"}]
+    if name == "claude":
+        text = export + "\n".join(line for line in shell_lines("bash", target)
+                                  if "ANTHROPIC" in line)
+        steps.append({"title": "Only in this shell", "text": text + "\nclaude"})
+    folder = "~/" + CLIENT_FILES[client.title][1] + "/" if client.title else ""
+    for file in client.files:
+        bare = file._replace(entries=lambda target, get, made=file.entries: [
+            row for row in made(target, get) if row[0] != ("statusLine",)])
+        steps.append({"title": folder + file.names[0], "text": with_entries(
+            "", bare, target, ())[0].strip("\n")})
+    return steps
+
+
+def clients_told(args: argparse.Namespace, services: Services, url: str) -> dict:
+    """Each client and SDK: what to type or set for a server at `url`, and whether that is done on
+    this machine."""
+    import shutil
+    models = tuple(model.id for model, _ in services.pool.offers()) or tuple(MODELS)
+    key = "" if serves_keyless(services.config) else SHOWN_KEY
+    target = ClientTarget(url, key, "AGPROXY_KEY", models[0], models)
+    rows = client_rows(clients_record(services.config.path))
+    told = [{"id": name, "title": client.title or GENERIC_TITLES[name],
+             "program": shutil.which(name) if client.title else None,
+             "is_set_up": any(row["client"] == name for row in rows),
+             "states": client_states(name, client, rows), "can_set_up": bool(client.title),
+             "steps": shown_steps(name, client, target), "next": client.next}
+            for name, client in CLIENTS.items()]
+    sdks = [{"title": title, "text": lines.format(url=url, key=key or NO_KEY, model=models[0])}
+            for title, lines in SDK_LINES.items()]
+    return {"url": url, "needs_key": bool(key), "clients": told + [
+        {"id": "sdk", "title": "SDKs", "program": None, "is_set_up": False, "states": [],
+         "can_set_up": False, "steps": sdks, "next": "run it"}]}
+
+
+def client_changed(args: argparse.Namespace, services: Services, name: str, action: str,
+                   fields: Mapping[str, Any], port: int) -> dict:
+    """Shows or does what `setup` and `unsetup` do; raises ConfigError."""
+    if name not in CLIENTS or not CLIENTS[name].title:
+        known = ", ".join(n for n, client in CLIENTS.items() if client.title)
+        raise ProxyError("not_found", f"{name[:80]!r} is none of {known}")
+    if args.demo and action != "preview":
+        raise ProxyError("conflict", "a demo changes no client's settings: they would outlive it")
+    record = clients_record(services.config.path)
+    if action == "unsetup" or fields.get("undo"):
+        found = [unsetup_change(row) for row in client_rows(record) if row["client"] == name]
+    else:
+        # this server's own address and no other: the owner's key is written beside it
+        url, lacks = local_url(services.config, port), services.config.users
+        key = fields.get("key") or (SHOWN_KEY if action == "preview" and lacks else "")
+        target = target_at(url, services.config, fields.get("model", ""), not lacks, key)
+        found = setup_changes(name, target, record)
+    told = {"diff": [line for change in found for line in change_lines(change)], "notes": []}
+    if action == "setup":
+        told["notes"] = write_setup(name, target, found, record)
+    elif action == "unsetup":
+        with file_lock(record):
+            told["notes"] = take_down(found, client_rows(record), record)
+    return told
+
+
+COMMAND_HOOKS = {"doctor": examine, "clients": clients_told, "client": client_changed}
 
 
 def this_shell(environ: Mapping[str, str]) -> str:
@@ -24564,14 +25777,7 @@ def this_shell(environ: Mapping[str, str]) -> str:
 
 def command_env(args: argparse.Namespace) -> int:
     """Lines for a shell to evaluate; the key is named, not told."""
-    target, shell = client_target(args), args.shell or this_shell(os.environ)
-    line, variable, bad = SHELLS[shell]
-    for name, value in client_variables("claude", target.url, NO_KEY).items():
-        if set(bad) & set(value):
-            raise ConfigError(f"{shell} cannot quote {value!r}")
-        quoted = value if shell == "cmd" else f"'{value}'"
-        is_key = value == NO_KEY and target.key
-        say(line.format(name, variable.format(target.variable) if is_key else quoted))
+    say(*shell_lines(args.shell or this_shell(os.environ), client_target(args)))
     return 0
 
 
@@ -24589,7 +25795,7 @@ def command_statusline(args: argparse.Namespace) -> int:
                 say(body.decode("utf-8", "replace"))
                 return 0
         told = dict(urllib.parse.parse_qsl(query.partition("?")[2]))
-        path = os.path.join(os.path.dirname(os.path.realpath(config.path)), "state.db")
+        path = beside(config.path, "state.db")
         with contextlib.closing(State(path, lambda text: None, is_reader=True)) as state:
             pool = AccountPool([account_from_row(row, config.providers)
                                 for row in config.accounts], Clock(), config.settings, state)
@@ -24617,24 +25823,20 @@ def command_ui(args: argparse.Namespace) -> int:
         set_password(path)
         say("stored; the management asks for it, and links go on to work")
         return 0
-    config = load_config(path, {"port": args.port}, os.environ)
-    folder = os.path.dirname(os.path.realpath(path))
-    ports = {config.port, *(int(m[1]) for name in (os.listdir(folder) if os.path.isdir(folder)
-                                                   else ()) if not args.port
-                            for m in [re.fullmatch(r".+-(\d+)\.sock", name)] if m)}
-    urls = [url for url in (local_url(config, port) for port in sorted(ports))
-            if listener_at(url).startswith("agproxy")]
-    if not urls:
-        warn(f"no server runs at {local_url(config, config.port)}; begin with: python3 agproxy.py "
-             "serve, or name its --port")
+    found = find_server(args)
+    if not found.is_known():
+        warn(found.why_not() + ("; name its --accounts" if found.told else
+                                "; begin with: python3 agproxy.py start, or name its --port"))
         return 3
-    state = State(os.path.join(folder, "state.db"), warn)
-    links = [f"{url}/#{new_login(state, 'link', time.time())}" for url in urls]
+    if not args.url:
+        client_url(found.config)        # raises for a Unix socket: no browser opens it
+    state = State(beside(found.row["accounts"], "state.db"), warn)
+    link = f"{(args.url or found.url).rstrip('/')}/#{new_login(state, 'link', time.time())}"
     state.close()
-    say(*links)
+    say(link)
     if not args.no_browser and sys.stdout.isatty() and not browser_hint(os.environ):
         import webbrowser
-        webbrowser.open(links[0])
+        webbrowser.open(link)
     return 0
 
 
@@ -25173,6 +26375,12 @@ def command_version(args: argparse.Namespace) -> int:
 
 COMMANDS = {        # name -> (function, help, whether it takes the options of a server)
     "serve": (command_serve, "serve clients until stopped (the default)", True),
+    "start": (command_start, "a server in the background; returns when it answers", True),
+    "stop": (command_stop, "end that server: running answers are finished first", False),
+    "restart": (command_restart, "a new server in its place; no request fails", True),
+    "status": (command_status, "whether a server runs, where; exit code 3 when none does", False),
+    "logs": (command_logs, "the end of its log; -f shows what comes", False),
+    "service": (command_service, "install, remove: a service of the system", False),
     "run": (command_run, "start a client with the proxy behind it: run claude ...", True),
     "accounts": (command_accounts, "add, list, verify, remove, import ... accounts", False),
     "quota": (command_quota, "what is left, until when, and how fast it goes", False),
@@ -25199,9 +26407,16 @@ COMMANDS = {        # name -> (function, help, whether it takes the options of a
 }
 
 
+def whole_count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d{0,2}", text):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to 999 is required, not {text!r}")
+    return int(text)
+
+
 def _add_server_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", "-p", type=int, help="8080; 0 takes any free port")
     command.add_argument("--host", help="127.0.0.1; others need PROXY_API_KEY")
+    command.add_argument("--base-path", metavar="PATH", help="serve below it too, as /agproxy")
     command.add_argument("--tls-cert", metavar="FILE", help="PEM certificate: serve by TLS")
     command.add_argument("--tls-key", metavar="FILE", help="its key, if that is another file")
     command.add_argument("--strategy", choices=STRATEGY_NAMES, metavar="NAME",
@@ -25221,10 +26436,49 @@ def _add_server_options(command: argparse.ArgumentParser) -> None:
                          help="log one JSON object a line")
 
 
-def whole_count(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d{0,2}", text):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 to 999 is required, not {text!r}")
-    return int(text)
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    """Those that only a server of its own takes, beside the others."""
+    command.add_argument("--workers", type=whole_count, default=1, metavar="N",
+                         help="processes that serve the port (1); not on Windows")
+    command.add_argument("--socket", metavar="PATH", help="listen on this Unix socket, not a port")
+    command.add_argument("--env-file", metavar="FILE",
+                         help="variables, as PROXY_API_KEY=..., from a file closed to others")
+
+
+def _add_place_options(command: argparse.ArgumentParser, name: str) -> None:
+    command.add_argument("--port", "-p", type=int, help="of the server, 8080")
+    command.add_argument("--host", help="it listens on, 127.0.0.1")
+    command.add_argument("--socket", metavar="PATH", help="the Unix socket that it listens on")
+    if name == "status":
+        command.add_argument("--json", action="store_true")
+    if name == "logs":
+        command.add_argument("-n", "--lines", type=whole_count, default=40, metavar="N")
+        command.add_argument("-f", "--follow", action="store_true", help="and what comes")
+
+
+def _add_file_options(action: argparse.ArgumentParser) -> None:
+    """Those of a command with actions, which may be given before or after the action."""
+    action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
+                        help="accounts.json to use")
+    action.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)
+
+
+def _add_service_actions(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, about in (("install", "have the system run a server, with these options"),
+                        ("remove", "take it out again")):
+        action = actions.add_parser(name, help=about, description=about)
+        _add_file_options(action)
+        action.add_argument("--print", nargs="?", const=sys.platform, choices=SERVICES,
+                            metavar="SYSTEM", help="what would be written and run, here or on "
+                            + ", ".join(SERVICES))
+        if name == "install":
+            _add_server_options(action)
+            _add_serve_options(action)
+        else:
+            _add_place_options(action, name)
+            action.set_defaults(workers=1, env_file=None)
 
 
 def _add_account_actions(command: argparse.ArgumentParser) -> None:
@@ -25232,11 +26486,7 @@ def _add_account_actions(command: argparse.ArgumentParser) -> None:
     command.set_defaults(json=False, models=False)
     for name, (_, about, argument, count) in ACCOUNT_ACTIONS.items():
         action = actions.add_parser(name, help=about, description=about)
-        # given before or after the action
-        action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
-                            help="accounts.json to use")
-        action.add_argument("--demo", action="store_true", default=argparse.SUPPRESS,
-                            help=argparse.SUPPRESS)
+        _add_file_options(action)
         if argument:
             action.add_argument(argument, nargs=count, metavar=argument.upper())
         if name == "list":
@@ -25255,8 +26505,7 @@ def _add_group_actions(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(dest="action", metavar="ACTION")
     for name, (_, about, has_models) in GROUP_ACTIONS.items():
         action = actions.add_parser(name, help=about, description=about)
-        action.add_argument("--accounts", metavar="FILE", default=argparse.SUPPRESS,
-                            help="accounts.json to use")
+        _add_file_options(action)
         if name != "list":
             action.add_argument("name", metavar="NAME")
         if has_models:
@@ -25279,10 +26528,7 @@ def _add_user_actions(command: argparse.ArgumentParser, rows: Mapping[str, tuple
     command.set_defaults(json=False, yes=False, limit=None, models=None, admin=None, expires=None)
     for name, (_, about, argument, options) in rows.items():
         action = actions.add_parser(name, help=about, description=about)
-        for flag in ("--accounts", "--demo"):
-            action.add_argument(flag, default=argparse.SUPPRESS, **(
-                {"metavar": "FILE", "help": "accounts.json to use"} if flag == "--accounts" else
-                {"action": "store_true", "help": argparse.SUPPRESS}))
+        _add_file_options(action)
         if argument:
             action.add_argument("name", nargs="?" if "?" in argument else None,
                                 metavar=argument.strip("?").upper())
@@ -25304,6 +26550,7 @@ def _add_share_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--name", default="guest", help="the user it is for (guest)")
     command.add_argument("--expires", default="1d", metavar="WHEN", help="1d; or a date")
     command.add_argument("--port", "-p", type=int, help="of the running server")
+    command.add_argument("--url", help="of what is before it on this machine")
     command.add_argument("--no-tunnel", action="store_true", help="the key only")
 
 
@@ -25344,13 +26591,15 @@ def _add_client_options(command: argparse.ArgumentParser, name: str) -> None:
 def _add_look_options(command: argparse.ArgumentParser, name: str) -> None:
     command.add_argument("--url", help="of the server; else that of the settings")
     command.add_argument("--port", "-p", type=int, help="of a server on this machine")
+    command.add_argument("--socket", metavar="PATH", help="the Unix socket that it listens on")
     flag, about = {"top": ("--once", "print it and end"),
                    "metrics": ("--grafana", "print a dashboard for Grafana's import")}[name]
     command.add_argument(flag, action="store_true", help=about)
 
 
 def _add_ui_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--port", "-p", type=int, help="of the server, if it is another")
+    _add_place_options(command, "ui")
+    command.add_argument("--url", help="of what is before it: the link leads there")
     command.add_argument("--no-browser", action="store_true", help="print the link only")
     command.add_argument("--password", action="store_true",
                          help="set the password that opens the management too")
@@ -25371,14 +26620,20 @@ def build_parser() -> argparse.ArgumentParser:
                              help="more lines in the log, traces on errors")
         if is_server:
             _add_server_options(command)
+        if name in ("stop", "status", "logs"):
+            _add_place_options(command, name)
+        if name == "service":
+            _add_service_actions(command)
+        if name in ("serve", "start", "restart"):
+            _add_serve_options(command)
         if name == "serve":
-            command.add_argument("--workers", type=whole_count, default=1, metavar="N",
-                                 help="processes that serve the port (1); not on Windows")
             command.add_argument("--replace", action="store_true",
                                  help="take the place of the server that runs on this port, "
                                       "without a gap; not on Windows")
             command.add_argument("--as-worker", type=lambda text: AsWorker(*json.loads(text)),
                                  help=argparse.SUPPRESS)
+            command.add_argument("--instance", default="", help=argparse.SUPPRESS)
+            command.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
         if name == "run":
             command.add_argument("client", help="program to start, for example claude")
             command.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
@@ -25407,6 +26662,7 @@ def build_parser() -> argparse.ArgumentParser:
                                  help="what was asked and answered too, where that was captured")
         if name == "explain":
             command.add_argument("model")
+            command.add_argument("--tokens", type=int, default=0, help="how long the request is")
         if name == "routes":
             command.add_argument("role", nargs="?", metavar="ROLE", help=", ".join(ROUTE_ROLES))
             command.add_argument("to", nargs="?", metavar="MODEL", help="none removes the role")
@@ -25430,13 +26686,21 @@ def tell_crash(kind: type, err: BaseException, trace: Any, *thread: Any) -> None
     print(*(redact(line) for line in lines), sep="\n", file=sys.stderr)
 
 
+def catch_crashes() -> None:
+    """For a process that is this program: what nobody catches is told so."""
+    sys.excepthook, threading.excepthook = tell_crash, lambda told: tell_crash(*told)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["serve", *arguments]
     args = build_parser().parse_args(arguments)
-    args.given, args.examine = arguments, examine
+    args.given, args.hooks = arguments, COMMAND_HOOKS
     try:
+        if getattr(args, "env_file", None) and args.command != "service":
+            for name, value in read_variables(args.env_file).items():
+                os.environ[name] = os.environ.get(name) or value
         return COMMANDS[args.command][0](args)
     except BrokenPipeError:         # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -25445,11 +26709,2550 @@ def main(arguments: list[str] | None = None) -> int:
         if args.debug:
             tell_crash(type(err), err, err.__traceback__)
         print(f"agproxy: {redact(cause(err))}", file=sys.stderr)
-        return 1
+        return getattr(err, "exit_code", 1)
     except KeyboardInterrupt:
         return 130
 
 
+# ── 21. Web dashboard page ────────────────────────────────────────────────
+# One document, public and without data: it fetches all it shows from /admin
+# and is told what changes by admin/events.  Served as it stands (room 17);
+# the content policy names the hashes of its script and style, so there are
+# no inline handlers and no style attributes, and text is set as text only.
+# A panel is one call of panel(); what they share stands above them.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>agproxy</title>
+<link id="icon" rel="icon" href="data:,">
+<style>
+:root {
+  --bg: #f5f6f8; --card: #fff; --raised: #fafbfc; --line: #e2e5ea; --track: #e8ebf0;
+  --text: #1a1e26; --soft: #5a6372; --accent: #3457d5; --tint: #ebf0ff;
+  --good: #18794a; --warn: #965800; --bad: #bf2f28; --warn-tint: #fff4dc; --bad-tint: #ffeceb;
+  --shadow: 0 1px 2px #10182812, 0 4px 16px #1018280a; --radius: 12px;
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #0f1217; --card: #171b22; --raised: #1c212a; --line: #2a303b; --track: #29303b;
+    --text: #e6e9ef; --soft: #9ba5b4; --accent: #89a4ff; --tint: #1f2840;
+    --good: #52c48d; --warn: #efb343; --bad: #ff8079; --warn-tint: #33290f; --bad-tint: #3a1c1c;
+    --shadow: 0 1px 2px #0006;
+  }
+}
+* { box-sizing: border-box; }
+html { font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+body { margin: 0; background: var(--bg); color: var(--text); min-height: 100vh;
+  font-variant-numeric: tabular-nums; }
+h1, h2, h3, p { margin: 0; }
+h1, h2 { font-size: 18px; font-weight: 650; letter-spacing: -.01em; }
+h3 { font-size: 14px; font-weight: 650; }
+a { color: var(--accent); }
+code, pre, .mono { font-family: var(--mono); font-size: 12.5px; }
+[hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
+.soft { color: var(--soft); }
+.small { font-size: 12.5px; }
+.num { text-align: right; }
+.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+
+/* the frame */
+.top { position: sticky; top: 0; z-index: 5; background: var(--card);
+  border-bottom: 1px solid var(--line); }
+.top > div { display: flex; align-items: center; gap: 4px 20px; flex-wrap: wrap;
+  max-width: 1440px; margin: auto; padding: 8px 24px; }
+.brand { font-weight: 700; font-size: 16px; letter-spacing: -.02em; display: flex; gap: 8px;
+  align-items: center; color: inherit; text-decoration: none; }
+.brand img { width: 20px; height: 20px; display: block; }
+.tabs { display: flex; gap: 2px; flex: 1; overflow-x: auto; scrollbar-width: none; }
+.tabs a { padding: 6px 11px; border-radius: 8px; color: var(--soft); text-decoration: none;
+  white-space: nowrap; font-weight: 500; outline-offset: -2px; }
+.tabs a:hover { color: var(--text); background: var(--raised); }
+.tabs a[aria-current] { color: var(--accent); background: var(--tint); }
+.tools { display: flex; gap: 4px; }
+main, .strip, #stale { max-width: 1440px; margin: auto; padding: 0 24px; }
+main { padding-bottom: 64px; }
+.panel { scroll-margin-top: 100vh; }      /* the address names it: the page begins at its top */
+.panel > header { display: flex; align-items: center; gap: 8px 16px; flex-wrap: wrap;
+  margin: 28px 0 14px; min-height: 34px; }
+.panel > header > :first-child { margin-right: auto; }
+.actions { display: flex; gap: 8px; flex-wrap: wrap; align-items: center; }
+
+/* the parts that panels are made of */
+.card { background: var(--card); border: 1px solid var(--line); border-radius: var(--radius);
+  box-shadow: var(--shadow); padding: 16px 20px; margin-bottom: 16px; }
+.scroll { overflow-x: auto; padding: 0; }
+.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+button, .button { font: inherit; font-weight: 550; color: var(--text); background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; padding: 5px 12px; cursor: pointer;
+  white-space: nowrap; text-decoration: none; }
+button:hover { border-color: var(--soft); }
+button:disabled { opacity: .5; cursor: default; }
+button[aria-busy=true] { opacity: .6; cursor: progress; }
+button[aria-pressed=true] { color: var(--accent); background: var(--tint);
+  border-color: var(--accent); }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
+button.danger { color: var(--bad); }
+button.quiet { border-color: transparent; background: none; color: var(--soft); padding: 5px 9px; }
+button.quiet:hover { background: var(--raised); color: var(--text); }
+input, select, textarea { font: inherit; color: inherit; background: var(--card); min-width: 0;
+  border: 1px solid var(--line); border-radius: 8px; padding: 6px 10px; max-width: 100%; }
+input[type=search] { width: 210px; }
+input[type=checkbox], input[type=radio] { accent-color: var(--accent); }
+textarea { width: 100%; font-family: var(--mono); font-size: 12.5px; }
+::placeholder { color: var(--soft); opacity: 1; }
+label.field { display: block; margin-bottom: 12px; font-weight: 550; }
+label.field > :is(input:not([type=checkbox]), select, textarea) { display: block; width: 100%;
+  margin-top: 4px; font-weight: 400; }
+label.field > small { display: block; color: var(--soft); font-weight: 400; margin-top: 3px; }
+table { border-collapse: collapse; width: 100%; }
+th { text-align: left; font-size: 12px; font-weight: 600; color: var(--soft); white-space: nowrap; }
+th, td { padding: 9px 12px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th.num { text-align: right; }
+tbody:last-child > tr:last-child > * { border-bottom: 0; }
+td { overflow-wrap: anywhere; }
+th:first-child, td:first-child { padding-left: 20px; }
+th:last-child, td:last-child { padding-right: 20px; }
+.card:not(.scroll) :is(th, td):first-child { padding-left: 0; }
+.listed td:first-child { width: 1px; white-space: nowrap; }
+.badge { display: inline-flex; gap: 5px; align-items: center; font-weight: 550; font-size: 12.5px;
+  white-space: nowrap; }
+.empty { text-align: center; padding: 48px 24px; }
+.empty > * { max-width: 460px; margin: 0 auto 12px; }
+.command { display: flex; gap: 8px; align-items: center; background: var(--raised); padding: 8px
+  8px 8px 12px; border: 1px solid var(--line); border-radius: 8px; text-align: left; }
+.command code { flex: 1; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--raised); border: 1px solid var(--line); border-radius: 8px; margin: 0;
+  padding: 10px 12px; overflow: auto; max-height: 420px; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+dialog { border: 1px solid var(--line); border-radius: 16px; background: var(--card); padding: 0;
+  color: inherit; width: 520px; max-width: calc(100vw - 24px); box-shadow: 0 16px 64px #0005; }
+dialog.wide { width: 1000px; }
+dialog::backdrop { background: #0b0e1480; }
+dialog > header { display: flex; align-items: center; gap: 12px; padding: 16px 24px 0; }
+dialog > header > h2 { flex: 1; overflow-wrap: anywhere; }
+dialog > div { padding: 14px 24px 24px; }
+dialog footer { display: flex; gap: 8px; justify-content: flex-end; margin-top: 20px; }
+kbd { font: 12px var(--mono); border: 1px solid var(--line); border-bottom-width: 2px;
+  border-radius: 5px; padding: 1px 6px; background: var(--raised); }
+#toasts { position: fixed; right: 16px; bottom: 16px; z-index: 20; display: grid; gap: 8px;
+  width: 400px; max-width: calc(100vw - 32px); }
+.toast { display: flex; gap: 10px; align-items: start; background: var(--card); padding: 12px 14px;
+  border: 1px solid var(--line); border-left: 4px solid var(--good); border-radius: 10px;
+  box-shadow: 0 8px 32px #0003; overflow-wrap: anywhere; }
+.toast.error { border-left-color: var(--bad); }
+.toast > div { flex: 1; }
+:is(.toast > div, .toast > div > div, #login [role=alert])::first-letter {
+  text-transform: uppercase; }
+#login { max-width: 420px; margin: 10vh auto; padding: 0 16px; }
+#login .card { padding: 28px; }
+#login form > p { margin: 8px 0; }
+#login .command { margin: 6px 0 18px; }
+#stale > p { background: var(--bad-tint); color: var(--bad); border: 1px solid var(--bad);
+  border-radius: 10px; padding: 10px 16px; margin-top: 16px; font-weight: 600; }
+.stale :is(.strip, main) { filter: grayscale(1); opacity: .55; }
+.hide :is(input:not([type=search]), textarea) { filter: blur(5px); }
+
+/* the status strip */
+.strip { display: grid; gap: 1px; margin-top: 20px;
+  grid-template-columns: repeat(auto-fit, minmax(124px, 1fr)); }
+.strip > * { padding: 0 16px 0 0; text-align: left; background: none; border: 0;
+  border-radius: 4px; white-space: normal; font-weight: 400; }
+.strip dt, .strip small { color: var(--soft); font-size: 12px; display: block; }
+.strip b { display: block; font-size: 19px; font-weight: 620; letter-spacing: -.01em;
+  white-space: nowrap; }
+
+/* quota and requests */
+.who { min-width: 180px; color: var(--text); white-space: normal; font-weight: 400;
+  font-size: 14px; }
+.who > * { display: block; width: fit-content; }
+.who > .badge { display: flex; margin: 2px 0; }
+.who small { color: var(--soft); font-size: 12.5px; }
+button.name { border: 0; background: none; padding: 0; font-weight: 600; white-space: normal;
+  text-align: left; overflow-wrap: anywhere; }
+button.name:hover, tr.link:hover button.name { color: var(--accent); text-decoration: underline; }
+.quota td { min-width: 250px; padding-top: 12px; padding-bottom: 12px; }
+.quota td { width: 40%; }
+.quota td.end { min-width: 0; width: 1px; }
+.quota .total > * { background: var(--raised); }
+.quota thead th, .requests thead th { padding-top: 12px; }
+.window { display: grid; grid-template-columns: 40px 1fr 54px; gap: 2px 10px;
+  align-items: center; }
+.window + .window { margin-top: 8px; }
+.window small { color: var(--soft); font-size: 12px; }
+.window b { text-align: right; font-weight: 600; white-space: nowrap; }
+.window .more { grid-column: 2 / -1; display: flex; gap: 2px 12px; flex-wrap: wrap; }
+.window .more > :last-child { margin-left: auto; }
+.window.old .bar > i { opacity: .45; }
+.bar { position: relative; height: 8px; border-radius: 4px; background: var(--track); }
+.bar > i { position: absolute; inset: 0 auto 0 0; width: var(--left); border-radius: 4px;
+  background: var(--accent); }
+.bar.low > i { background: repeating-linear-gradient(135deg, var(--warn) 0 5px,
+  color-mix(in srgb, var(--warn) 60%, transparent) 5px 8px); }
+.bar.spent { background: repeating-linear-gradient(135deg, var(--bad) 0 2px, var(--track) 2px 7px);
+  opacity: .8; }
+.bar.unknown { background: none; border: 1px dashed var(--soft); }
+.bar .pace, .key.pace { position: absolute; left: var(--at); top: -5px; width: 0; height: 0;
+  border: 4px solid transparent; border-top: 5px solid var(--soft); border-bottom: 0;
+  transform: translateX(-4px); }
+.handle { position: absolute; left: var(--limit); top: -6px; bottom: -6px; width: 15px;
+  transform: translateX(-7px); cursor: ew-resize; touch-action: none; }
+.handle::after { content: ""; position: absolute; left: 6px; top: 4px; bottom: 2px; width: 3px;
+  border-radius: 2px; background: var(--text); box-shadow: 0 0 0 1.5px var(--card); }
+.handle:is(.held, :focus-visible)::before { content: attr(data-told); position: absolute;
+  bottom: 100%; left: 50%; transform: translateX(-50%); background: var(--text); z-index: 2;
+  color: var(--card); border-radius: 6px; padding: 1px 7px; font-size: 12px; white-space: nowrap; }
+.legend { display: flex; gap: 4px 8px; flex-wrap: wrap; margin: -4px 4px 0; align-items: center; }
+.legend .key { position: relative; inset: auto; width: 15px; height: 16px; margin-left: 14px;
+  transform: none; }
+.legend .key.pace { width: 0; height: 0; margin-left: 0; }
+.legend > span:last-child { margin-left: 14px; }
+.sub { display: flex; gap: 14px; align-items: baseline; margin: 24px 0 10px; }
+.requests { white-space: nowrap; }
+.requests .model { white-space: normal; overflow-wrap: anywhere; min-width: 160px; }
+.requests .why { display: block; color: var(--soft); white-space: normal; max-width: 260px; }
+.requests button.name { font-weight: 400; white-space: nowrap; }
+tr.link { cursor: pointer; }
+tr.link:hover > td { background: var(--raised); }
+tr.group > td { background: var(--raised); }
+.note { background: var(--raised); border-radius: 8px; padding: 8px 12px; margin: 10px 0;
+  overflow-wrap: anywhere; }
+dialog h3 { margin: 22px 0 8px; }
+dialog .actions { margin: 16px 0; }
+dialog ul { padding-left: 18px; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-weight: 550; padding: 6px 0; }
+.fields { display: grid; grid-template-columns: 1fr 1fr; gap: 0 16px; margin-top: 8px; }
+.falls { display: grid; grid-template-columns: minmax(110px, auto) 1fr auto; gap: 8px 14px;
+  align-items: center; margin: 18px 0; }
+.fall { position: relative; height: 10px; background: var(--track); border-radius: 5px; }
+.fall > i { position: absolute; inset: 0 auto; border-radius: 5px; background: currentColor; }
+.fall > .accent { background: var(--accent); }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
+.log { height: 380px; max-height: 60vh; font-size: 12px; background: var(--card); }
+.log > .hit { box-shadow: inset 3px 0 var(--bad); padding-left: 8px; }
+.sum { margin-bottom: 8px; }
+.sheet { min-width: 80px; }
+
+/* routing, usage, users, connect, settings */
+.cards.wide { grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr));
+  align-items: start; margin-bottom: 16px; }
+.cards > .card { margin: 0; min-width: 0; }
+.cards > div { min-width: 0; }
+.title { display: flex; gap: 8px 12px; align-items: center; flex-wrap: wrap; margin-bottom: 8px; }
+.title > h3 { margin: 0 auto 0 0; overflow-wrap: anywhere; }
+.button.main { background: var(--accent); border-color: var(--accent); color: var(--card);
+  display: inline-block; }
+.items { list-style: none; margin: 8px 0; padding: 0; }
+.items > li { display: flex; gap: 4px 8px; align-items: center; padding: 4px 6px; min-width: 0;
+  border: 1px solid transparent; border-bottom-color: var(--line); border-radius: 6px; }
+.items .what { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+.items > li[draggable] { cursor: grab; }
+.items > li.dragged { opacity: .4; }
+.items > li.before { box-shadow: 0 -2px var(--accent); }
+.items.last { box-shadow: 0 2px var(--accent); }
+.items button.quiet { padding: 3px 7px; }
+.grip { color: var(--soft); }
+.add { display: flex; gap: 8px; align-items: center; margin-top: 8px; }
+.add > input { flex: 1 1 110px; }
+.add > code { overflow-wrap: anywhere; max-width: 40%; }
+.role { display: grid; grid-template-columns: 150px 1fr auto auto; gap: 4px 8px; padding: 8px 0;
+  align-items: center; border-bottom: 1px solid var(--line); }
+.role > [type=number] { width: 84px; }
+.role:last-child { border: 0; }
+.ask { display: grid; grid-template-columns: 2fr 1fr 2fr auto; gap: 0 12px; align-items: start;
+  margin-top: 8px; }
+.ask > button { margin-top: 25px; padding: 6px 16px; }
+.title > select { width: 128px; }
+.chain { display: flex; flex-wrap: wrap; gap: 8px 12px; list-style: none; margin: 12px 0 0;
+  padding: 0; }
+.chain > li { position: relative; min-width: 0; overflow-wrap: anywhere; }
+.chain > li + li { padding-left: 24px; }
+.chain > li + li::before { content: "→"; position: absolute; left: 0; bottom: 0;
+  color: var(--soft); }
+.chain small, .figures small { display: block; color: var(--soft); font-size: 12px; }
+.chart { display: flex; gap: 6px; height: 220px; align-items: stretch; overflow-x: auto; }
+.column { flex: 1 0 34px; max-width: 96px; display: flex; flex-direction: column; gap: 4px;
+  text-align: center; }
+.column small { color: var(--soft); font-size: 11px; white-space: nowrap; }
+.stack { flex: 1; display: flex; flex-direction: column-reverse; background: var(--raised);
+  border-radius: 4px; overflow: hidden; }
+.stack > i { display: block; min-height: 1px; border-top: 1px solid var(--card); }
+.tone0 { background: #4c6fe0; } .tone1 { background: #2a9d76; } .tone2 { background: #c98a1b; }
+.tone3 { background: #b7548f; } .tone4 { background: #5b8fa8; } .tone5 { background: #8a6bd1; }
+.swatch { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
+td > .bar { height: 4px; margin-top: 6px; min-width: 90px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 16px;
+  margin-top: 10px; }
+.figures b { font-size: 19px; font-weight: 620; }
+.limit { margin: 4px 0 8px; max-width: 340px; }
+.limit .bar { margin-top: 3px; height: 6px; min-width: 120px; }
+.user .scroll { margin: 8px -20px -16px; border-top: 1px solid var(--line); }
+.user td.wide { min-width: 160px; }
+.card.user .scroll td:first-child { padding-left: 20px; }
+.user .actions { justify-content: flex-end; gap: 0; flex-wrap: nowrap; }
+.choice { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 16px; }
+.choice [aria-selected=true] { color: var(--accent); background: var(--tint);
+  border-color: var(--accent); }
+.card[role=tabpanel] h3 { margin: 16px 0 6px; }
+.card[role=tabpanel] .title h3 { margin: 0 auto 0 0; }
+.lines + p { margin-top: 10px; }
+.lines { position: relative; }
+.lines > pre { padding-right: 76px; min-height: 40px; }
+.lines > button { position: absolute; top: 5px; right: 5px; }
+.test.good { background: color-mix(in srgb, var(--good) 12%, transparent); }
+.test.bad { background: var(--bad-tint); }
+.fixed td { overflow-wrap: anywhere; }
+.fixed .value { min-width: 130px; }
+.diff span { display: block; }
+dialog footer { flex-wrap: wrap; }
+label.field > small.bad { color: var(--bad); }
+div.field { margin-bottom: 12px; }
+div.field > b { font-weight: 550; }
+.limits > button { margin-top: 8px; }
+dialog p + :is(p, .command, .diff, .lines), .diff + form, dialog .command + form {
+  margin-top: 8px; }
+td.num { white-space: nowrap; }
+@media (max-width: 700px) {
+  .ask, .role { grid-template-columns: 1fr; }
+  .ask > button { margin-top: 0; }
+  :is(.user, .fixed) :is(tbody, tr, td) { display: block; border: 0; }
+  :is(.user, .fixed) tr + tr { border-top: 1px solid var(--line); }
+  :is(.user, .fixed) tr { padding: 10px 0; }
+  :is(.user, .fixed) td { padding: 2px 20px !important; }
+  .fixed thead { display: none; }
+  .user .actions { justify-content: start; margin-left: -9px; }
+  .role > [type=number] { width: 100%; }
+  .items > li { flex-wrap: wrap; }
+  .items .what { flex-basis: 100%; }
+  .items .grip { display: none; }
+  .add { flex-wrap: wrap; }
+  .add > code { max-width: none; }
+  .limits .add { flex-wrap: nowrap; }
+}
+
+@media (max-width: 700px) {
+  .top > div { padding: 8px 12px 6px; }
+  .tabs { order: 3; flex-basis: 100%; }
+  .tools { margin-left: auto; }
+  main, .strip, #stale { padding: 0 12px; }
+  .strip { grid-template-columns: repeat(3, 1fr); row-gap: 12px; }
+  .strip > * { padding-right: 6px; }
+  .strip b { font-size: 16px; }
+  .panel > header { margin-top: 22px; }
+  th:first-child, td:first-child { padding-left: 14px; }
+  .panel > header .actions, .panel > header input[type=search] { width: 100%; }
+  .sides, .fields { grid-template-columns: 1fr; }
+  .falls { grid-template-columns: 1fr auto; gap: 2px 14px; grid-auto-flow: row dense; }
+  .falls > .fall { grid-column: 1 / -1; margin-bottom: 6px; }
+  .falls > .num { grid-column: 2; }
+  .cells thead { display: none; }
+  .cells, .cells tbody { display: block; }
+  .cells tr { display: block; padding: 12px 14px; border-bottom: 1px solid var(--line);
+    position: relative; }
+  .cells :is(td, th) { display: block; border: 0; padding: 0 !important; }
+  .quota td { width: auto; min-width: 0; padding-top: 12px !important; }
+  .quota td::before { content: attr(data-label); display: block; font-weight: 600;
+    font-size: 12px; margin-bottom: 4px; }
+  .quota td.end { position: absolute; right: 8px; top: 0; width: auto; }
+  .requests tr { display: flex; flex-wrap: wrap; gap: 2px 12px; }
+  .requests td { text-align: left; white-space: normal; }
+  .requests [data-label=Time] { order: -2; }
+  .requests [data-label=Outcome] { order: -1; flex: 1 0 60%; }
+  .requests .model { flex-basis: 100%; font-weight: 600; }
+  .requests td.num { font-size: 12px; color: var(--soft); }
+  .requests td.num::before { content: attr(data-label) " "; }
+  .quota .total { background: var(--raised); }
+  .quota td:has(> .none) { display: none; }
+}
+@media (prefers-reduced-motion: no-preference) {
+  .bar > i { transition: width .4s; }
+}
+</style>
+</head>
+<body>
+<div class="top" id="top" hidden><div>
+  <a class="brand" href="#quota"><img id="mark" alt="">agproxy</a>
+  <nav class="tabs" id="tabs" aria-label="Panels"></nav>
+  <div class="tools" id="tools"></div>
+</div></div>
+<div id="stale" role="alert"></div>
+<section class="strip" id="strip" aria-label="Status" hidden></section>
+<main id="main" tabindex="-1"><p class="soft small" id="loading">Loading …</p></main>
+<dialog id="dialog" tabindex="-1" aria-labelledby="dialog-title"></dialog>
+<div id="toasts" role="status" aria-live="polite"></div>
+<p class="sr" id="warnings" aria-live="polite"></p>
+<noscript><p>This page needs JavaScript. <code>python3 agproxy.py top</code> shows the same in a
+terminal.</p></noscript>
+<script>
+"use strict";
+
+// Elements.  Text is always text: nothing here reads markup.
+
+const $ = id => document.getElementById(id);
+const PROPERTIES = ["value", "checked", "disabled", "hidden", "open", "selected"];
+const SPOKEN = ["title", "placeholder", "aria-label", "alt"];
+
+// h("p", {class: "soft", onclick: f}, "text", child, [more]); null and false are left out
+function h(tag, attrs, ...children) {
+  const el = document.createElement(tag);
+  for (const [name, value] of Object.entries(attrs || {})) setAttribute(el, name, value);
+  el.append(...children.flat(9).filter(c => c != null && c !== false && c !== "")
+    .map(c => c.nodeType ? c : shown(c)));
+  return el;
+}
+
+function setAttribute(el, name, value) {
+  if (value == null) return;
+  if (name.startsWith("on")) el.addEventListener(name.slice(2), value);
+  else if (name === "style") {     // by name and value: the policy forbids style attributes
+    for (const [key, v] of Object.entries(value)) el.style.setProperty(key, v);
+  } else if (PROPERTIES.includes(name)) el[name] = value;
+  else if (value !== false) {
+    el.setAttribute(name, value === true ? "" : SPOKEN.includes(name) ? shown(value) : value);
+  }
+}
+
+// A button that does what a command does, named in its title: button("Verify", "accounts verify
+// NAME", work).  While `work` runs it is busy; what it throws is told.
+function button(text, command, work, attrs) {
+  const run = async event => {
+    const el = event.currentTarget;
+    el.setAttribute("aria-busy", "true");
+    el.disabled = true;
+    try { await work(event); } catch (error) { fail(error); }
+    el.removeAttribute("aria-busy");
+    el.disabled = false;
+  };
+  return h("button", {type: "button", title: "python3 agproxy.py " + command, onclick: run,
+    ...attrs}, text);
+}
+
+// A button that changes only what is seen
+function view(text, title, onclick, attrs) {
+  return h("button", {type: "button", title, onclick, ...attrs}, text);
+}
+
+function field(text, input, note) {
+  return h("label", {class: "field"}, text, input, note && h("small", {}, note));
+}
+
+// A line for a shell, with a button that copies it
+function command(text) {
+  return h("div", {class: "command"}, h("code", {}, text),
+    view("Copy", "Copy this line", () => navigator.clipboard.writeText(text).then(
+      () => toast("Copied."), () => toast("The browser did not allow it; select the line."))));
+}
+
+// What a panel says while there is nothing: what it will show, and the next step
+function empty(title, text, ...more) {
+  return h("div", {class: "empty"}, h("h3", {}, title), h("p", {class: "soft"}, text), more);
+}
+
+// Texts
+
+const MASKED = [     // addresses, keys with a known beginning, long mixed words
+  [/[\w.+-]+@[\w-]+(\.[\w-]+)+/g, "•••@•••"],
+  [/(?<![\w-])(sk-|agp-|AIza|ya29|1\/\/|gsk_|xai-|gh[po]_|Bearer )[\w.\/-]{8,}/g, "$1••••••"],
+  [/(?<![\w-])(?=[\w-]*\d)(?=[\w-]*[A-Z])(?=[\w-]*[a-z])(?!req_|aud_|sgn_)[\w-]{32,}/g, "••••••"],
+];
+let isHiding = localStorage.getItem("agproxy-hide") === "1";
+
+function shown(value) {
+  return isHiding ? MASKED.reduce((t, [what, by]) => t.replace(what, by), String(value))
+    : String(value);
+}
+
+const whole = new Intl.NumberFormat();
+const short = new Intl.NumberFormat(undefined, {notation: "compact", maximumFractionDigits: 1});
+const count = n => n == null ? "–" : n < 10000 ? whole.format(n) : short.format(n);
+const percent = part => part == null ? "?" : `${Math.round(part * 100)} %`;
+const millis = s => s == null ? "–" : s < 1 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(1)} s`;
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
+
+function span(s) {
+  s = Math.max(0, Math.round(s));
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor(s % 3600 / 60)} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor(s % 86400 / 3600)} h`;
+}
+
+const clock = (at, full) => new Date(at * 1000).toLocaleTimeString([], full
+  ? {hour12: false} : {hour: "2-digit", minute: "2-digit", hour12: false});
+
+// A moment near now as a clock has it, with the day where it is not today
+function moment(at) {
+  const day = new Date(at * 1000);
+  return (day.toDateString() === new Date().toDateString() ? "" : day.toLocaleDateString([],
+    at - now() < 6 * 86400 && at > now() ? {weekday: "short"} : {day: "numeric", month: "short"})
+    + " ") + clock(at);
+}
+
+const FORMS = {
+  ago: at => now() - at < 5 ? "just now" : `${span(now() - at)} ago`,
+  left: at => at > now() ? `in ${span(at - now())}` : "now",
+  age: at => span(now() - at),
+  clock: at => clock(at, true),
+  moment,
+};
+
+// A time that goes on counting: when(at, "ago"); its title is the exact one
+function when(at, form, none) {
+  if (!at) return h("span", {class: "soft"}, none || "never");
+  const date = new Date(at * 1000);
+  return h("time", {datetime: date.toISOString(), title: date.toLocaleString(), "data-at": at,
+    "data-form": form}, FORMS[form](at));
+}
+
+function tick() {
+  for (const el of document.querySelectorAll("time[data-form]")) {
+    const text = FORMS[el.dataset.form](+el.dataset.at);
+    if (el.textContent !== text) el.textContent = text;
+  }
+}
+
+// The server
+
+const ROOT = location.pathname.replace(/\/?$/, "/");
+let csrf = "", status = null, skew = 0;
+const now = () => Date.now() / 1000 + skew;
+
+async function ask(method, path, body) {
+  try {
+    return await fetch(ROOT + path, {method, cache: "no-store",
+      headers: {"content-type": "application/json", "x-agproxy-csrf": csrf},
+      body: body === undefined ? undefined : JSON.stringify(body)});
+  } catch {
+    throw Object.assign(new Error("The proxy does not answer."),
+      {fix: "Look whether it runs: python3 agproxy.py top", isOffline: true});
+  }
+}
+
+// What /admin answers; throws an Error with code, message, fix
+async function api(method, path, body, isAgain) {
+  const answer = await ask(method, path, body);
+  const isJson = (answer.headers.get("content-type") || "").includes("json");
+  const data = isJson ? await answer.json() : await answer.text();
+  if (answer.ok) return data;
+  if (answer.status === 403 && !isAgain && /x-agproxy-csrf/.test(data.error?.message)) {
+    csrf = (await api("GET", "admin/session")).csrf || "";      // that of a newer log-in
+    return api(method, path, body, true);
+  }
+  const told = isJson && data.error || {message: `The server answered ${answer.status}.`};
+  if (answer.status === 401 && path !== "admin/login") showLogin(csrf && "Your session has ended.");
+  throw Object.assign(new Error(told.message),
+    {code: told.code, fix: told.fix, status: answer.status});
+}
+
+const listeners = {status: [], request: [], limit: [], stale: []};
+const on = (name, listen) => listeners[name].push(listen);
+const tell = (name, data) => listeners[name].forEach(listen => listen(data));
+let source = null, heardAt = 0, staleSince = 0, retryTimer = 0;
+
+function take(report) {
+  status = report;
+  skew = report.at - Date.now() / 1000;
+  heard();
+  tell("status", report);
+}
+
+function heard() {
+  heardAt = Date.now() / 1000;
+  if (staleSince) { staleSince = 0; showStale(); }
+}
+
+function lost() {
+  if (!staleSince && status) { staleSince = heardAt; showStale(); }
+}
+
+function listen() {
+  source?.close();
+  source = new EventSource(ROOT + "admin/events");
+  for (const name of ["status", "request", "limit"]) {
+    source.addEventListener(name, event => {
+      const data = JSON.parse(event.data);
+      heard();
+      name === "status" ? take(data) : tell(name, data);
+    });
+  }
+  source.onerror = () => {
+    lost();
+    if (source.readyState !== EventSource.CLOSED) return;       // else the browser tries again
+    clearTimeout(retryTimer);
+    retryTimer = setTimeout(() => check(true).then(() => isLoggedOut || listen()), 3000);
+  };
+}
+
+// Nothing is sent while nothing changes: a silence is checked
+async function check(isUrgent) {
+  if (isLoggedOut || !isUrgent && Date.now() / 1000 - heardAt < 15) return;
+  try { take(await api("GET", "admin/status")); } catch { lost(); }
+}
+
+function showStale() {
+  document.body.classList.toggle("stale", !!staleSince);
+  $("stale").replaceChildren(...staleSince ? [h("p", {}, `⚠ Connection lost: stale since ${
+    clock(staleSince, true)}. The numbers below are from then; trying again …`)] : []);
+  tell("stale", staleSince);
+}
+
+// Telling and asking
+
+function toast(text, more, kind) {
+  const close = view("✕", "Close", () => el.remove(), {class: "quiet", "aria-label": "Close"});
+  const el = h("div", {class: "toast " + (kind || ""), role: kind ? "alert" : null},
+    h("div", {}, text, more && h("div", {class: "soft small"}, more)), close);
+  placeToasts();
+  $("toasts").append(el);
+  while ($("toasts").children.length > 4) $("toasts").firstChild.remove();
+  setTimeout(() => el.remove(), kind ? 20000 : 5000);
+}
+
+// Above a window that is open, which hides all that stands outside of it
+const placeToasts = () => ($("dialog").open ? $("dialog") : document.body).append($("toasts"));
+
+const fail = error => {
+  if (!(error.status === 401 && isLoggedOut)) toast(error.message, error.fix, "error");
+};
+
+// A window over the page: dialog("Title", content, isWide); resolves when it closes
+function dialog(title, content, isWide) {
+  const el = $("dialog");
+  el.className = isWide ? "wide" : "";
+  el.returnValue = "";
+  document.body.append($("toasts"));
+  el.replaceChildren(h("header", {}, h("h2", {id: "dialog-title"}, title),
+    view("✕", "Close (Esc)", () => el.close(), {class: "quiet", "aria-label": "Close"})),
+    h("div", {}, content));
+  if (!el.open) el.showModal();
+  (el.querySelector("[autofocus]") || el).focus();
+  placeToasts();
+  return new Promise(done => { el.onclose = () => { placeToasts(); done(el.returnValue); }; });
+}
+
+const closeDialog = value => $("dialog").close(value || "");
+
+// Whether a person agrees; `content` says what will happen, `doing` stands on the button
+async function agree(title, content, doing, isDanger) {
+  return await dialog(title, [h("div", {}, content), h("footer", {},
+    view("Cancel", "Change nothing", () => closeDialog()),
+    view(doing, doing, () => closeDialog("yes"), {class: isDanger ? "danger" : "main",
+      autofocus: true}))]) === "yes";
+}
+
+// Panels: panel(id, {title, key, load(), render(el, data)}); `g` and the key lead there.  `render`
+// fills `el` anew from what load() gave; `update(el)`, where there is one, is called after each
+// status while the panel is seen.  What panels do for one another stands in `flows`:
+// flows.signIn(provider, account) begins a sign-in, for a new account where none is named.
+
+const flows = {};
+
+const ORDER = ["quota", "requests", "routing", "usage", "users", "connect", "settings", "logs"];
+const panels = {};
+let current = "", isLoggedOut = true;
+
+function panel(id, parts) {
+  panels[id] = {load: async () => null, ...parts, el: h("section", {class: "panel", id,
+    "aria-label": parts.title})};
+}
+
+function heading(title, ...actions) {
+  return h("header", {}, h("h2", {}, title), h("div", {class: "actions"}, actions));
+}
+
+function search(text, oninput) {
+  return h("input", {type: "search", placeholder: text, "aria-label": text, title: text + " ( / )",
+    oninput: event => oninput(event.target.value.trim().toLowerCase())});
+}
+
+async function show(id) {
+  const wanted = panels[id] ? id : "quota", {el} = panels[wanted];
+  if (wanted !== current) {
+    $("main").replaceChildren(el);
+    scrollTo(0, 0);
+  }
+  current = wanted;
+  for (const link of $("tabs").children) {
+    const isHere = link.hash === "#" + wanted;
+    isHere ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+    if (isHere) $("tabs").scrollLeft = link.offsetLeft - 60;
+  }
+  await refresh();
+}
+
+async function refresh() {
+  const wanted = current, {el, load, render} = panels[wanted];
+  el.setAttribute("aria-busy", "true");
+  try {
+    const data = await load();
+    if (wanted === current) render(el, data);
+  } catch (error) { fail(error); }
+  el.removeAttribute("aria-busy");
+}
+
+function showTabs() {
+  $("tabs").replaceChildren(...ORDER.filter(id => panels[id]).map(id => h("a", {href: "#" + id,
+    title: `g ${panels[id].key}`}, panels[id].title)));
+  $("tools").replaceChildren(
+    view("Hide", "Hide e-mail addresses and keys, for screenshots (h)", toggleHiding,
+      {class: "quiet", "aria-pressed": String(isHiding)}),
+    view("?", "Keys (?)", showHelp, {class: "quiet", "aria-label": "Keys"}),
+    button("Log out", "ui", logOut, {class: "quiet", title: "End this session; "
+      + "python3 agproxy.py ui prints a link for the next one"}));
+}
+
+let isDrawing = false;      // bursts are drawn once, and not at all in a hidden tab
+on("status", () => {
+  if (isDrawing) return;
+  isDrawing = true;
+  requestAnimationFrame(() => {
+    isDrawing = false;
+    if (status) panels[current]?.update?.(panels[current].el);
+  });
+});
+
+// Keys
+
+let isGoing = false;
+const KEYS = {
+  "/": () => document.querySelector("main input[type=search]")?.focus(),
+  "r": () => refresh().then(() => toast("Refreshed.")),
+  "h": toggleHiding,
+  "?": showHelp,
+  "g": () => { isGoing = true; setTimeout(() => { isGoing = false; }, 1500); },
+};
+
+function onKey(event) {
+  const isTyping = event.target.matches("input:not([type=checkbox]), select, textarea");
+  if (event.key === "Escape" && event.target.type === "search") event.target.blur();
+  if (isTyping || event.ctrlKey || event.metaKey || event.altKey || isLoggedOut
+    || $("dialog").open) return;
+  const goal = isGoing && Object.keys(panels).find(id => panels[id].key === event.key);
+  const run = goal ? () => { location.hash = goal; } : KEYS[event.key];
+  isGoing = false;
+  if (run) { event.preventDefault(); run(); }
+}
+
+function showHelp() {
+  const row = (keys, text) => h("tr", {}, h("td", {}, keys.split(" ").map(k => [h("kbd", {}, k),
+    " "])), h("td", {}, text));
+  return dialog("Keys", h("table", {}, h("tbody", {}, row("/", "filter"), row("r", "refresh"),
+    row("h", "hide e-mail addresses and keys"), row("?", "this list"), row("Esc", "close"),
+    ORDER.filter(id => panels[id]).map(id => row(`g ${panels[id].key}`, panels[id].title)))));
+}
+
+function toggleHiding() {
+  isHiding = !isHiding;
+  localStorage.setItem("agproxy-hide", isHiding ? "1" : "0");
+  document.body.classList.toggle("hide", isHiding);
+  $("toasts").replaceChildren();
+  showTabs();
+  if (status) tell("status", status);
+  show(current);
+}
+
+// Log-in
+
+// A link that was used up is no matter where a session lives on
+async function begin(token) {
+  const used = token && await api("POST", "admin/login", {token}).then(told => {
+    csrf = told.csrf;
+  }, error => error);
+  if (!token || used) {
+    const told = await api("GET", "admin/session").catch(error => { throw used || error; });
+    csrf = told.csrf || "";
+  }
+  await enter();
+}
+
+async function enter() {
+  const report = await api("GET", "admin/status");
+  isLoggedOut = false;
+  $("top").hidden = $("strip").hidden = false;
+  $("main").replaceChildren();
+  current = "";
+  showTabs();
+  take(report);
+  listen();
+  await show(location.hash.slice(1));
+}
+
+async function logOut() {
+  await api("POST", "admin/logout", {});
+  csrf = "";
+  showLogin("You are logged out.");
+}
+
+function showLogin(reason) {
+  if (isLoggedOut && $("login")) {
+    if (reason) $("login").querySelector("[role=alert]").textContent = reason;
+    return;
+  }
+  isLoggedOut = true;
+  source?.close();
+  status = null;
+  staleSince = 0;
+  showStale();
+  closeDialog();
+  $("top").hidden = $("strip").hidden = true;
+  document.title = "Log in · agproxy";
+  const secret = h("input", {type: "password", name: "password", required: true,
+    autocomplete: "current-password"});
+  const problem = h("p", {class: "bad", role: "alert"}, reason || "");
+  const send = async event => {
+    event.preventDefault();
+    problem.textContent = "";
+    try { await logIn(secret.value.trim()); } catch (error) {
+      problem.textContent = `${error.message}. ${error.fix || ""}`;
+    }
+  };
+  $("main").replaceChildren(h("div", {id: "login"}, h("form", {class: "card", onsubmit: send},
+    h("h1", {}, "agproxy"), h("p", {class: "soft"}, "Open the link that this command prints:"),
+    command("python3 agproxy.py ui"),
+    h("input", {name: "username", value: "owner", autocomplete: "username", hidden: true}),
+    field("Or the password, or a link's token", secret), problem,
+    h("button", {class: "main", title: "python3 agproxy.py ui"}, "Log in"))));
+  secret.focus();
+}
+
+// A link may be pasted whole
+async function logIn(secret) {
+  const token = secret.split("#").pop();
+  const isToken = /^[\w-]{32}$/.test(token);
+  csrf = (await api("POST", "admin/login", isToken ? {token} : {password: secret})).csrf;
+  await enter();
+}
+
+// State at a glance: title, icon
+
+const LAMPS = {good: ["#2f9e6b", "M5 8.4l2.2 2.2L11.2 6"], warn: ["#d98a00", "M8 4v5M8 11.6v.4"],
+  bad: ["#d64540", "M5 5l6 6M11 5l-6 6"]};
+
+function lamp(report) {
+  if (staleSince || !report) return "bad";
+  const isServing = report.accounts.some(a => ["ready", "soft-limited", "resting"]
+    .includes(a.state));
+  return !isServing ? "bad" : report.warnings.length || report.error_share > 0.2 ? "warn" : "good";
+}
+
+let lampNow = "";
+function showLamp() {
+  if (isLoggedOut) return;
+  const kind = lamp(status), [color, path] = LAMPS[kind];
+  const n = status.warnings.length;
+  document.title = (staleSince ? "✕ stale · " : n ? `${kind === "bad" ? "✕" : "!"} ${n} · ` : "")
+    + "agproxy" + (status.is_demo ? " demo" : "");
+  if (kind === lampNow) return;
+  lampNow = kind;
+  const drawn = "data:image/svg+xml," + encodeURIComponent(
+    `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="5"
+    fill="${color}"/><path d="${path}" stroke="#fff" stroke-width="1.8" stroke-linecap="round"
+    stroke-linejoin="round" fill="none"/></svg>`);
+  $("icon").href = $("mark").src = drawn;
+}
+
+on("status", showLamp);
+on("stale", showLamp);
+
+// The status strip
+
+function cell(name, value, note, attrs) {
+  return h(attrs?.onclick ? "button" : "div", attrs, h("small", {}, name), h("b", {
+    class: attrs?.tone || ""}, value), h("small", {}, note || " "));
+}
+
+function showStrip(s) {
+  const dry = s.next_dry_out, n = s.warnings.length;
+  $("strip").replaceChildren(
+    cell("agproxy " + s.version, s.is_demo ? "Demo" : "Serving", "up " + span(s.uptime_s)),
+    cell("In flight", count(s.in_flight), s.queued ? `${count(s.queued)} queued` : "none queued"),
+    cell("Requests", count(s.per_minute), "in the last minute"),
+    cell("Errors", percent(s.error_share), "of recent requests",
+      {tone: s.error_share > 0.05 ? "bad" : ""}),
+    cell("First byte", millis(s.first_byte_p50_s), `p95 ${millis(s.first_byte_p95_s)}`),
+    cell("Next dry-out", dry ? [dry.family, " ", when(dry.at, "moment")] : "none in sight",
+      dry ? when(dry.at, "left") : "at the present pace", {tone: dry ? "warn" : ""}),
+    cell("Warnings", n ? `⚠ ${n}` : "✓ none", n ? "show them" : "all is well",
+      {tone: n ? "warn" : "", ...n && {type: "button", onclick: showWarnings,
+        title: "python3 agproxy.py doctor"}}));
+  const told = s.warnings.map(shown).join(". ");
+  if ($("warnings").textContent !== told) $("warnings").textContent = told;
+}
+
+function showWarnings() {
+  return dialog(plural(status.warnings.length, "warning"), h("ul", {}, status.warnings.map(
+    text => h("li", {}, text))));
+}
+
+on("status", showStrip);
+
+// Rows that stay while nothing about them changes; the focus stays in a row that is drawn anew.
+// rows: [{id, ...}], draw(row) gives its element
+
+function keyed(parent, rows, draw) {
+  const old = new Map([...parent.children].map(el => [el.rowId, el]));
+  rows.forEach((row, i) => {
+    const mark = isHiding + JSON.stringify(row);
+    let el = old.get(row.id);
+    if (!el || el.mark !== mark) {
+      const fresh = Object.assign(draw(row), {rowId: row.id, mark});
+      if (el) swap(el, fresh);
+      el = fresh;
+    }
+    old.delete(row.id);
+    if (parent.children[i] !== el) parent.insertBefore(el, parent.children[i] || null);
+  });
+  for (const el of old.values()) el.remove();
+}
+
+function swap(old, fresh) {
+  const stops = el => [el, ...el.querySelectorAll("button, a, [tabindex]")];
+  const at = stops(old).indexOf(document.activeElement);
+  old.replaceWith(fresh);
+  if (at >= 0) stops(fresh)[at]?.focus();
+}
+
+// The quota grid
+
+const FAMILIES = {"3p": "Claude, GPT-OSS", gemini: "Gemini", "gemini-image": "Images",
+  account: "Whole account"};
+const WINDOWS = {"5h": ["5 h", 18000], weekly: ["week", 604800], daily: ["day", 86400]};
+const STATES = {     // state -> its sign, its tone, what it means
+  "ready": ["✓", "good", "serves"],
+  "soft-limited": ["◐", "warn", "little is left; others are asked first"],
+  "limited": ["◷", "warn", "the vendor refuses until its time comes"],
+  "resting": ["◷", "soft", "failed a moment ago; tried again by itself"],
+  "disabled": ["‖", "soft", "left out by you"],
+  "absent": ["?", "soft", "the vendor knows no plan of this account"],
+};
+const STOPPED = ["✕", "bad", "stopped until a person acts"];
+const MOST_COLUMNS = 3;
+const quota = {filter: "", columns: [], soft: {}, softLimit: 0};
+
+const familyName = scope => FAMILIES[scope] || scope;
+const accountNamed = id => status.accounts.find(a => a.id === id);
+
+function freeAt(a) {
+  const stated = a.limits.filter(x => x.until && (x.is_stated || a.state === "resting"));
+  const spent = a.quotas.filter(q => q.fraction === 0 && q.reset_at > now());
+  const times = [...stated.map(x => x.until), ...spent.map(q => q.reset_at)];
+  return ["limited", "resting"].includes(a.state) && times.length ? Math.min(...times) : 0;
+}
+
+function stateBadge(a) {
+  const [sign, tone, meaning] = STATES[a.state] || STOPPED, at = freeAt(a);
+  return h("span", {class: "badge " + tone, title: meaning}, h("span", {"aria-hidden": "true"},
+    sign), h("span", {}, a.state === "banned" ? "banned (stopped)" : a.state,
+    at ? [" until ", when(at, "moment")] : null));
+}
+
+function windowName(q) {
+  return (WINDOWS[q.window] || [q.window])[0];
+}
+
+// Where an even pace would be now: the share of the window's time that is left
+function paceOf(q) {
+  const length = WINDOWS[q.window]?.[1], left = q.reset_at - now();
+  return length && left > 0 && left < length ? left / length : null;
+}
+
+function bar(fraction, softLimit, title) {
+  const tone = fraction == null ? "unknown" : fraction <= 0 ? "spent"
+    : fraction <= softLimit ? "low" : "";
+  return h("div", {class: "bar " + tone, title, style: {"--left": `${(fraction || 0) * 100}%`,
+    "--limit": `${softLimit * 100}%`}}, h("i", {}));
+}
+
+function windowBar(a, q, isOther) {
+  const softLimit = quota.soft[a.id] ?? quota.softLimit, pace = paceOf(q);
+  const burns = q.trend === "burning", read = span(now() - q.read_at);
+  const line = bar(q.fraction, softLimit, `${percent(q.fraction)} left, read ${read} ago`
+    + (pace == null ? "" : `; an even pace would leave ${percent(pace)}`));
+  if (pace != null) line.append(h("span", {class: "pace", style: {"--at": `${pace * 100}%`}}));
+  if (softLimit > 0) line.append(softHandle(line, softLimit, a));
+  return h("div", {class: "window" + (q.is_stale ? " old" : "")},
+    h("small", {}, isOther ? `${familyName(q.scope)} ${windowName(q)}` : windowName(q)), line,
+    h("b", {class: q.fraction === 0 ? "bad" : ""}, percent(q.fraction)),
+    h("small", {class: "more"}, h("span", {}, q.fraction == null ? "not known yet"
+      : q.reset_at > now() ? ["resets ", when(q.reset_at, "left")] : "no reset told"),
+    burns && h("span", {class: "warn", title: `empty in ${span(q.empty_in_s)} at this pace`},
+      `↓ ${percent(-q.per_hour)}/h`),
+    h("span", {class: q.is_stale ? "warn" : ""}, q.is_stale ? "⚠ " : "", "read ",
+      when(q.read_at, "ago"))));
+}
+
+// The mark of the soft limit on a bar: dragged by hand, or moved by arrow keys and Enter
+function softHandle(line, value, a) {
+  let wanted = value;
+  const el = h("span", {class: "handle", role: "slider", tabindex: a ? -1 : 0,
+    "aria-label": "Soft limit", "aria-valuemin": 0, "aria-valuemax": 100,
+    title: `Soft limit ${percent(value)}: an account with less is passed over while others have `
+      + "more. Drag it, or use arrow keys and Enter.  python3 agproxy.py serve --soft-limit "
+      + value});
+  const move = to => {
+    wanted = Math.min(0.95, Math.max(0, Math.round(to * 100) / 100));
+    line.style.setProperty("--limit", `${wanted * 100}%`);
+    el.setAttribute("aria-valuenow", Math.round(wanted * 100));
+    el.setAttribute("aria-valuetext", percent(wanted));
+    el.dataset.told = percent(wanted);
+  };
+  const finish = () => {
+    if (wanted !== value) setSoftLimit(wanted, a).finally(() => move(value));
+  };
+  const at = event => {
+    const box = line.getBoundingClientRect();
+    return (event.clientX - box.left) / box.width;
+  };
+  el.addEventListener("pointerdown", event => {
+    event.preventDefault();
+    el.setPointerCapture(event.pointerId);
+    el.classList.add("held");
+    el.onpointermove = e => move(at(e));
+  });
+  el.addEventListener("pointerup", () => {
+    el.onpointermove = null;
+    el.classList.remove("held");
+    finish();
+  });
+  el.addEventListener("keydown", event => {
+    const step = {ArrowLeft: -0.01, ArrowDown: -0.01, ArrowRight: 0.01, ArrowUp: 0.01,
+      PageDown: -0.1, PageUp: 0.1}[event.key];
+    if (step) { event.preventDefault(); move(wanted + step); }
+    if (event.key === "Enter") finish();
+    if (event.key === "Escape") move(value);
+  });
+  move(value);
+  return el;
+}
+
+async function setSoftLimit(value, a) {
+  const passed = status.accounts.filter(x => x.quotas.some(q => q.fraction != null
+    && q.fraction <= value)).length;
+  const choose = (text, what, attrs) => view(text, "python3 agproxy.py serve --soft-limit " + value,
+    () => closeDialog(what), attrs);
+  const told = await dialog(`Soft limit ${percent(value)}?`, [h("p", {}, value
+    ? `An account with at most ${percent(value)} left is passed over while others have more. Now `
+      + `that holds for ${count(passed)} of ${plural(status.accounts.length, "account")}.`
+    : "No account is spared before it is empty."), h("footer", {},
+    view("Cancel", "Change nothing", () => closeDialog()),
+    a && choose(`Only ${a.name}`, "one"), choose("All accounts", "all", {class: "main",
+      autofocus: true}))]);
+  if (!told) return;
+  try {
+    if (told === "one") await api("PATCH", accountPath(a), {soft_limit: value});
+    else await changeSetting("soft_limit", value);
+    toast(`The soft limit is ${percent(value)}.`);
+    await refresh();
+  } catch (error) { fail(error); }
+}
+
+async function changeSetting(name, value) {
+  const [row] = (await api("PATCH", "admin/settings", {[name]: value})).settings;
+  if (row && row.value !== value && value !== null) {
+    throw Object.assign(new Error(`${name} is stored, but a ${row.source} counts more.`),
+      {fix: `Start the server without it; it is ${row.value} until then.`});
+  }
+}
+
+const accountPath = (a, action) => `admin/accounts/${encodeURIComponent(a.id)}`
+  + (action ? "/" + action : "");
+
+function accountRow(a) {
+  const others = a.quotas.filter(q => !quota.columns.includes(q.scope));
+  const cell = (name, windows, isOther) => h("td", {"data-label": name}, windows.length
+    ? windows.map(q => windowBar(a, q, isOther)) : h("span", {class: "soft none"}, a.quotas.length
+      ? "–" : "no quota told"));
+  return h("tr", {}, h("th", {scope: "row", class: "who"},
+    h("button", {type: "button", class: "name", title: `All about ${a.name}: `
+      + "python3 agproxy.py accounts list", onclick: () => openAccount(a.id)}, a.name),
+    stateBadge(a),
+    h("small", {}, [a.provider, a.tier].filter(Boolean).join(" · ")),
+    h("small", {}, a.in_flight ? `${count(a.in_flight)} in flight` : a.last_used_at ? ["used ",
+      when(a.last_used_at, "ago")] : "not used yet")),
+  quota.columns.map(f => cell(familyName(f), a.quotas.filter(q => q.scope === f))),
+  quota.hasOthers && cell("Other", others, true),
+  h("td", {class: "end"}, view("⋯", `Actions for ${a.name}`, () => openAccount(a.id),
+    {class: "quiet", "aria-label": `Actions for ${a.name}`})));
+}
+
+function totalRow(row) {
+  const cells = quota.columns.map(f => {
+    const found = row.families.find(x => x.family === f);
+    return h("td", {"data-label": familyName(f)}, found ? totalOf(found)
+      : h("span", {class: "soft none"}, "–"));
+  });
+  return h("tr", {class: "total"}, h("th", {scope: "row", class: "who"}, h("b", {}, "All accounts"),
+    h("small", {}, "what is left in the pool, and until when")), cells,
+  quota.hasOthers && h("td", {}), h("td", {class: "end"}));
+}
+
+function totalOf(f) {
+  const line = bar(f.left / f.accounts, quota.softLimit, "of all that these accounts may hold");
+  if (quota.softLimit > 0) line.append(softHandle(line, quota.softLimit, null));
+  return h("div", {class: "window"}, h("small", {}, "pool"), line,
+    h("b", {class: f.left ? "" : "bad"}, percent(f.left / f.accounts)),
+    h("small", {class: "more"}, h("span", {}, `${f.left.toFixed(1)} of ${plural(f.accounts,
+      "account")}`), f.dry_at > now() ? h("span", {class: "warn"}, "⚠ dry ", when(f.dry_at,
+      "moment"), ", ", when(f.dry_at, "left")) : h("span", {}, f.left ? "lasts" : "empty",
+      f.reset_at ? [f.left ? "; next reset " : "; more ", when(f.reset_at, "left")] : null)));
+}
+
+// The families that most accounts have get a column each, in the order of the catalogue
+function chooseColumns() {
+  const counts = {};
+  for (const a of status.accounts) {
+    for (const scope of new Set(a.quotas.map(q => q.scope))) {
+      counts[scope] = (counts[scope] || 0) + 1;
+    }
+  }
+  if (!Object.keys(counts).length) counts.account = 0;      // none of them tells a quota
+  const scopes = Object.keys(counts), known = Object.keys(FAMILIES);
+  const rank = s => (known.indexOf(s) + 1 || 9) - counts[s] * 10;
+  scopes.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
+  quota.columns = scopes.length <= MOST_COLUMNS + 1 ? scopes : scopes.slice(0, MOST_COLUMNS);
+  quota.hasOthers = quota.columns.length < scopes.length;
+}
+
+function drawQuota(el) {
+  const before = quota.columns.join();
+  chooseColumns();
+  const columns = quota.columns.join() + quota.hasOthers;
+  const head = el.querySelector("thead");
+  if (!head) return renderQuota(el);
+  if (before !== quota.columns.join() || !head.firstChild) {
+    head.replaceChildren(h("tr", {}, h("th", {}, "Account"), quota.columns.map(f => h("th", {},
+      familyName(f))), quota.hasOthers && h("th", {}, "Other"), h("th", {}, h("span",
+      {class: "sr"}, "Actions"))));
+  }
+  const fits = a => `${a.name} ${a.provider} ${a.tier} ${a.state}`.toLowerCase()
+    .includes(quota.filter);
+  const found = status.accounts.filter(fits);
+  const [pool, rows] = el.querySelectorAll("tbody");
+  keyed(pool, [{id: "*", families: status.families, columns, soft: quota.softLimit}], totalRow);
+  keyed(rows, found.map(a => ({...a, columns, soft: quota.soft[a.id] ?? quota.softLimit})),
+    accountRow);
+  el.querySelector(".found").textContent = quota.filter
+    ? `${found.length} of ${plural(status.accounts.length, "account")}` : "";
+  keyed(el.querySelector(".newest"), newestRequests().slice(0, 8), requestRow);
+  el.querySelector(".recent").hidden = !requests.rows.size && !requests.running.length;
+}
+
+function renderQuota(el) {
+  const add = flows.signIn && button("Add an account", "accounts add", () => flows.signIn(),
+    {class: "main"});
+  if (!status.accounts.length) {
+    el.replaceChildren(heading("Quota"), h("div", {class: "card"}, empty("No account yet",
+      "An account is a key or a sign-in of yours at a model provider. Its quota, and until when "
+      + "it lasts, will stand here.", h("p", {}, add), command("python3 agproxy.py accounts add"),
+      h("p", {class: "soft"}, "Or look around with simulated accounts first:"),
+      command("python3 agproxy.py serve --demo"))));
+    return;
+  }
+  el.replaceChildren(
+    heading("Quota", h("span", {class: "soft found"}), search("Filter accounts", text => {
+      quota.filter = text;
+      drawQuota(el);
+    }), button("Clear all limits", "accounts clear", clearAll), add),
+    h("div", {class: "card scroll"}, h("table", {class: "quota cells"}, h("thead", {}),
+      h("tbody", {}), h("tbody", {}))),
+    h("p", {class: "soft small legend"}, h("span", {class: "key pace"}), "where an even pace would "
+      + "be", h("span", {class: "key handle"}), "soft limit: drag it", h("span", {}, "↓ how fast "
+      + "it goes")),
+    h("div", {class: "recent"}, h("header", {class: "sub"}, h("h3", {}, "Newest requests"),
+      h("a", {href: "#requests"}, "all of them")),
+    h("div", {class: "card scroll"}, h("table", {class: "requests cells"}, requestHead(),
+      h("tbody", {class: "newest"})))));
+  quota.columns = [];
+  drawQuota(el);
+}
+
+async function clearAll() {
+  if (!await agree("Clear all limits?", "Every account is asked again at once, also those that the "
+    + "vendor said to leave alone until a time.", "Clear all limits")) return;
+  const {cleared} = await api("DELETE", "admin/limits");
+  toast(`${plural(cleared, "limit")} forgotten.`);
+}
+
+panel("quota", {
+  title: "Quota",
+  key: "q",
+  async load() {
+    const [{accounts}, {settings}] = await Promise.all([api("GET", "admin/accounts"),
+      api("GET", "admin/settings"), loadRequests()]);
+    quota.softLimit = settings.find(row => row.id === "soft_limit")?.value || 0;
+    quota.soft = Object.fromEntries(accounts.map(a => [a.id, a.settings.soft_limit]));
+  },
+  render: renderQuota,
+  update(el) { status.accounts.length && el.querySelector("thead") ? drawQuota(el)
+    : renderQuota(el); },
+});
+
+// One account: its state, what can be done, what can be changed
+
+async function openAccount(id) {
+  try {
+    const a = await api("GET", accountPath({id}));
+    await dialog(a.name, [accountState(a), accountActions(a), accountForm(a)]);
+  } catch (error) { fail(error); }
+}
+
+function accountState(a) {
+  const link = /https:\/\/[^\s"'<>]+/.exec(a.reason || "");
+  const pools = a.pools.filter(p => p.absent).map(p => h("li", {}, `${p.pool}: ${p.absent}`));
+  return [h("p", {}, stateBadge(a), h("span", {class: "soft"}, " · " + [a.provider, a.tier,
+    `health ${a.health}`, a.in_flight && `${a.in_flight} in flight`].filter(Boolean).join(" · "))),
+  a.reason && h("p", {class: "note bad"}, a.reason),
+  link && h("p", {}, h("a", {href: link[0], target: "_blank", rel: "noopener noreferrer",
+    class: "button"}, "Open the vendor's page ↗"), h("span", {class: "soft small"},
+  " then verify it here")),
+  (a.limits.length || pools.length) ? h("ul", {class: "small"}, a.limits.map(x => h("li", {},
+    `${x.scope}: ${x.kind}`, x.until ? [", free ", when(x.until, "left")] : null,
+    x.is_stated ? "" : " (a guess)", x.message ? h("span", {class: "soft"}, ` ${x.message}`)
+      : null)), pools) : null];
+}
+
+function accountActions(a) {
+  const act = (text, twin, method, path, done, attrs) => button(text, `accounts ${twin} ${a.name}`,
+    async () => {
+      const told = await api(method, path);
+      toast(typeof done === "function" ? done(told) : done);
+      await refresh();
+      await openAccount(a.id);
+    }, attrs);
+  const isOn = a.state !== "disabled";
+  return h("div", {class: "actions"},
+    act("Verify", "verify", "POST", accountPath(a, "verify"), told => `${a.name}: ${told.result}.`),
+    button("Read its quota", "quota", async () => {
+      await api("POST", accountPath(a, "refresh"));
+      toast(`The quota of ${a.name} is read.`);
+      await refresh();
+      await openAccount(a.id);
+    }),
+    act("Clear limits", "clear", "POST", accountPath(a, "clear"), told => `${plural(told.cleared,
+      "limit")} of ${a.name} forgotten.`),
+    isOn ? act("Disable", "disable", "POST", accountPath(a, "disable"), `${a.name} is left out.`)
+      : act("Enable", "enable", "POST", accountPath(a, "enable"), `${a.name} serves again.`),
+    flows.signIn && a.settings.refresh_token && button("Sign in again", "accounts add",
+      () => flows.signIn(a.provider, a)),
+    button("Remove …", "accounts remove " + a.name, async () => {
+      if (!await agree(`Remove ${a.name}?`, "Its credential is deleted from the accounts file. The "
+        + "sign-in stays valid at the vendor until you revoke it there.", "Remove", true)) return;
+      await api("DELETE", accountPath(a));
+      toast(`${a.name} is removed.`);
+      await refresh();
+    }, {class: "danger"}));
+}
+
+const words = text => text.split(/[,\s]+/).filter(Boolean);
+const ACCOUNT_FORM = [      // field, its label, its note, how a text is read
+  ["priority", "Priority", "lower is asked first", Number],
+  ["soft_limit", "Soft limit", "a fraction; empty: as for all", Number],
+  ["weight", "Weight", "its share, where the strategy is weighted", Number],
+  ["max_in_flight", "Most at once", "requests at the same time", Number],
+  ["tags", "Tags", "words, for groups", words],
+  ["models", "Only these models", "empty: all that it has", words],
+  ["project", "Project", "empty: found out", String],
+  ["proxy", "Its own proxy", "http://host:port", String],
+];
+
+function accountForm(a) {
+  const given = name => { const v = a.settings[name]; return v == null ? "" : String(v); };
+  const inputs = ACCOUNT_FORM.map(([name]) => h("input", {name, value: given(name),
+    autocomplete: "off"}));
+  const save = button("Save", "accounts list", async () => {
+    const body = {};
+    ACCOUNT_FORM.forEach(([name, , , read], i) => {
+      const text = inputs[i].value.trim(), value = text && read(text);
+      if (text !== given(name)) {
+        body[name] = text ? Number.isNaN(value) ? text : value : null;
+      }
+    });
+    if (!Object.keys(body).length) return toast("Nothing was changed.");
+    await api("PATCH", accountPath(a), body);
+    closeDialog();
+    toast(`${a.name} is changed.`);
+    await refresh();
+  }, {class: "main"});
+  const first = button("Serve first", "accounts list", async () => {
+    const least = Math.min(...status.accounts.map(x => x.priority));
+    await api("PATCH", accountPath(a), {priority: least - 1});
+    closeDialog();
+    toast(`${a.name} is asked before all others.`);
+    await refresh();
+  });
+  return h("details", {}, h("summary", {}, "Change it"), h("div", {class: "fields"},
+    ACCOUNT_FORM.map(([, text, note], i) => field(text, inputs[i], note))),
+  h("footer", {}, first, save));
+}
+
+// Live requests
+
+const MOST_ROWS = 300;
+const requests = {rows: new Map(), running: [], filter: "", isPaused: false, bySession: false,
+  isLoaded: false, missed: 0};
+
+function keepRequest(row) {
+  requests.rows.set(row.id, row);
+  if (requests.rows.size > MOST_ROWS * 2) {
+    const ids = [...requests.rows.values()].sort((a, b) => b.at - a.at).map(r => r.id);
+    for (const id of ids.slice(MOST_ROWS)) requests.rows.delete(id);
+  }
+}
+
+async function loadRequests() {
+  if (requests.isLoaded) return;
+  (await api("GET", `admin/requests?limit=${MOST_ROWS}`)).requests.forEach(keepRequest);
+  requests.isLoaded = true;
+}
+
+on("request", row => {
+  keepRequest(row);
+  requests.missed += requests.isPaused;
+});
+
+on("status", report => {
+  requests.running = report.requests.filter(row => row.is_running);
+  for (const row of report.requests) if (!row.is_running) keepRequest(row);
+});
+
+const newestRequests = () => [...requests.running, ...[...requests.rows.values()]
+  .filter(r => !requests.running.some(x => x.id === r.id)).sort((a, b) => b.at - a.at)];
+
+// Its sign, tone, words
+function outcome(r) {
+  if (r.is_running) return ["…", "soft", r.first_ms ? "answering" : "waiting"];
+  if (r.is_cut) return ["⚠", "warn", "cut off"];
+  if (r.status >= 400) return ["✕", "bad", r.status];
+  if (!r.status) return ["–", "soft", "client left"];
+  return ["✓", "good", r.attempts > 1 ? `${r.status}, ${plural(r.attempts, "try").replace("trys",
+    "tries")}` : r.status];
+}
+
+function requestHead() {
+  return h("thead", {}, h("tr", {}, ["Time", "Who", "Model", "Account", "Outcome"].map(
+    text => h("th", {}, text)), ["First byte", "Total", "Tokens in / out", "Cached"].map(
+    text => h("th", {class: "num"}, text))));
+}
+
+const requestWho = r => [r.user && r.user !== "owner" ? r.user : "", r.client.split(" ")[0]];
+const requestModel = r => r.asked === r.used || r.used === "-" ? [r.asked]
+  : [r.asked, h("span", {class: "soft"}, " → "), r.used];
+
+function requestRow(r) {
+  const [sign, tone, text] = outcome(r), [user, client] = requestWho(r);
+  const read = r.input_tokens + r.cached_tokens;
+  const open = () => openRequest(r);
+  return h("tr", {class: "link", onclick: open},
+    h("td", {"data-label": "Time"}, h("button", {type: "button", class: "name", title:
+      `python3 agproxy.py why ${r.id}`, onclick: event => { event.stopPropagation(); open(); }},
+    when(r.at, "clock"))),
+    h("td", {"data-label": "Who"}, user && h("b", {}, user, " "), h("span", {class: user ? "soft"
+      : ""}, client)),
+    h("td", {"data-label": "Model", class: "model"}, requestModel(r)),
+    h("td", {"data-label": "Account"}, r.account),
+    h("td", {"data-label": "Outcome"}, h("span", {class: "badge " + tone}, h("span",
+      {"aria-hidden": "true"}, sign), text), (r.status >= 400 || r.is_cut) && (r.failures[0]
+      || r.note) && h("small", {class: "why"}, r.failures[r.failures.length - 1] || r.note)),
+    h("td", {"data-label": "First byte", class: "num"}, r.first_ms == null ? "–"
+      : millis(r.first_ms / 1000)),
+    h("td", {"data-label": "Total", class: "num"}, r.is_running ? when(r.at, "age")
+      : millis(r.total_ms / 1000)),
+    h("td", {"data-label": "Tokens", class: "num"}, `${count(read)} / ${count(r.output_tokens)}`),
+    h("td", {"data-label": "Cached", class: "num"}, read ? percent(r.cached_tokens / read) : "–"));
+}
+
+const grouped = (rows, key) => rows.reduce((map, r) => map.set(key(r), [...map.get(key(r)) || [],
+  r]), new Map());
+
+// A conversation's requests: the main agent's, then those of each agent below the one it is of
+function sessionRows(rows) {
+  return [...grouped(rows, r => r.session || r.id)].flatMap(([key, list]) => {
+    const agents = grouped(list, r => r.agent), parent = agent => agents.get(agent)[0].parent;
+    const below = (agent, depth) => [...(agents.get(agent) || []).map(r => ({...r, depth})),
+      ...depth > 5 ? [] : [...agents.keys()].filter(a => a && a !== agent && (agents.has(parent(a))
+        ? parent(a) : "") === agent).flatMap(a => [{id: `a${key}${a}`, subagent: a, depth,
+        n: agents.get(a).length}, ...below(a, depth + 1)])];
+    return list.length > 1 ? [{id: "s" + key, head: key, list}, ...below("", 1)] : below("", 0);
+  });
+}
+
+function sessionRow(row) {
+  if (row.head) {
+    const sum = name => row.list.reduce((n, r) => n + r[name], 0), [first] = row.list;
+    return h("tr", {class: "group"}, h("td", {colspan: 9}, h("b", {}, "Session "), h("code", {},
+      row.head.slice(0, 12)), h("span", {class: "soft"}, ` · ${plural(row.list.length, "request")
+    } · ${requestWho(first).filter(Boolean).join(" ")} · ${count(sum("input_tokens")
+      + sum("cached_tokens"))} in, ${count(sum("output_tokens"))} out · `, when(first.at, "ago"))));
+  }
+  const el = row.subagent ? h("tr", {class: "group"}, h("td", {colspan: 9}, "↳ subagent ", h("code",
+    {}, row.subagent), h("span", {class: "soft"}, ` · ${plural(row.n, "request")}`)))
+    : requestRow(row);
+  el.firstChild.style.paddingLeft = `${20 + row.depth * 16}px`;
+  return el;
+}
+
+function noRequest() {
+  return requests.rows.size ? empty("Nothing fits", `None of the newest ${MOST_ROWS} requests has `
+    + `“${requests.filter}” in it.`) : empty("No request yet", "Point a client at this proxy; "
+    + "what it asks appears here at once.", command("python3 agproxy.py setup claude"),
+  command("python3 agproxy.py run claude"));
+}
+
+function drawRequests(el) {
+  const body = el.querySelector("tbody");
+  if (!body) return;
+  const pause = el.querySelector(".pause");
+  pause.textContent = requests.isPaused ? `Go on (${count(requests.missed)} new)` : "Pause";
+  if (requests.isPaused) return;
+  const text = r => `${r.id} ${r.user} ${r.client} ${r.asked} ${r.used} ${r.account} ${r.status} ${
+    r.note} ${r.failures.join(" ")} ${r.session}`.toLowerCase();
+  const found = newestRequests().filter(r => !requests.filter || text(r).includes(requests.filter))
+    .slice(0, MOST_ROWS);
+  const isEmpty = !found.length;
+  el.querySelector(".card").hidden = isEmpty;
+  el.querySelector(".none").hidden = !isEmpty;
+  if (isEmpty) el.querySelector(".none").replaceChildren(noRequest());
+  keyed(body, requests.bySession ? sessionRows(found) : found, requests.bySession ? sessionRow
+    : requestRow);
+}
+
+panel("requests", {
+  title: "Requests",
+  key: "s",
+  load: loadRequests,
+  render(el) {
+    const press = (text, title, name, attrs) => view(text, title, event => {
+      requests[name] = !requests[name];
+      event.target.setAttribute("aria-pressed", requests[name]);
+      requests.missed = 0;
+      drawRequests(el);
+    }, {"aria-pressed": String(requests[name]), ...attrs});
+    el.replaceChildren(heading("Live requests",
+      Object.assign(search("Filter requests", text => { requests.filter = text;
+        drawRequests(el); }), {value: requests.filter}),
+      press("By session", "Group main agents with their subagents", "bySession"),
+      press("Pause", "Hold the list still", "isPaused", {class: "pause"})),
+    h("div", {class: "card scroll"}, h("table", {class: "requests cells"}, requestHead(),
+      h("tbody", {}))),
+    h("div", {class: "card none", hidden: true}));
+    drawRequests(el);
+  },
+  update: drawRequests,
+});
+
+// One request: what happened when, who was chosen and why, what was said
+
+async function openRequest(r) {
+  const path = `admin/requests/${encodeURIComponent(r.id)}`;
+  const [why, told] = r.is_running ? [null, null] : await Promise.all([
+    api("GET", path + "/why").catch(() => null), api("GET", path + "/bodies").catch(() => null)]);
+  const choices = why?.choices || [];
+  dialog(`${r.asked} at ${clock(r.at, true)}`, [requestFacts(r), waterfall(r, choices),
+    choices.length ? [h("h3", {}, "Why this account"), choices.map((c, i) => choiceOf(r, c, i))]
+      : h("p", {class: "soft"}, r.is_running ? "It is under way; why this account, and what came "
+        + "of it, stands here when it has ended." : "No choice of an account was recorded."),
+    told && bodiesOf(told), h("h3", {}, "In a terminal"),
+    command(`python3 agproxy.py why ${r.id}`)], true);
+}
+
+function requestFacts(r) {
+  const [sign, tone, text] = outcome(r), mended = Object.keys(r.mended || {});
+  return [h("p", {}, h("span", {class: "badge " + tone}, sign, " ", text), h("span", {
+    class: "soft"}, ` · ${r.account} · ${r.used} · ${requestWho(r).filter(Boolean).join(" ")} · ${
+    count(r.input_tokens)} new, ${count(r.cached_tokens)} cached, ${count(r.output_tokens)
+    } tokens out`)),
+  (r.note || mended.length > 0) && h("p", {class: "note"}, [r.note, ...mended].filter(Boolean)
+    .join("; "))];
+}
+
+// [name, from, to (seconds since it began), tone]
+function phases(r, choices) {
+  const end = r.is_running ? now() - r.at : r.total_ms / 1000;
+  const first = r.first_ms == null ? end : r.first_ms / 1000;
+  const starts = choices.map(c => Math.max(0, c.at - r.at));
+  const tries = starts.map((from, i) => {
+    const failure = r.failures[i], isLast = i === starts.length - 1;
+    return [`Try ${i + 1}: ${failure || r.account}`, from, isLast ? first : starts[i + 1],
+      failure ? "bad" : "good"];
+  });
+  return [["Read and queued", 0, starts.length ? starts[0] : first, "soft"], ...tries,
+    ...r.first_ms == null ? [] : [["Answer", first, end, "accent"]]];
+}
+
+function waterfall(r, choices) {
+  const rows = phases(r, choices), end = Math.max(0.001, ...rows.map(([, , to]) => to));
+  return h("div", {class: "falls"}, rows.map(([name, from, to, tone]) => [h("span", {}, name),
+    h("div", {class: "fall"}, h("i", {class: tone, style: {left: `${from / end * 100}%`,
+      width: `max(3px, ${(to - from) / end * 100}%)`}})),
+    h("span", {class: "num"}, millis(Math.max(0, to - from)))]));
+}
+
+function choiceOf(r, choice, i) {
+  const terms = s => Object.entries(s.terms || {}).filter(([, n]) => n).map(([name, n]) =>
+    `${name} ${n}`).join(", ");
+  const failure = r.failures[i], chosen = failure ? failure.split(":")[0] : r.account;
+  return [h("p", {class: "small"}, h("b", {}, `Try ${i + 1} `), choice.reason
+    || "nobody could be chosen", failure && h("span", {class: "bad"}, ` ✕ ${failure}`)),
+  h("div", {class: "card scroll"}, h("table", {class: "small"}, h("thead", {}, h("tr", {},
+    ["Account", "State", "Points"].map(t => h("th", {}, t)))), h("tbody", {}, choice.sheet.map(
+    s => h("tr", {class: s.account === chosen ? "group" : ""}, h("td", {}, s.account, h("span",
+      {class: "soft"}, ` ${s.pool}`), s.account === chosen && h("b", {}, " ← chosen")),
+    h("td", {class: "sheet"},
+      s.reason || s.state, s.free_in_s && ` free in ${span(s.free_in_s)}`), h("td", {},
+      s.score == null ? "–" : h("b", {}, s.score), h("span", {class: "soft"},
+      ` ${terms(s)}`)))))))];
+}
+
+function bodiesOf(told) {
+  const pretty = text => { try { return JSON.stringify(JSON.parse(text), null, 2); } catch {
+    return text; } };
+  return [h("h3", {}, "What was said"), told.bodies.length ? told.bodies.map(b => h("div",
+    {class: "sides"}, ["request", "answer"].map(name => h("div", {}, h("p", {class: "soft small"},
+    name), h("pre", {tabindex: 0}, pretty(b[name]) || "(empty)"))))) : h("p", {class: "soft"},
+    `Its bodies were not kept: capture is “${told.capture}”. The settings change that.`)];
+}
+
+// Logs and doctor
+
+const logs = {filter: "", isPaused: false, onlyProblems: false, found: null};
+const PROBLEM = /  [45]\d\d  |error|fail|refus|lost|could not|\bcut\b|warn/i;
+
+function drawLog(el) {
+  const pre = el.querySelector(".log");
+  if (!pre || logs.isPaused) return;
+  const lines = status.log.filter(text => text.toLowerCase().includes(logs.filter)
+    && (!logs.onlyProblems || PROBLEM.test(text)));
+  const isAtEnd = pre.scrollTop + pre.clientHeight > pre.scrollHeight - 30;
+  keyed(pre, lines.map((text, i) => ({id: text + "#" + lines.slice(0, i).filter(
+    x => x === text).length, text})), ({text}) => h("div", {class: PROBLEM.test(text) ? "hit"
+    : ""}, text));
+  if (!lines.length) pre.replaceChildren(h("div", {class: "soft"}, status.log.length
+    ? "No line fits." : "Nothing was logged yet."));
+  if (isAtEnd) pre.scrollTop = pre.scrollHeight;
+}
+
+const FOUND = {fail: ["✕", "bad"], warn: ["⚠", "warn"], ok: ["✓", "good"]};
+
+function findingRow(f) {
+  const [sign, tone] = FOUND[f.state];
+  return h("tr", {}, h("td", {}, h("span", {class: "badge " + tone}, sign, " ", f.check)),
+    h("td", {}, f.cause, f.evidence && h("div", {class: "soft small"}, f.evidence), f.remedy
+      && h("div", {}, "→ ", f.remedy)));
+}
+
+async function examine(el, isFixing) {
+  const box = el.querySelector(".doctor");
+  box.replaceChildren(h("p", {class: "soft"}, "Looking around on this machine …"));
+  try {
+    const told = isFixing ? await api("POST", "admin/doctor", {}) : await api("GET",
+      "admin/doctor");
+    logs.found = told;
+    if (isFixing) toast(told.fixed.length ? "Mended." : "There was nothing to mend.",
+      told.fixed.join("; "));
+  } catch (error) { fail(error); }
+  drawDoctor(el);
+}
+
+function drawDoctor(el) {
+  const box = el.querySelector(".doctor"), told = logs.found;
+  if (!told) return box.replaceChildren(h("p", {class: "soft"}, "It could not look."));
+  const bad = told.findings.filter(f => f.state !== "ok");
+  const fine = told.findings.filter(f => f.state === "ok");
+  box.replaceChildren(h("p", {class: "sum"}, bad.length ? [h("b", {}, plural(bad.length,
+    "finding")), ", the worst first"] : h("b", {class: "good"}, "✓ All is well")),
+  h("table", {class: "listed"}, h("tbody", {}, bad.map(findingRow))),
+  h("details", {}, h("summary", {}, `${count(fine.length)} checks found nothing wrong`),
+    h("table", {class: "listed"}, h("tbody", {}, fine.map(findingRow)))));
+}
+
+function auditRow(row) {
+  return h("tr", {}, h("td", {class: "soft"}, when(row.at, "moment")), h("td", {}, h("b", {},
+    row.who), " ", h("code", {}, row.what), row.note && ` ${row.note}`, row.changes.length > 0
+    && h("details", {}, h("summary", {}, plural(row.changes.length, "changed line")), h("pre", {},
+      row.changes.join("\n")))));
+}
+
+async function backUp() {
+  if (!await agree("Write a backup?", "A copy of accounts, settings and state, with their secrets, "
+    + "is written on the server's disk. Nothing is sent here.", "Write it")) return;
+  const {folder} = await api("POST", "admin/backup", {});
+  await dialog("The backup is written", [h("p", {},
+    "It is on the server's disk, with its secrets:"), command(folder)]);
+}
+
+panel("logs", {
+  title: "Logs",
+  key: "l",
+  load: () => api("GET", "admin/audit?limit=100"),
+  render(el, {audit}) {
+    const press = (text, title, name) => view(text, title, event => {
+      logs[name] = !logs[name];
+      event.target.setAttribute("aria-pressed", logs[name]);
+      drawLog(el);
+    }, {"aria-pressed": String(logs[name])});
+    const fix = button("Mend what can be", "doctor --fix", () => examine(el, true));
+    el.replaceChildren(heading("Log", Object.assign(search("Filter the log", text => {
+      logs.filter = text;
+      drawLog(el);
+    }), {value: logs.filter}), press("Only problems", "Lines that tell of failures",
+      "onlyProblems"), press("Pause", "Hold the log still", "isPaused")),
+    h("pre", {class: "log", tabindex: 0, "aria-label": "Log"}),
+    heading("Doctor", button("Look again", "doctor", () => examine(el)), fix,
+      button("Back up", "accounts export FILE", backUp)),
+    h("div", {class: "card doctor"}),
+    heading("Audit"), h("div", {class: "card scroll"}, audit.length
+      ? h("table", {class: "listed"}, h("tbody", {}, audit.map(auditRow)))
+      : empty("Nothing was changed yet", "Who changed what by this page or the management API "
+        + "stands here.")));
+    drawLog(el);
+    el.querySelector(".log").scrollTop = 1e9;
+    if (logs.found) drawDoctor(el); else examine(el);
+  },
+  update: drawLog,
+});
+
+// What the panels below share
+
+const hint = (text, tone) => h("p", {class: `small ${tone || "soft"}`}, text);
+const pick = (options, value, attrs) => h("select", attrs, options.map(o => h("option", {
+  value: Array.isArray(o) ? o[0] : o, selected: (Array.isArray(o) ? o[0] : o) === value},
+Array.isArray(o) ? o[1] : o)));
+const part = (name, id, action) => `admin/${name}` + (id === undefined ? ""
+  : "/" + encodeURIComponent(id)) + (action ? "/" + action : "");
+
+// A list of models to choose from while typing; what is not in it may be typed too
+function modelInput(value, attrs) {
+  if (!$("models")) document.body.append(h("datalist", {id: "models"}));
+  return h("input", {value: value || "", list: "models", autocomplete: "off", spellcheck: "false",
+    placeholder: "model or group", "aria-label": "Model", ...attrs});
+}
+
+let models = [];
+async function loadModels(groups) {
+  ({models} = await api("GET", "admin/models"));
+  modelInput();
+  $("models").replaceChildren(...(groups || []).map(g => h("option", {value: g.id}, "group")),
+    ...models.map(m => h("option", {value: m.id}, m.label)));
+}
+
+// Fields with a button: form([{name, text, input, note, read, before}], doing, command, send).
+// What the server finds wrong with a field is told beside it.
+function form(rows, doing, twin, send, ...more) {
+  const problem = h("p", {class: "bad", role: "alert"}), beside = {};
+  const fields = rows.map(row => {
+    beside[row.name] = h("small", {class: "bad", role: "alert"});
+    const isTick = row.input.type === "checkbox", isOne = isTick || "value" in row.input;
+    const label = isTick ? h("label", {class: "field"}, row.input, " ", row.text) : isOne
+      ? field(row.text, row.input, row.note) : h("div", {class: "field", role: "group",
+        "aria-label": row.text}, h("b", {}, row.text), row.input);
+    label.append(beside[row.name]);
+    return [row.before && h("p", {class: "note warn"}, "⚠ " + row.before), label];
+  });
+  const tellBeside = error => {
+    const [, name, text] = /^([\w.]+): ([^]*)$/.exec(error.message) || [];
+    const el = beside[name?.split(".").pop()] || beside[name?.split(".")[0]];
+    if (el) el.textContent = "✕ " + text;
+    else problem.textContent = `✕ ${error.message.replace(/\.$/, "")}. ${error.fix || ""}`;
+    rows.find(row => beside[row.name] === el)?.input.focus();
+  };
+  const run = button(doing, twin, async () => {
+    problem.textContent = "";
+    for (const el of Object.values(beside)) el.textContent = "";
+    const body = {};
+    try {
+      for (const row of rows) body[row.name] = row.read ? row.read() : row.input.type === "checkbox"
+        ? row.input.checked : row.input.value.trim() || undefined;
+      await send(body);
+    } catch (error) { tellBeside(error); }
+  }, {class: "main"});
+  const el = h("form", {onsubmit: event => { event.preventDefault(); run.click(); }}, fields,
+    problem, h("footer", {}, more, run));
+  return Object.assign(el, {tellBeside});
+}
+
+const wrong = (name, text) => { throw new Error(`${name}: ${text}`); };
+function readJson(name, text) {
+  try { return JSON.parse(text); } catch (error) { return wrong(name, error.message); }
+}
+
+// Several lines to be copied
+function lines(text) {
+  return h("div", {class: "lines"}, h("pre", {tabindex: 0}, text), view("Copy", "Copy these lines",
+    () => navigator.clipboard.writeText(text).then(() => toast("Copied."),
+      () => toast("The browser did not allow it; select the lines."))));
+}
+
+const diffLines = rows => h("pre", {class: "diff", tabindex: 0}, rows.length ? rows.map(row =>
+  h("span", {class: row[0] === "+" ? "good" : row[0] === "-" ? "bad" : "soft"}, row + "\n"))
+  : "nothing differs");
+
+// Adding an account
+
+flows.signIn = async (provider, account) => {
+  const {providers} = await api("GET", "admin/providers");
+  const found = providers.find(p => p.id === provider);
+  return found && account ? dialog(`Sign in again: ${account.name}`, signInForm(found,
+    {again: account})) : dialog("Add an account", chooseProvider(providers));
+};
+
+function chooseProvider(providers) {
+  const rank = p => p.has_sign_in && !p.takes_key ? 0 : p.has_sign_in ? 1 : p.needs_key ? 2 : 3;
+  const rows = [...providers].sort((a, b) => rank(a) - rank(b));
+  const choice = pick([["", "choose …"], ...rows.map(p => [p.id, `${p.id} – ${[
+    p.has_sign_in && "sign-in", p.takes_key && (p.needs_key ? "key" : "a server of your own")]
+    .filter(Boolean).join(" or ")}`])], "", {onchange: () => draw()});
+  const rest = h("div", {});
+  const draw = () => rest.replaceChildren(...choice.value ? [signInForm(providers.find(
+    p => p.id === choice.value))] : [hint("A sign-in uses what you pay for already; a key is "
+    + "billed by use. Both stay on this machine.")]);
+  draw();
+  return [field("Provider", choice), rest];
+}
+
+function signInForm(p, {again} = {}) {
+  const ways = [p.has_sign_in && ["oauth", "Sign in with the browser"],
+    p.takes_key && ["api_key", p.needs_key ? "API key" : "Key, where it wants one"],
+    !p.takes_key && !again && ["refresh_token", "Refresh token"]].filter(Boolean);
+  const way = pick(ways, ways[0][0], {onchange: () => draw()}), rest = h("div", {});
+  const agreed = h("input", {type: "checkbox"}), name = h("input", {autocomplete: "off",
+    placeholder: "found out"}), secret = h("input", {type: "password", autocomplete: "off",
+    spellcheck: "false"});
+  const terms = {name: "agreed", before: p.terms, input: agreed,
+    text: "I have read this, and go on all the same", read: () => agreed.checked ? "yes"
+      : wrong("agreed", "tick this to go on")};
+  const label = {name: "name", text: "Label", input: name, note: "without @; it stands in logs "
+    + "and answers"};
+  const draw = () => {
+    const isSignIn = way.value === "oauth", twin = `accounts add --provider ${p.id}`;
+    rest.replaceChildren(form([...isSignIn ? [] : [{name: way.value, input: secret,
+      text: way.value === "api_key" ? "API key" : "Refresh token", note: "it is tried, then "
+      + "stored in the accounts file, and never shown"}], ...again ? [] : [label],
+    ...p.terms ? [terms] : []], isSignIn ? "Get the link" : "Try it and add it", twin,
+    body => isSignIn ? beginSignIn(p, body, again) : addByKey(p, body)));
+  };
+  draw();
+  return h("div", {}, ways.length > 1 && field("How", way), rest);
+}
+
+async function accountIn(text) {
+  closeDialog();
+  toast(text);
+  location.hash = "quota";
+  take(await api("GET", "admin/status"));
+  if (current === "quota") await refresh();
+}
+
+async function addByKey(p, body) {
+  const {id} = await api("POST", "admin/accounts", {...body, provider: p.id});
+  await accountIn(`${id} is added.`);
+}
+
+async function beginSignIn(p, body, again) {
+  const begun = await api("POST", "admin/oauth/start", {provider: p.id, ...body,
+    ...again && !again.settings?.email && {name: again.name}});
+  const state = h("p", {role: "status"}), answer = h("textarea", {rows: 3, spellcheck: "false",
+    placeholder: "http://…?code=…"});
+  let isOver = false;
+  const told = async found => {
+    if (isOver) return;
+    isOver = found.state !== "waiting";
+    if (found.state === "done") return accountIn(`${found.account} is signed in.`);
+    state.className = found.state === "failed" ? "bad" : "soft";
+    state.textContent = found.state === "failed" ? `✕ ${found.message}` : `◌ Waiting for the `
+      + `browser, ${span(found.expires_at - now())} more. ${found.message || ""}`;
+  };
+  await told(begun);
+  const paste = form([{name: "answer", text: "Where the last page does not load, paste its address",
+    input: answer, note: "as on any other machine than the server's"}], "Hand it in",
+  "accounts add --no-browser", async ({answer}) => told(await api("POST", "admin/oauth/complete",
+    {id: begun.id, answer: answer || wrong("answer", "the whole address is required")})));
+  dialog(`Sign in at ${p.id}`, [h("p", {}, h("a", {class: "button main", href: begun.url,
+    target: "_blank", rel: "noopener", title: `python3 agproxy.py accounts add --provider ${p.id}`},
+  "Open the sign-in page ↗")), state, h("details", {open: !/^(localhost|127\.)/.test(
+    location.hostname)}, h("summary", {}, "The browser is on another machine"), paste),
+  h("details", {}, h("summary", {}, "The link"), command(begun.url))]);
+  const poll = setInterval(async () => {
+    if (!state.isConnected || isOver) return clearInterval(poll);
+    try {
+      await told(await api("GET", `admin/oauth/status?id=${encodeURIComponent(begun.id)}`));
+    } catch (error) { clearInterval(poll); fail(error); }
+  }, 1000);
+}
+
+// Routing
+
+const ROLES = {default: "all else", background: "titles, summaries and other small calls",
+  think: "requests that want thinking", long_context: "long requests",
+  web_search: "requests that search the web", image: "requests with images"};
+const STRATEGIES = {hybrid: "the best by health, quota left, burst and rest",
+  sticky: "one account until it is limited", "fill-first": "as sticky, by order of the file",
+  "round-robin": "each in turn; no conversation stays", weighted: "each by its weight"};
+const VERDICTS = {usable: ["✓", "good", "would serve"], soft: ["◐", "warn", "below its soft limit"],
+  guessed: ["◔", "warn", "rests for a while"], busy: ["◔", "warn", "busy"],
+  stated: ["✕", "bad", "limited"], stopped: ["✕", "bad", "stopped"], tried: ["✕", "bad", "tried"]};
+let dragged = null;
+
+const nameOf = item => typeof item === "string" ? item : item.model;
+const moreOf = item => typeof item === "string" ? "" : Object.entries(item).filter(([k]) => k
+  !== "model").map(([k, v]) => `${k} ${v}`).join(", ");
+
+async function saveGroup(group, items) {
+  if (!items.length) {
+    throw new Error(`${group.id} would be empty; remove the group instead.`);
+  }
+  await api("PATCH", part("groups", group.id), {models: items});
+  group.models = items;
+}
+
+async function moveItem(group, from, to, target) {
+  const items = [...group.models], [item] = items.splice(from, 1);
+  if (target && target !== group) {
+    if (!items.length) throw new Error(`${group.id} would be empty; remove the group instead.`);
+    const others = [...target.models];
+    others.splice(to, 0, item);
+    await saveGroup(target, others);
+  } else items.splice(to, 0, item);
+  await saveGroup(group, items);
+  await refresh();
+  const list = `[data-group="${CSS.escape((target || group).id)}"] li`;
+  document.querySelectorAll(list)[to]?.focus();
+}
+
+async function groupItemHealth(lamp, model) {
+  try {
+    const told = await api("GET", "admin/explain?model=" + encodeURIComponent(model));
+    const ready = told.sheet.filter(v => v.state === "usable").length;
+    lamp.className = "small " + (ready ? "good" : told.account ? "warn" : "bad");
+    lamp.textContent = `${ready ? "✓" : told.account ? "◐" : "✕"} ${ready} of ${told.sheet.length}`;
+    lamp.title = told.account ? `${told.account} would serve it now` : told.reason;
+  } catch (error) {
+    lamp.className = "small bad";
+    lamp.textContent = "✕ unknown";
+    lamp.title = error.message;
+  }
+}
+
+function groupItem(group, item, i) {
+  const lamp = h("span", {class: "small soft"}, "…"), name = nameOf(item);
+  const move = (sign, to) => button(sign, `groups move ${group.id} ${name} ${to + 1}`,
+    () => moveItem(group, i, to), {class: "quiet", disabled: to < 0 || to >= group.models.length,
+      "aria-label": `${name} ${sign === "↑" ? "up" : "down"}`});
+  groupItemHealth(lamp, name);
+  const li = h("li", {tabindex: 0, draggable: "true", title: "Drag it, or Alt+↑ and Alt+↓",
+    ondragstart: event => {
+      dragged = {group, i};
+      event.dataTransfer.setData("text/plain", name);
+      event.dataTransfer.effectAllowed = "move";
+      li.classList.add("dragged");
+    },
+    ondragend: () => { dragged = null; li.classList.remove("dragged"); },
+    onkeydown: event => {
+      const by = {ArrowUp: -1, ArrowDown: 1}[event.key];
+      if (!by || !event.altKey || !group.models[i + by]) return;
+      event.preventDefault();
+      moveItem(group, i, i + by).catch(fail);
+    }}, h("span", {class: "grip", "aria-hidden": "true"}, "⠿"), h("span", {class: "what"},
+  name, moreOf(item) && hint(moreOf(item))), lamp, move("↑", i - 1), move("↓", i + 1),
+  button("✕", `groups remove ${group.id} ${name}`, async () => {
+    await saveGroup(group, group.models.filter((_, n) => n !== i));
+    await refresh();
+  }, {class: "quiet", "aria-label": `Take ${name} out`}));
+  return li;
+}
+
+function dropPlace(list, group) {
+  const place = event => {
+    const rows = [...list.children], at = rows.findIndex(row => {
+      const box = row.getBoundingClientRect();
+      return event.clientY < box.top + box.height / 2;
+    });
+    return at < 0 ? rows.length : at;
+  };
+  list.addEventListener("dragover", event => {
+    if (!dragged) return;
+    event.preventDefault();
+    [...list.children].forEach((row, n) => row.classList.toggle("before", n === place(event)));
+    list.classList.toggle("last", place(event) === list.children.length);
+  });
+  const clear = () => {
+    [...list.children].forEach(row => row.classList.remove("before"));
+    list.classList.remove("last");
+  };
+  list.addEventListener("dragleave", clear);
+  list.addEventListener("drop", event => {
+    event.preventDefault();
+    clear();
+    if (!dragged) return;
+    const {group: from, i} = dragged, to = place(event), isSame = from === group;
+    const at = isSame && to > i ? to - 1 : to;
+    if (!isSame || at !== i) moveItem(from, i, at, group).catch(fail);
+  });
+}
+
+function groupCard(group) {
+  const list = h("ol", {class: "items", "data-group": group.id}, group.models.map((item, i) =>
+    groupItem(group, item, i)));
+  dropPlace(list, group);
+  const more = modelInput("", {"aria-label": `Add to ${group.id}`});
+  return h("div", {class: "card"}, h("div", {class: "title"}, h("h3", {}, group.id),
+    pick(["priority", "random", "weighted", "round-robin"], group.strategy || "priority", {
+      "aria-label": `Strategy of ${group.id}`, title: "python3 agproxy.py groups create",
+      onchange: event => api("PATCH", part("groups", group.id), {strategy: event.target.value})
+        .then(() => toast(`${group.id} is changed.`)).catch(fail)}),
+    button("Test", `groups test ${group.id}`, async () => {
+      const told = await api("POST", part("groups", group.id, "test"), {});
+      await dialog(`Who would serve ${group.id} now`, decision(told), true);
+    }),
+    button("✕", `groups delete ${group.id}`, async () => {
+      if (!await agree(`Remove the group ${group.id}?`, "Requests for it are refused from then on.",
+        "Remove", true)) return;
+      await api("DELETE", part("groups", group.id), {});
+      await refresh();
+    }, {class: "quiet", "aria-label": `Remove ${group.id}`})), list,
+  h("form", {class: "add", onsubmit: event => event.preventDefault()}, more, button("Add",
+    `groups add ${group.id} MODEL`, async () => {
+      if (!more.value.trim()) return more.focus();
+      await saveGroup(group, [...group.models, more.value.trim()]);
+      await refresh();
+    }, {type: "submit"})));
+}
+
+function newGroup() {
+  const name = h("input", {autocomplete: "off", placeholder: "smart"}), first = modelInput();
+  return dialog("New group", form([{name: "name", text: "Name", input: name,
+    note: "clients ask for it as for a model"}, {name: "models", text: "Its first model",
+    input: first, read: () => first.value.trim() ? [first.value.trim()] : undefined}],
+  "Create it", "groups create NAME MODEL", async body => {
+    await api("POST", "admin/groups", body);
+    closeDialog();
+    await refresh();
+  }));
+}
+
+// A decision as /admin/explain tells it
+function decision(told) {
+  const steps = [["asked for", told.asked], told.routed_to && [`by ${told.routed_by}`,
+    told.routed_to], told.alias.length && ["an alias of", told.alias.join(", else ")],
+  told.group && [`a group, by ${told.group.strategy}`, told.group.models.join(", ")],
+  ["served by", told.account ? `${told.model} at ${told.account}` : "nobody now"]].filter(Boolean);
+  const short = told.models.filter(m => !m.fits).map(m => m.id);
+  return [h("ol", {class: "chain"}, steps.map(([what, text]) => h("li", {}, h("small", {}, what),
+    h("b", {}, text)))), h("p", {class: told.account ? "note" : "note bad"}, told.reason),
+  short.length ? h("p", {class: "note bad"}, `⚠ ${count(told.tokens)} tokens are more than ${
+    short.join(", ")} can read.`) : null,
+  h("div", {class: "scroll"}, h("table", {}, h("thead", {}, h("tr", {}, ["Candidate", "State",
+    "Score"].map(t => h("th", {class: t === "Score" ? "num" : null}, t)))), h("tbody", {},
+    told.sheet.map(v => {
+      const [sign, tone, means] = VERDICTS[v.state] || ["?", "soft", v.state];
+      const isIt = v.account === told.account && v.model === told.model && v.pool === told.pool;
+      return h("tr", {}, h("td", {}, isIt ? h("b", {}, "→ " + v.account) : v.account, h("div",
+        {class: "soft small"}, `${v.model} · ${v.pool}`)), h("td", {}, h("span", {class:
+        "badge " + tone}, `${sign} ${means}`), h("div", {class: "soft small"}, v.reason,
+        v.free_in_s ? `; free in ${span(v.free_in_s)}` : "")), h("td", {class: "num",
+        title: Object.entries(v.terms || {}).map(([k, n]) => `${k} ${n}`).join("\n")},
+      v.score == null ? "–" : count(Math.round(v.score))));
+    }))))];
+}
+
+const asking = {model: "claude-opus-4-6", tokens: "", kind: "plain"};
+function whatWouldHappen() {
+  const out = h("div", {role: "status"}), keep = (name, el) => {
+    el.addEventListener("change", () => { asking[name] = el.value.trim(); });
+    return el;
+  };
+  const model = keep("model", modelInput(asking.model)), tokens = keep("tokens", h("input",
+    {type: "number", min: 0, value: asking.tokens, placeholder: "0"}));
+  const kind = keep("kind", pick([["plain", "plain"], ...["background", "think", "web_search",
+    "image"].map(k => [k, ROLES[k]])], asking.kind));
+  return h("div", {class: "card"}, h("h3", {}, "What would happen"), hint("Nothing is sent: the "
+    + "rules, roles, groups and accounts are asked as they are now."), h("form", {class: "ask",
+    onsubmit: event => event.preventDefault()}, field("A request for", model), field("of … tokens",
+    tokens), field("which is", kind), button("Show", "explain MODEL --tokens N", async () => {
+    const query = new URLSearchParams({model: model.value.trim(), kind: kind.value,
+      tokens: tokens.value || 0});
+    out.replaceChildren(...decision(await api("GET", "admin/explain?" + query)).filter(Boolean));
+  }, {class: "main", type: "submit"})), out);
+}
+
+function strategyCard(row) {
+  const about = hint(STRATEGIES[row.value]);
+  return h("div", {class: "card"}, h("h3", {}, "How an account is chosen"), h("div", {class: "add"},
+    pick(Object.keys(STRATEGIES), row.value, {"aria-label": "Strategy",
+      title: "python3 agproxy.py serve --strategy NAME", onchange: async event => {
+        try {
+          await changeSetting("strategy", event.target.value);
+          about.textContent = STRATEGIES[event.target.value];
+          toast(`Accounts are chosen by ${event.target.value} now.`);
+        } catch (error) { fail(error); }
+      }})), about);
+}
+
+function rolesCard(rows) {
+  const known = Object.fromEntries(rows.map(row => [row.id, row]));
+  return h("div", {class: "card"}, h("h3", {}, "Roles"), hint("What serves a kind of request, "
+    + "whatever model it names. Empty: the one it asks for."), Object.keys(ROLES).map(role => {
+    const to = modelInput(known[role]?.to, {"aria-label": `${role}: served by`});
+    const over = role === "long_context" && h("input", {type: "number", min: 1,
+      placeholder: "60000", value: known[role]?.over_tokens || "",
+      "aria-label": "more than so many tokens"});
+    return h("div", {class: "role"}, h("span", {}, h("b", {}, role), hint(ROLES[role])), to, over,
+      button("Save", `routes ${role} MODEL`, async () => {
+        const body = {to: to.value.trim(), ...over && over.value && {over_tokens: +over.value}};
+        if (body.to) await api(known[role] ? "PATCH" : "POST", known[role] ? part("routes", role)
+          : "admin/routes", known[role] ? body : {name: role, ...body});
+        else if (known[role]) await api("DELETE", part("routes", role), {});
+        toast(`${role}: ${body.to || "as asked"}.`);
+        await refresh();
+      }));
+  }));
+}
+
+function aliasesCard(rows) {
+  const name = h("input", {placeholder: "claude-*haiku*", autocomplete: "off", "aria-label":
+    "Name, may hold *"}), to = modelInput("", {"aria-label": "stands for"});
+  const names = text => { const all = words(text); return all.length > 1 ? all : all[0] || ""; };
+  return h("div", {class: "card"}, h("h3", {}, "Aliases"), hint("Another name for a model or a "
+    + "group; several are tried in their order."), rows.map(row => {
+    const input = modelInput([row.to].flat().join(", "), {"aria-label": `${row.id} stands for`});
+    return h("div", {class: "add"}, h("code", {}, row.id), h("span", {}, "→"), input, button("Save",
+      `alias ${row.id} MODEL`, async () => {
+        await api("PATCH", part("aliases", row.id), {to: names(input.value)});
+        toast(`${row.id} is changed.`);
+      }), button("✕", `alias ${row.id}`, async () => {
+      await api("DELETE", part("aliases", row.id), {});
+      await refresh();
+    }, {class: "quiet", "aria-label": `Remove ${row.id}`}));
+  }), h("form", {class: "add", onsubmit: event => event.preventDefault()}, name, h("span", {}, "→"),
+  to, button("Add", "alias NAME MODEL", async () => {
+    await api("POST", "admin/aliases", {name: name.value.trim(), to: names(to.value)});
+    await refresh();
+  }, {type: "submit"})));
+}
+
+const bare = ({id, ...row}) => row;
+async function putRules(rows) {
+  await api("PUT", "admin/rules", {rules: rows.map(bare)});
+  await refresh();
+}
+
+function editRule(rows, i) {
+  const text = h("textarea", {rows: 9, spellcheck: "false", value: JSON.stringify(i == null
+    ? {when: {model: "claude-*", over_tokens: 100000}, to: "gemini-pro-agent"} : bare(rows[i]),
+  null, 2)});
+  return dialog(i == null ? "Add a rule" : `Rule ${i + 1}`, [hint("Where all of when holds (model, "
+    + "client, upstream, provider, headers, tool, over_tokens, under_tokens, has_tools, "
+    + "has_images, thinks, streams), the request goes to another name, or its body is changed by "
+    + "set, default, drop, system."), form([{name: "rule", text: "The rule as JSON", input: text}],
+  "Save",
+  "routes", async () => {
+    const row = readJson("rule", text.value);
+    if (i == null) await api("POST", "admin/rules", row);
+    else await api("PUT", "admin/rules", {rules: rows.map((r, n) => n === i ? row : bare(r))});
+    closeDialog();
+    await refresh();
+  })]);
+}
+
+function rulesCard(rows) {
+  const swapped = (i, by) => { const all = [...rows]; [all[i], all[i + by]] = [all[i + by], all[i]];
+    return putRules(all); };
+  return h("div", {class: "card"}, h("div", {class: "title"}, h("h3", {}, "Rules"),
+    button("Add a rule", "routes", () => editRule(rows))), hint("The first that fits says where a "
+    + "request goes; rules come before roles."), h("ol", {class: "items"}, rows.map((row, i) => h(
+    "li", {}, h("span", {class: "what mono"}, `${i + 1}. when `, JSON.stringify(row.when), h("div",
+      {class: "soft"},
+      Object.entries(bare(row)).filter(([k]) => k !== "when").map(([k, v]) => `${k} ${
+        typeof v === "string" ? v : JSON.stringify(v)}`).join(" · "))),
+    button("↑", "routes", () => swapped(i, -1), {class: "quiet", disabled: !i,
+      "aria-label": `Rule ${i + 1} up`}), button("↓", "routes", () => swapped(i, 1),
+      {class: "quiet", disabled: i === rows.length - 1, "aria-label": `Rule ${i + 1} down`}),
+    button("Edit", "routes", () => editRule(rows, i), {class: "quiet"}),
+    button("✕", "routes", () => putRules(rows.filter((_, n) => n !== i)), {class: "quiet",
+      "aria-label": `Remove rule ${i + 1}`})))));
+}
+
+panel("routing", {
+  title: "Routing",
+  key: "o",
+  async load() {
+    const parts = ["groups", "aliases", "routes", "rules", "settings"];
+    const found = await Promise.all(parts.map(name => api("GET", part(name))));
+    const data = Object.fromEntries(parts.map((name, i) => [name, found[i][name]]));
+    await loadModels(data.groups);
+    return data;
+  },
+  render(el, {groups, aliases, routes, rules, settings}) {
+    el.replaceChildren(heading("Routing", button("New group", "groups create NAME MODEL", newGroup,
+      {class: "main"})), whatWouldHappen(), groups.length ? h("div", {class: "cards wide"},
+      groups.map(groupCard)) : h("div", {class: "card"}, empty("No group yet", "A group is a model "
+      + "of your own: several models in an order. When one is exhausted, the next serves.",
+    command("python3 agproxy.py groups create smart claude-opus-4-6 gemini-pro-agent"))),
+    h("div", {class: "cards wide"}, h("div", {}, strategyCard(settings.find(s => s.id
+      === "strategy")), rolesCard(routes)), h("div", {}, aliasesCard(aliases), rulesCard(rules))));
+  },
+});
+
+// Usage
+
+const PERIODS = {hour: ["Last 24 hours", 86400], day: ["Last 14 days", 14 * 86400],
+  week: ["Last 12 weeks", 84 * 86400], month: ["Last 12 months", 365 * 86400]};
+const BYS = {user: "User", key: "Key", account: "Account", used: "Model", client: "Client"};
+const MEASURES = {cost_usd: "Cost", tokens: "Tokens", requests: "Requests"};
+const usage = {per: "day", by: "account", measure: "cost_usd"};
+const dollars = n => n == null ? "unknown" : n && n < 0.01 ? `$${n.toPrecision(2)}`
+  : "$" + n.toLocaleString(undefined, {minimumFractionDigits: 2, maximumFractionDigits: 2});
+const tokensOf = row => row.input_tokens + row.cached_tokens + row.output_tokens;
+const measured = row => usage.measure === "tokens" ? tokensOf(row) : row[usage.measure] || 0;
+const measure = n => usage.measure === "cost_usd" ? dollars(n) : count(n);
+const usagePath = more => "admin/usage?" + new URLSearchParams({by: usage.by, per: usage.per,
+  since: Math.floor(now() - PERIODS[usage.per][1]), ...more});
+
+function usageChart(rows, names, times) {
+  const sums = times.map(t => rows.filter(row => row.from === t));
+  const most = Math.max(...sums.map(found => found.reduce((n, row) => n + measured(row), 0)), 1e-9);
+  const short = text => text.length > 10 ? text.slice(11) : text.length > 8 ? text.slice(5) : text;
+  return h("div", {class: "chart", role: "img", "aria-label": `${MEASURES[usage.measure]} by ${
+    PERIODS[usage.per][0]}; the table below has the figures`}, times.map((t, i) => {
+    const total = sums[i].reduce((n, row) => n + measured(row), 0);
+    return h("div", {class: "column", title: `${t}: ${measure(total)}\n` + sums[i].map(row =>
+      `${row[usage.by]}: ${measure(measured(row))}`).join("\n")}, h("small", {}, total
+      ? measure(total) : ""), h("div", {class: "stack"}, sums[i].map(row => h("i", {class: `tone${
+      names.indexOf(row[usage.by]) % 6}`, style: {height: `${measured(row) / most * 100}%`}}))),
+    h("small", {}, short(t)));
+  }));
+}
+
+function savingsCard(s, totals) {
+  const row = (name, value, note) => h("div", {}, h("small", {}, name), h("b", {}, value),
+    h("small", {}, note));
+  const kinds = Object.entries(s.local_kinds).map(([k, n]) => `${n} ${k}`).join(", ");
+  return h("div", {class: "card"}, h("h3", {}, "Savings"), h("div", {class: "figures"},
+    row("Answered here", count(s.local), kinds || "probes and warm-ups cost nothing"),
+    row("Small calls moved", s.moved ? dollars(s.moved_usd) : "0", s.moved ? plural(s.moved, "call")
+      + " by a cheaper model" : "set a model for the role background"),
+    row("Read from caches", dollars(s.cached_usd), `${count(totals.cached_tokens)} tokens at the `
+      + "price of cached ones"),
+    row("Lost by switches", dollars(s.lost_usd), `${plural(s.switches, "switch").replace(
+      "switchs", "switches")} of account in mid-conversation, ${count(s.lost_tokens)} tokens`)));
+}
+
+panel("usage", {
+  title: "Usage",
+  key: "u",
+  load: () => api("GET", usagePath()),
+  render(el, {usage: rows, totals, savings, times}) {
+    const choose = (name, options, label) => pick(Object.entries(options).map(([k, v]) => [k,
+      Array.isArray(v) ? v[0] : v]), usage[name], {"aria-label": label, onchange: event => {
+      usage[name] = event.target.value;
+      refresh();
+    }});
+    const sums = new Map();
+    for (const row of rows) {
+      const sum = sums.get(row[usage.by]) || {};
+      for (const name of ["requests", "errors", "input_tokens", "cached_tokens", "output_tokens",
+        "unpriced"]) sum[name] = (sum[name] || 0) + row[name];
+      if (row.cost_usd != null) sum.cost_usd = (sum.cost_usd || 0) + row.cost_usd;
+      sums.set(row[usage.by], sum);
+    }
+    const order = [...sums].sort((a, b) => measured(b[1]) - measured(a[1]));
+    const names = order.map(([name]) => name), most = order.length ? measured(order[0][1]) : 0;
+    const number = (n, attrs) => h("td", {class: "num", ...attrs}, n);
+    const line = (name, row, tone) => h("tr", {}, h("td", {}, tone != null && h("i", {class:
+      `swatch tone${tone}`}), name, tone != null && h("div", {class: "bar"}, h("i", {style: {
+      "--left": `${most ? measured(row) / most * 100 : 0}%`}}))), number(count(row.requests)),
+    number(count(row.errors), {class: "num" + (row.errors ? " bad" : "")}),
+    number(count(row.input_tokens)), number(count(row.cached_tokens)),
+    number(count(row.output_tokens)), number([dollars(row.cost_usd), row.unpriced && row.cost_usd
+      != null ? h("div", {class: "soft small"}, `${count(row.unpriced)} without a price`) : null]));
+    const head = heading("Usage", choose("per", PERIODS, "Period"), choose("by", BYS, "Group by"),
+      choose("measure", MEASURES, "Measure"), h("a", {class: "button", href: ROOT + usagePath({
+        format: "csv"}), download: `usage-${usage.by}-${usage.per}.csv`,
+      title: "curl …/admin/usage?format=csv"}, "CSV"));
+    if (!rows.length) return el.replaceChildren(head, h("div", {class: "card"}, empty(
+      "Nothing was used yet", "Requests, tokens, what they would have cost by the API's list "
+      + "prices, and what was saved will stand here.", h("p", {}, h("a", {class: "button",
+        href: "#connect"}, "Connect a tool")))));
+    el.replaceChildren(head, h("div", {class: "card"}, usageChart(rows, names, times)),
+      h("div", {class: "card scroll"}, h("table", {}, h("thead", {}, h("tr", {}, [BYS[usage.by],
+        "Requests", "Errors", "In", "Cached", "Out", "Cost by the list"].map((t, i) => h("th",
+        {class: i ? "num" : null}, t)))), h("tbody", {}, order.map(([name, row], i) => line(
+        name === "-" ? "none" : name, row, i % 6)), order.length > 1 && line(h("b", {}, "Together"),
+        totals)))), savingsCard(savings, totals), hint(["Cost is what the vendors would have "
+      + "billed for the same tokens by their list prices; cache writes count as input. Put your "
+      + "own into the setting ", h("code", {}, "prices"), "."]));
+    el.querySelector(".chart").scrollLeft = 1e6;
+  },
+});
+
+// Users and keys
+
+const LIMITS = ["requests", "tokens"].flatMap(what => ["minute", "hour", "day", "week", "month"]
+  .map(per => `${what}/${per}`)).concat("concurrency");
+const limitName = x => x.per ? `${x.what} a ${x.per}` : "at once";
+
+function limitBars(limits) {
+  return limits.map(x => h("div", {class: "limit"}, h("small", {}, `${limitName(x)}: ${
+    count(x.used)} of ${count(x.most)}`, x.free_at ? [", again ", when(x.free_at, "left")] : null),
+  h("div", {class: "bar" + (x.used >= x.most ? " spent" : x.used > x.most * 0.8 ? " low" : "")},
+    h("i", {style: {"--left": `${Math.min(100, x.used / x.most * 100)}%`}}))));
+}
+
+// Limits as {"tokens/day": 5}, edited row by row
+function limitsInput(limits, owner) {
+  const el = h("div", {class: "limits"}), add = (name, most) => {
+    const row = h("div", {class: "add"}, h("input", {type: "number", min: 1, value: most || "",
+      "aria-label": "at most", placeholder: "1000000"}), pick(LIMITS, name, {"aria-label": "of"}),
+    view("✕", "Without this limit", () => row.remove(), {class: "quiet", "aria-label": "Remove"}));
+    el.insertBefore(row, el.lastChild);
+  };
+  el.append(view("+ limit", "One more limit", () => add("tokens/day")));
+  for (const x of limits || []) if (!owner || x.owner === owner) add(x.per ? `${x.what}/${x.per}`
+    : x.what, x.most);
+  el.read = () => Object.fromEntries([...el.querySelectorAll(".add")].map(row => [
+    row.children[1].value, +row.children[0].value]).filter(([, n]) => n));
+  return el;
+}
+
+const EXPIRIES = [["", "never"], ["1", "in a day"], ["7", "in a week"], ["30", "in 30 days"],
+  ["365", "in a year"]];
+function keyRows(key, isNew) {
+  const limits = limitsInput(key?.limits, key && "key " + key.id);
+  const names = h("input", {value: (key?.models || []).join(", "), placeholder: "all",
+    autocomplete: "off"}), ends = pick(key?.expires_at ? [["same", "as it is"], ...EXPIRIES]
+    : EXPIRIES, key?.expires_at ? "same" : "");
+  const given = value => isNew ? value : value ?? null;
+  return [{name: "models", text: "Models it may ask for", input: names, note: "patterns as "
+    + "claude-*; empty: all", read: () => given(words(names.value).length ? words(names.value)
+    : undefined)},
+  {name: "expires_at", text: "Ends", input: ends, read: () => ends.value === "same"
+    ? key.expires_at : given(ends.value ? Math.floor(now() + ends.value * 86400) : undefined)},
+  {name: "limits", text: "Limits", input: limits, read: () => given(Object.keys(limits.read())
+    .length ? limits.read() : undefined)}];
+}
+
+// The one time that a key is seen
+function showKey(title, {key, id}, user) {
+  const url = location.origin + ROOT.replace(/\/$/, "");
+  return dialog(title, [h("p", {}, "It is shown this once; only its hash is kept."), command(key),
+    h("h3", {}, "For Claude Code"), lines(`export ANTHROPIC_BASE_URL=${url}\nexport `
+      + `ANTHROPIC_AUTH_TOKEN=${key}\nclaude`),
+    h("h3", {}, "For tools that speak OpenAI's language"),
+    lines(`export OPENAI_BASE_URL=${url}/v1\nexport OPENAI_API_KEY=${key}`),
+    hint(`It is ${user}'s, and listed as ${id}. More tools stand under Connect.`), h("footer", {},
+      view("Done", "I have it", () => closeDialog(), {class: "main"}))]);
+}
+
+function newKey(user, isGuest) {
+  const rows = keyRows(isGuest ? {limits: [{what: "tokens", per: "day", most: 2e6}, {what:
+    "concurrency", per: "", most: 4}].map(x => ({...x, owner: "key undefined"}))} : null, true);
+  if (isGuest) rows[1].input.value = "7";
+  const name = h("input", {value: user || "", autocomplete: "off", placeholder: "ann"});
+  return dialog(isGuest ? "Share by a guest's key" : user ? `New key for ${user}` : "New user", [
+    isGuest && [hint("A guest may ask for models and sees nothing of the accounts. This lets "
+      + "others reach this machine too, through a tunnel:"), command("python3 agproxy.py share")],
+    form([...user && !isGuest ? [] : [{name: "name", text: "Name", input: name}], ...rows],
+      "Create the key", isGuest ? "share" : user ? `keys create ${user}` : "users create NAME",
+      async ({name: given, ...body}) => {
+        const who = given || user || wrong("name", "a name is required");
+        const {users} = await api("GET", "admin/users");
+        if (!users.some(row => row.name === who)) await api("POST", "admin/users", {name: who});
+        else if (!user && !isGuest) wrong("name", "there is such a user; give them another key");
+        const made = await api("POST", "admin/keys", {user: who, ...body,
+          ...isGuest && {guest: true}});
+        await showKey(`The key of ${who}`, made, who);
+        await refresh();
+      })]);
+}
+
+function editKey(key) {
+  const twin = `keys edit ${key.id}`;
+  return dialog(`Key …${key.hint}`, form(keyRows(key), "Save", twin, async body => {
+    await api("PATCH", part("keys", key.id), body);
+    closeDialog();
+    await refresh();
+  }));
+}
+
+function editUser(user) {
+  const admin = h("input", {type: "checkbox", checked: user.keys.some(k => k.admin)});
+  const limits = limitsInput(user.limits);
+  return dialog(user.name, form([{name: "limits", text: "Limits of all keys together",
+    input: limits, read: () => Object.keys(limits.read()).length ? limits.read() : null},
+  {name: "admin", text: "May manage this server", input: admin}], "Save", `users edit ${user.name}`,
+  async body => {
+    await api("PATCH", part("users", user.id), body);
+    closeDialog();
+    await refresh();
+  }));
+}
+
+function keyLine(key, user) {
+  const [sign, tone] = key.state === "ready" ? ["✓", "good"] : ["✕", "bad"];
+  const act = (text, twin, work, attrs) => button(text, `keys ${twin} ${key.id}`, work, {
+    class: "quiet", ...attrs});
+  return h("tr", {}, h("td", {}, h("code", {}, `…${key.hint || "?"}`), h("div", {}, h("span",
+    {class: `badge ${tone}`}, `${sign} ${key.state}`)), key.guest && hint("guest"),
+  key.admin && hint("may manage")),
+  h("td", {}, key.models.length ? key.models.join(", ") : h("span", {class: "soft"}, "all models"),
+    h("div", {class: "soft small"}, key.expires_at ? ["ends ", when(key.expires_at, "moment")]
+      : "never ends")), h("td", {class: "wide"}, limitBars(key.limits.filter(x => x.owner === "key "
+      + key.id))), h("td", {class: "soft"}, key.last_used_at ? when(key.last_used_at, "ago")
+    : "never used"), h("td", {}, h("div", {class: "actions"}, act("Edit", "edit",
+    () => editKey(key)), act("Rotate", "rotate", async () => {
+    if (!await agree(`Rotate …${key.hint}?`, "Another key takes its place; the old one is void at "
+      + "once.", "Rotate")) return;
+    await showKey(`The new key of ${user.name}`, await api("POST", part("keys", key.id, "rotate"),
+      {}), user.name);
+    await refresh();
+  }), act("Revoke", "revoke", async () => {
+    if (!await agree(`Revoke …${key.hint}?`, `What ${user.name} has set up with it stops working `
+      + "at once.", "Revoke", true)) return;
+    await api("DELETE", part("keys", key.id), {});
+    await refresh();
+  }, {class: "quiet danger"}))));
+}
+
+function userCard(user) {
+  const turn = user.enabled ? "Disable" : "Enable";
+  return h("div", {class: "card user"}, h("div", {class: "title"}, h("h3", {}, user.name), h("span",
+    {class: "badge " + (user.enabled ? "good" : "bad")}, user.enabled ? "✓ enabled" : "✕ disabled"),
+  button("New key", `keys create ${user.name}`, () => newKey(user.name)), button("Limits",
+    `users edit ${user.name}`, () => editUser(user)), button(turn,
+    `users ${turn.toLowerCase()} ${user.name}`, async () => {
+      await api("PATCH", part("users", user.id), {enabled: !user.enabled});
+      await refresh();
+    }), button("Delete", `users delete ${user.name}`, async () => {
+    if (!await agree(`Delete ${user.name}?`, `With ${plural(user.keys.length, "key")}, which stop `
+      + "working at once.", "Delete", true)) return;
+    await api("DELETE", part("users", user.id), {});
+    await refresh();
+  }, {class: "quiet danger"})), limitBars(user.limits), user.keys.length ? h("div", {class:
+    "scroll"}, h("table", {}, h("tbody", {}, user.keys.map(key => keyLine(key, user)))))
+    : hint("No key yet: nobody can come in by this name."));
+}
+
+panel("users", {
+  title: "Users",
+  key: "k",
+  load: () => api("GET", "admin/users"),
+  render(el, {users}) {
+    const create = () => newKey("");
+    el.replaceChildren(heading("Users and keys", button("Share …", "share", () => newKey("guest",
+      true)), button("New user", "users create NAME", create, {class: "main"})),
+    ...users.length ? users.map(userCard) : [h("div", {class: "card"}, empty("You are alone here",
+      "Give each person or tool a key of its own, with limits and an end. From the first user on, "
+      + "nobody is served without a key.", h("p", {}, button("New user", "users create NAME",
+        create, {class: "main"})), command("python3 agproxy.py users create ann")))]);
+  },
+});
+
+// Connecting tools
+
+const HEARD = {claude: /claude/i, codex: /codex/i, gemini: /gemini/i, opencode: /opencode|ai-sdk/i};
+const connect = {tab: "claude", since: 0, heard: {}};
+
+on("request", row => {
+  for (const id of ["claude", "codex", "gemini", "opencode", "openai", "anthropic", "sdk"]) {
+    const isOther = !Object.values(HEARD).some(pattern => pattern.test(row.client));
+    if (HEARD[id] ? HEARD[id].test(row.client) : isOther) connect.heard[id] = row;
+  }
+  if (current === "connect") drawTest();
+});
+
+function drawTest() {
+  const el = document.querySelector("#connect .test"), row = connect.heard[connect.tab];
+  if (!el) return;
+  const isNew = row && row.at >= connect.since, isFine = isNew && row.status < 400;
+  el.className = "test note " + (isFine ? "good" : isNew ? "bad" : "");
+  el.replaceChildren(...isNew ? [h("b", {}, isFine ? "✓ Connected"
+    : `✕ It asked, and was refused (${row.status})`), h("div", {class: "small"}, `${
+    row.client} asked for ${row.asked}, served by ${row.used} at ${row.account}`,
+  row.note && `: ${row.note}`)]
+    : [h("b", {}, "◌ Waiting for its first request"), h("div", {class: "small soft"},
+      "Ask it anything; this turns green when the request arrives.")]);
+}
+
+async function setUp(client, isUndone, needsKey) {
+  const action = isUndone ? "unsetup" : "setup", twin = `${action} ${client.id}`;
+  const {diff} = await api("POST", part("clients", client.id, "preview"), {undo: isUndone});
+  const key = h("input", {type: "password", autocomplete: "off"});
+  await dialog(isUndone ? `Undo the setup of ${client.title}` : `Set ${client.title} up on the `
+    + "server's machine", [hint(isUndone ? "What stood there before stands there again."
+    : "This is what changes. The file as it was is kept beside it."), diffLines(diff),
+  form(needsKey && !isUndone ? [{name: "key", text: "The key it comes with", input: key,
+    note: "a user's; empty: that of the server's own variables"}] : [], isUndone ? "Undo it"
+    : "Write it", twin, async body => {
+    const told = await api("POST", part("clients", client.id, action), body);
+    closeDialog();
+    toast(isUndone ? `${client.title} is no longer set up.` : `${client.title} is set up.`,
+      told.notes.join(". "));
+    await refresh();
+  }, view("Cancel", "Change nothing", () => closeDialog()))], true);
+}
+
+panel("connect", {
+  title: "Connect",
+  key: "c",
+  load: () => api("GET", "admin/clients?" + new URLSearchParams({url: location.origin
+    + ROOT.replace(/\/$/, "")})),
+  render(el, {url, needs_key: needsKey, clients}) {
+    const client = clients.find(c => c.id === connect.tab) || clients[0];
+    if (!connect.since) connect.since = now();
+    const go = id => {
+      connect.tab = id;
+      connect.since = now();
+      panels.connect.render(el, {url, needs_key: needsKey, clients});
+      el.querySelector("[aria-selected=true]").focus();
+    };
+    const tabs = h("div", {class: "choice", role: "tablist", "aria-label": "Tools"}, clients.map(
+      (c, i) => view(c.title, c.states[0] || c.title, () => go(c.id), {role: "tab",
+        "aria-selected": String(c === client), tabindex: c === client ? 0 : -1,
+        onkeydown: event => {
+          const by = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+          if (by) go(clients[(i + by + clients.length) % clients.length].id);
+        }})));
+    el.replaceChildren(heading("Connect a tool"), tabs, h("div", {class: "card", role: "tabpanel"},
+      h("div", {class: "title"}, h("h3", {}, client.title), client.states.length > 0 && h("span",
+        {class: "small " + (client.is_set_up ? "good" : "soft")}, client.is_set_up ? "✓ " : "",
+        client.states.join("; ")), client.can_set_up && button("Set up on this machine …",
+        `setup ${client.id}`, () => setUp(client, false, needsKey)),
+      client.is_set_up && button("Undo …", `unsetup ${client.id}`, () => setUp(client, true))),
+      needsKey && h("p", {class: "note"}, "Put a user's key in the place of ", h("code", {},
+        "YOUR-KEY"), ". ", h("a", {href: "#users"}, "Make one")),
+      client.steps.map(step => [h("h3", {}, step.title), lines(step.text)]),
+      h("p", {class: "small soft"}, "Then: ", h("code", {}, client.next)),
+      h("div", {class: "test note", role: "status"})));
+    drawTest();
+  },
+});
+
+// Settings
+
+const settings = {filter: "", onlyChanged: false};
+const asText = value => value === "" || value == null || Array.isArray(value) && !value.length
+  ? "none" : typeof value === "object" ? JSON.stringify(value) : String(value);
+
+function editSetting(row) {
+  const kind = Array.isArray(row.default) ? "list" : typeof row.default;
+  const input = kind === "boolean" ? pick(["true", "false"], String(row.value))
+    : kind === "object" ? h("textarea", {rows: 5, spellcheck: "false", value: JSON.stringify(
+      row.value, null, 1)}) : h("input", {autocomplete: "off", type: /password/.test(row.id)
+      ? "password" : "text", value: /password/.test(row.id) ? "" : [row.value].flat().join(", ")});
+  const read = () => kind === "boolean" ? input.value === "true" : kind === "object"
+    ? readJson(row.id, input.value) : kind === "list" ? input.value.split(",").map(t => t.trim())
+      .filter(Boolean) : kind === "number" && input.value.trim() && !isNaN(input.value)
+      ? +input.value : input.value.trim();
+  const save = async value => {
+    await api("PATCH", "admin/settings", {[row.id]: value});
+    closeDialog();
+    toast(`${row.id} is changed.`, `It holds ${row.needs_restart ? "after a restart" : "now"}.`);
+    await refresh();
+  };
+  const note = `${row.about}. Default: ${asText(row.default)}`;
+  const made = form([{name: row.id, text: row.id, input, read, note}], "Save",
+    `serve, with ${row.variables.at(-1)}=… before it`, body => save(body[row.id]),
+  row.source === "file" && button("Back to the default", `serve, without ${row.id} in the file`,
+    () => save(null).catch(made.tellBeside)));
+  return dialog("Change a setting", [made, /variable|flag/.test(row.source) && hint(`⚠ A ${
+    row.source} says ${asText(row.value)}, and counts more than the file.`, "warn"),
+  row.needs_restart && hint("↻ It holds after a restart.")]);
+}
+
+function drawSettings(el, rows) {
+  const found = rows.filter(row => (!settings.onlyChanged || row.source !== "default")
+    && `${row.id} ${row.about}`.toLowerCase().includes(settings.filter));
+  el.querySelector(".settings").replaceChildren(...found.map(row => h("tr", {}, h("td", {}, button(
+    row.id, `serve, with ${row.variables.at(-1)}=… before it`, () => editSetting(row),
+    {class: "name"}), h("div", {class:
+    "soft small"}, row.about)), h("td", {class: "value"}, h("code", {class: row.source === "default"
+    ? "soft" : ""}, asText(row.value)), row.needs_restart && h("div", {class: "soft small", title:
+    "A change holds after a restart"}, "↻ restart")), h("td", {class: "soft small"},
+  row.source === "default" ? "default" : [h("b", {}, row.source), h("div", {}, `default: ${
+    asText(row.default)}`)]))));
+  if (!found.length) el.querySelector(".settings").replaceChildren(h("tr", {}, h("td", {class:
+    "soft"}, "No setting fits.")));
+}
+
+function versionRow(v, i) {
+  return h("li", {}, h("span", {class: "what"}, h("b", {}, when(v.at, "moment")), ` by ${v.who}`,
+    i ? "" : ", in force", v.diff.length ? h("details", {}, h("summary", {}, plural(v.diff.filter(
+      t => /^[+-]/.test(t)).length, "changed line")), diffLines(v.diff)) : null), i > 0
+    && button("Roll back", "serve", async () => {
+      if (!await agree("Roll back?", [h("p", {}, "Settings, aliases, groups, routes, rules and "
+        + "users become as they were ", when(v.at, "ago"), ". Accounts and secrets stay as they "
+        + "are."),
+      v.diff.length ? h("details", {}, h("summary", {}, "What that form had changed"),
+        diffLines(v.diff)) : null], "Roll back", true)) return;
+      const {diff} = await api("POST", "admin/settings/rollback", {version: v.id});
+      await refresh();
+      await dialog("Rolled back", [diffLines(diff), h("footer", {}, view("Done", "Close",
+        () => closeDialog(), {class: "main"}))], true);
+    }, {title: "POST /admin/settings/rollback"}));
+}
+
+panel("settings", {
+  title: "Settings",
+  key: "e",
+  load: () => Promise.all([api("GET", "admin/settings"),
+    api("GET", "admin/settings/history?limit=20")]),
+  render(el, [{settings: rows}, {versions}]) {
+    const redraw = () => drawSettings(el, rows);
+    el.replaceChildren(heading("Settings", Object.assign(search("Filter settings", text => {
+      settings.filter = text;
+      redraw();
+    }), {value: settings.filter}), view("Only changed", "Those that are not at their default",
+      event => {
+        settings.onlyChanged = !settings.onlyChanged;
+        event.target.setAttribute("aria-pressed", settings.onlyChanged);
+        redraw();
+      }, {"aria-pressed": String(settings.onlyChanged)}), button("Back up", "accounts export FILE",
+      backUp)), h("div", {class: "card scroll"}, h("table", {class: "fixed"}, h("thead", {},
+      h("tr", {}, ["Setting", "Value", "From"].map(t => h("th", {}, t)))),
+    h("tbody", {class: "settings"}))),
+    heading("History"), h("div", {class: "card"}, versions.length ? h("ol", {class: "items"},
+      versions.map(versionRow)) : empty("No change yet", "Each form of the file stands here, with "
+      + "what it changed; any of them can be restored.")));
+    redraw();
+  },
+});
+
+// Start
+
+addEventListener("hashchange", () => {
+  const word = location.hash.slice(1);
+  if (/^[\w-]{32}$/.test(word)) start();
+  else if (!isLoggedOut) show(word);
+});
+addEventListener("keydown", onKey);
+setInterval(tick, 1000);
+setInterval(() => check(), 5000);
+document.body.classList.toggle("hide", isHiding);
+
+// A one-time link's token leaves the address and the history before it is used
+async function start() {
+  const word = location.hash.slice(1), token = /^[\w-]{32}$/.test(word) ? word : "";
+  if (token) history.replaceState(null, "", location.pathname + location.search);
+  try { await begin(token); } catch (error) {
+    if (error.status !== 401 || token) {
+      showLogin(`${error.message}. ${error.fix || ""}`);
+      if (error.isOffline) setTimeout(start, 5000);
+    }
+  }
+}
+
+start();
+</script>
+</body>
+</html>
+"""
+
+
 if __name__ == "__main__":
-    sys.excepthook, threading.excepthook = tell_crash, lambda told: tell_crash(*told)
+    catch_crashes()
     sys.exit(main())

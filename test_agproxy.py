@@ -39,6 +39,7 @@ except ImportError:
         sys.exit(run_in_private_venv(sys.argv[1:]))
     raise
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -52,6 +53,7 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import http.client
 import http.server
 import importlib.util
@@ -61,6 +63,7 @@ import json
 import marshal
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -1424,7 +1427,8 @@ COSTLY = {
     "properties by allOf": ({}, {"allOf": [{"properties": {f"p{i}x{j}": {} for j in range(50)}} for i in range(400)]}),
     "branches by reference": ({"E": {"anyOf": [{"const": i} for i in range(4000)]}}, {"properties": {
         f"p{i}": {"$ref": "#/$defs/E"} for i in range(3900)}}),
-    "texts by reference": ({"E": {"enum": ["e" * 100_000]}}, {"properties": {f"p{i}": {"$ref": "#/$defs/E"} for i in range(3900)}})}
+    "texts by reference": ({"E": {"enum": ["e" * 100_000]}}, {"properties": {f"p{i}": {"$ref": "#/$defs/E"} for i in range(3900)}}),
+    "members by anyOf": ({"E": {f"k{i}": 0 for i in range(6000)}}, {"anyOf": many(6000, {"$ref": "#/$defs/E", "type": "boolean"})})}
 
 
 @pytest.mark.parametrize("defs, row", COSTLY.values(), ids=COSTLY)
@@ -1433,7 +1437,9 @@ def test_no_small_schema_makes_a_large_one_or_minutes_of_work(defs, row):
     cleaned = json.dumps(ag.clean_schema(schema, False))
     assert len(cleaned) < 2 * len(json.dumps(schema)) + 5_000_000
     json.dumps(ag.clean_answer_schema(schema))
+    before = time.thread_time()
     assert ag.restore_arguments({"p": {"x": "1"}}, schema) == {"p": {"x": "1"}}
+    assert time.thread_time() - before < 2
 
 
 def test_all_of_unites_what_its_branches_say():
@@ -10018,6 +10024,475 @@ def test_a_terminal_that_closes_ends_the_server_in_order(keyed):
     assert process.wait() == 0
 
 
+# In the background, and as a service
+
+
+@pytest.fixture
+def background(keyed):
+    """Runs a command of this folder; what it started is ended."""
+    def run(*arguments, **env):
+        return run_program(*arguments, env={**keyed.env, **env})
+    run.vendor, run.folder = keyed, os.path.dirname(keyed.path)
+    yield run
+    for row in ag.written_down(run.folder).values():
+        with contextlib.suppress(OSError):
+            os.kill(row["pid"], signal.SIGTERM)
+            until(lambda: not ag.is_running(row["pid"]))
+
+
+def only_row(folder):
+    (path, row), = ag.written_down(folder).items()
+    return path, row
+
+
+@needs_handover
+def test_a_background_server_is_started_asked_restarted_under_load_and_stopped(background):
+    done = background("start", "--port", "0", "--strategy", "sticky")
+    assert done.returncode == 0, done.stderr
+    port = re.search(r":(\d+)", done.stdout)[1]
+    assert f"python3 agproxy.py stop --port {port}" in done.stdout or port == "8080"
+    path, row = only_row(background.folder)
+    assert os.stat(path).st_mode & 0o777 == os.stat(row["log"]).st_mode & 0o777 == 0o600 and os.getsid(row["pid"]) == row["pid"]
+    again = background("start", "--port", port)
+    assert again.returncode == 0 and "runs already" in again.stdout
+    told = json.loads(background("status", "--json", "--port", port).stdout)
+    assert told["is_running"] and told["is_known"] and (told["pid"], told["instance"]) == (row["pid"], row["instance"])
+    callers = Callers(int(port))
+    for options in ((), ("--workers", "2")):
+        callers.go_on()
+        pid = row["pid"]
+        done = background("restart", "--port", port, *options)
+        assert done.returncode == 0 and "runs anew" in done.stdout, done.stderr
+        path, row = only_row(background.folder)
+        assert row["pid"] != pid and ("sticky" in row["arguments"]) == (not options)
+        until(lambda: not ag.is_running(pid))
+    callers.go_on()
+    callers.end()
+    assert callers.failures == []
+    line = Line(int(port))
+    assert line.health["instance"] == row["instance"] and line.pid != row["pid"]        # of all workers
+    line.close()
+    done = background("logs", "-n", "500", "--port", port)
+    assert done.returncode == 0 and "gemini-3-flash -> gemini-3-flash" in done.stdout
+    assert b"a successor serves now" in bytes_of(row["log"])
+    done = background("stop", "--port", port)
+    assert done.returncode == 0 and "has ended" in done.stdout and not ag.is_running(row["pid"]), done.stderr
+    assert [name for name in os.listdir(background.folder) if name.endswith((".run", ".sock", ".stop"))] == []
+    done = background("stop", "--port", port)
+    assert done.returncode == 3 and "no agproxy runs at" in done.stdout and background("status", "--port", port).returncode == 3
+
+
+def test_each_option_of_a_server_goes_on_to_the_one_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEBUG", raising=False)
+    parser = ag.build_parser()
+    plain, row = vars(parser.parse_args(["start"])), ag.SERVE_OPTIONS
+    assert set(plain) - {"command", "accounts", "log_file"} == set(row)
+    given = ["--accounts", str(tmp_path / "a.json"), "--port", "1", "--host", "::1", "--socket", "/s", "--base-path", "/b", "--tls-cert", "/c",
+             "--tls-key", "/k", "--strategy", "sticky", "--soft-limit", "0.3", "--fallback", "--pid-offset", "--auto-refresh", "--admin-remote",
+             "--max-empty-retries", "2", "--json-logs", "--workers", "3", "--debug", "--demo", "--env-file", "/e"]
+    for more in ([], ["--port", "0", "--max-empty-retries", "0"], ["--max-empty-retries", "1"]):      # numbers are no yes and no
+        args = parser.parse_args(["start", *given, *more])
+        again = parser.parse_args(["serve", *ag.serve_words(args)])
+        assert all(getattr(args, name) != plain[name] for name in row), "each is given here"
+        assert [os.path.basename(str(getattr(again, name))) for name in row] == [os.path.basename(str(getattr(args, name))) for name in row]
+
+
+@needs_handover
+def test_a_server_of_an_owner_who_can_log_in_begins_without_an_account(background, tmp_path):
+    import urllib.request
+    path, key = tmp_path / "none" / "accounts.json", "k3y-of-the-owner-0123"
+    env = {"PROXY_API_KEY": key, "GEMINI_API_KEY": "", "GOOGLE_API_KEY": "", "ACCOUNTS_CONFIG_PATH": str(path)}
+    assert background("start", "--port", "0", **env).returncode == 0
+    _, row = only_row(path.parent)
+    try:
+        def ask(address, body=None):
+            asked = urllib.request.Request(row["url"] + address, body and json.dumps(body).encode(), {
+                "x-api-key": key, "content-type": "application/json"})
+            with urllib.request.urlopen(asked) as answer:
+                return json.load(answer)
+        assert ask("/admin/accounts") == {"accounts": []} and "no account can serve now" in str(ask("/admin/status")["warnings"])
+        assert ask("/admin/accounts", {"provider": "gemini", "api_key": "k" * 30, "check": False})["id"]
+        assert len(ask("/admin/accounts")["accounts"]) == 1 and os.stat(path).st_mode & 0o77 == 0
+    finally:
+        assert background("stop", "--port", row["url"].rpartition(":")[2], **env).returncode == 0
+
+
+@needs_handover
+def test_a_server_that_does_not_begin_says_why_and_a_restart_keeps_the_old_one(background, tmp_path):
+    done = background("start", "--port", "0", AGPROXY_DRAIN_S="-1")
+    assert done.returncode == 1 and "AGPROXY_DRAIN_S" in done.stderr        # seen before anything begins
+    done = background("start", "--port", "0", "--accounts", str(tmp_path / "none" / "accounts.json"), GEMINI_API_KEY="", GOOGLE_API_KEY="")
+    assert done.returncode == 4 and "exit code 4" in done.stderr and "No account in" in done.stderr
+    key = "k3y-of-the-owner-0123"
+    assert background("start", "--port", "0", PROXY_API_KEY=key).returncode == 0
+    path, row = only_row(background.folder)
+    port = row["arguments"][row["arguments"].index("--port") + 1]
+    done = background("restart", "--port", port, PROXY_API_KEY="")
+    assert done.returncode == 1 and "wants PROXY_API_KEY" in done.stderr
+    done = background("restart", "--port", port, "--tls-cert", str(tmp_path / "none.pem"), PROXY_API_KEY=key)
+    assert done.returncode == 1 and "tls_cert and tls_key cannot be used" in done.stderr
+    assert ag.health_at(row["url"])["instance"] == row["instance"]
+    (tmp_path / "key.env").write_text(f"# mine\nexport PROXY_API_KEY='{key}'\n")
+    done = background("restart", "--port", port, "--env-file", str(tmp_path / "key.env"), PROXY_API_KEY="")
+    assert done.returncode == 0 and os.stat(tmp_path / "key.env").st_mode & 0o777 == 0o600, done.stderr
+    assert key not in str(only_row(background.folder)) and only_row(background.folder)[1]["is_keyed"]
+    assert background("stop", "--port", port).returncode == 0
+
+
+def test_another_program_another_server_and_another_process_are_told_apart(make_proxy, tmp_path, monkeypatch, capsys):
+    proxy, bystander = make_proxy(), subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "own" / "accounts.json"))
+    (tmp_path / "own").mkdir(0o700)
+    row = {"instance": proxy.server.instance, "pid": bystander.pid, "space": ag.process_space(), "url": f"http://127.0.0.1:{proxy.port}",
+           "log": "", "accounts": "", "arguments": [], "is_background": True, "is_keyed": False}
+    elsewhere = int(proxy.sim.url.rpartition(":")[2])
+    nobody = socket.socket()
+    nobody.bind(("127.0.0.1", 0))       # and does not listen
+    free = nobody.getsockname()[1]
+    for port, cells, states, words in (
+            (proxy.port, {"instance": "srv_of_one_that_is_gone"}, (0, 1, 1, 1), "not begun here"),
+            (proxy.port, {"space": "pid:[of a container]"}, (0, 1, 1, 1), "not begun here"),
+            (proxy.port, {"is_background": False}, (0, 0, None, 1), "begun by `serve`"),
+            (elsewhere, {"url": proxy.sim.url}, (3, 1, 1, 1), "does not answer as an agproxy"),
+            (free, {"url": f"http://127.0.0.1:{free}"}, (3, None, 3, None), "no agproxy runs")):
+        path = tmp_path / "own" / f"127.0.0.1-{port}.run"
+        path.write_text(json.dumps({**row, **cells}))
+        for command, state in zip(("status", "start", "stop", "restart"), states):
+            if state is not None:
+                assert ag.main([command, "--port", str(port)]) == state, (command, cells)
+        out = capsys.readouterr()
+        assert words in out.out + out.err
+        assert path.exists() is (port != free)
+    nobody.close()
+    assert bystander.poll() is None
+    bystander.communicate(b"\n")
+    assert ag.main(["logs", "--port", str(free)]) == 1 and "there is no" in capsys.readouterr().err
+    assert ag.main(["start", "--port", str(elsewhere)]) == 1
+
+
+@needs_handover
+def test_a_server_that_does_not_end_is_ended_at_once_and_then_by_force(monkeypatch, tmp_path):
+    sent, row = [], {"instance": "srv_1", "pid": 4_000_000, "space": "", "url": "", "log": "", "accounts": "", "arguments": []}
+    config = argparse.Namespace(drain_s=7)
+    found = ag.Running(config, str(tmp_path), str(tmp_path / "a.run"), "", row, {})
+    monkeypatch.setattr(ag.os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(ag, "is_running", lambda pid: False)
+    waits = []
+    monkeypatch.setattr(ag, "await_end", lambda found, seconds: waits.append(seconds) or len(waits) == 3)
+    ag.end_server(found)
+    assert sent == [(4_000_000, n) for n in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)] and waits[0] == 7 + ag.LATE_END_S
+    monkeypatch.undo()
+    (tmp_path / "a.run").write_text(json.dumps(row))        # it was killed and left this
+    assert ag.await_end(found, 60) and not (tmp_path / "a.run").exists() and ag.await_end(found, 60)
+
+
+def test_where_there_are_no_signals_a_file_asks_the_server_to_end(tmp_path):
+    args = argparse.Namespace(instance="srv_x", demo=False, background=True, log_file=None, accounts=str(tmp_path / "accounts.json"))
+    own = ag.RunFile(args)
+    own.path = str(tmp_path / "a.run")
+    assert not own.is_asked_to_end(0)
+    for instance, is_left in (("srv_other", True), ("srv_x", False)):
+        (tmp_path / "a.run").write_text(json.dumps({"instance": instance}))
+        (tmp_path / "a.run.stop").write_text("")
+        assert own.is_asked_to_end(0)
+        own.remove()
+        assert (tmp_path / "a.run").exists() is (tmp_path / "a.run.stop").exists() is is_left
+
+
+def test_logs_follow_a_file_that_is_put_aside(tmp_path):
+    (tmp_path / "127.0.0.1-8080.log").write_text("one\ntwo\nthree\n")
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "logs", "-f", "-n", "2"], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "ACCOUNTS_CONFIG_PATH": str(tmp_path / "accounts.json")})
+    assert [process.stdout.readline() for _ in range(2)] == ["two\n", "three\n"]
+    if os.name != "nt":
+        os.replace(tmp_path / "127.0.0.1-8080.log", tmp_path / "127.0.0.1-8080.log.1")
+    with open(tmp_path / "127.0.0.1-8080.log", "a", encoding="utf-8") as handle:
+        handle.write("four\n")
+    assert process.stdout.readline() == "four\n"
+    process.kill()
+    process.communicate()
+
+
+ODD_WORDS = ["/opt/my py%n/$HOME/python", "/a \"b\"\\c/agproxy.py", "serve", "--accounts", "/a & <b>/ü'$x.json", "--strategy", "100%"]
+
+
+def of_systemd(line):
+    """The words that systemd reads of an ExecStart= line: quotes, escapes, specifiers, variables."""
+    words = [re.sub(r"\\(.)", r"\1", word) for word in re.findall(r'"((?:[^"\\]|\\.)*)"(?: |$)', line)]
+    assert not re.search(r"(?<!%)%(%%)*(?!%)", "".join(words))
+    words = [word.replace("%%", "%") for word in words]
+    assert not any(re.search(r"(?<!\$)\$(\$\$)*(?!\$)", word) for word in words[1:])
+    return words[:1] + [word.replace("$$", "$") for word in words[1:]]
+
+
+@pytest.mark.parametrize("system", ag.SERVICES)
+def test_a_services_file_holds_the_words_as_they_are(system, tmp_path):
+    import plistlib
+    import shutil
+    import xml.etree.ElementTree
+    place = ag.UnitPlace("agproxy-9", "/l o/g", "/home/o b", "/f", "D\\o & b", 40.0)
+    words = [word.replace("%", "") for word in ODD_WORDS] if system == "win32" else ODD_WORDS
+    unit = ag.SERVICES[system](words, place)
+    assert "agproxy-9" in unit.path and all(unit.start + unit.stop + unit.restart + unit.remove)
+    if system == "linux":
+        assert unit.path == "/home/o b/systemd/user/agproxy-9.service"
+        text = unit.data.decode()
+        assert of_systemd(re.search("^ExecStart=(.*)$", text, re.M)[1]) == words
+        if shutil.which("systemd-analyze"):
+            real = [sys.executable, *words[1:]]
+            (tmp_path / "agproxy-9.service").write_bytes(ag.systemd_service(real, place).data)
+            done = subprocess.run(["systemd-analyze", "--user", "verify", str(tmp_path / "agproxy-9.service")], capture_output=True, text=True,
+                                  env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)})
+            assert "agproxy-9.service" not in done.stdout + done.stderr
+    elif system == "darwin":
+        assert plistlib.loads(unit.data)["ProgramArguments"] == words and unit.install[1][-1] == unit.path
+    else:
+        space = "{http://schemas.microsoft.com/windows/2004/02/mit/task}"
+        task = xml.etree.ElementTree.fromstring(unit.data)
+        assert task.find(f".//{space}Command").text == words[0] and task.find(f".//{space}UserId").text == "D\\o & b"
+        assert task.find(f".//{space}Arguments").text == subprocess.list2cmdline(words[1:])
+        with pytest.raises(ag.ConfigError, match="reads % and"):
+            ag.task_service(ODD_WORDS, place)
+
+
+@pytest.fixture
+def system_programs(tmp_path, monkeypatch):
+    """A folder as the only one on PATH, and what was run there."""
+    monkeypatch.setattr(ag.sys, "platform", "linux")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "own").mkdir(0o700)
+    for name in list(os.environ):
+        if ag.SERVICE_VARIABLES.fullmatch(name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "cfg"))
+    monkeypatch.setenv("ACCOUNTS_CONFIG_PATH", str(tmp_path / "own" / "accounts.json"))
+
+    def make(answer):
+        path = tmp_path / "bin" / "systemctl"
+        path.write_text(f'#!/bin/sh\necho "$*" >> "{tmp_path}/ran"\n{answer}\n')
+        path.chmod(0o755)
+    make.ran = lambda: (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
+    return make
+
+
+@needs_handover
+def test_a_service_is_installed_whole_or_not_at_all_and_removed(system_programs, tmp_path, monkeypatch, capsys):
+    unit, asked = tmp_path / "cfg" / "systemd" / "user" / "agproxy-9123.service", []
+
+    def health_at(url):         # nobody before it was begun, then one
+        asked.append(url)
+        return {"instance": "srv_1", "version": "1", "uptime_s": 1, "pid": 1} if any("restart" in line for line in system_programs.ran()) else None
+    monkeypatch.setattr(ag, "health_at", health_at)
+
+    def told(*words, code=1):
+        assert ag.main(["service", *words, "--port", "9123"]) == code
+        out = capsys.readouterr()
+        return out.out + out.err
+    assert "systemctl is not here" in told("install") and not unit.exists()
+    system_programs('case "$*" in *enable*) echo "Failed to connect to bus: No medium found" >&2; exit 1;; esac')
+    assert "loginctl enable-linger" in told("install") and not unit.exists()
+    assert "does not exist" in told("remove")
+    monkeypatch.setenv("PROXY_API_KEY", "a-secret-key-0123456")
+    monkeypatch.setenv("AGPROXY_DRAIN_S", "5")
+    text = told("install")
+    assert "AGPROXY_DRAIN_S, PROXY_API_KEY" in text and "a-secret" not in text and not unit.exists()
+    text = told("install", "--print", code=0)
+    assert "ExecStart=" in text and "run  systemctl --user enable" in text and "a-secret" not in text and not unit.exists()
+    (tmp_path / "my.env").write_text("AGPROXY_DRAIN_S=5\nPROXY_API_KEY=a-secret-key-0123456\n")
+    before = len(system_programs.ran())
+    system_programs("")
+    text = told("install", "--fallback", "--env-file", str(tmp_path / "my.env"), code=0)
+    assert "installed" in text and "loginctl enable-linger" in text
+    assert [line.split()[1] for line in system_programs.ran()[before:]] == ["daemon-reload", "enable", "restart", "start"]
+    text = unit.read_text()
+    assert '"--fallback"' in text and f'"--env-file" "{tmp_path}/my.env"' in text and "a-secret" not in text
+    assert of_systemd(re.search("^ExecStart=(.*)$", text, re.M)[1])[:3] == [sys.executable, ag.SOURCE, "serve"]
+    assert ag.main(["status", "--port", "9123"]) == 0 and "service   agproxy-9123.service" in capsys.readouterr().out
+    assert ag.main(["start", "--port", "9123"]) == 1        # something else answers there
+    system_programs("exit 1")
+    old = unit.read_bytes()
+    assert "failed" in told("install", "--env-file", str(tmp_path / "my.env")) and unit.read_bytes() == old
+    system_programs("")
+    assert "removed" in told("remove", code=0) and not unit.exists()
+    monkeypatch.setattr(ag.sys, "platform", "plan9")
+    assert "`python3 agproxy.py start` needs none" in told("install")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("A=1\n\n# no\nexport B = 2", None), ("A=1\nB='x y'\n C=\"\"\nexport D=a=b # no", {"A": "1", "B": "x y", "C": "", "D": "a=b # no"}), ("1A=2", None)])
+def test_a_file_of_variables_is_read(text, expected, tmp_path):
+    path = tmp_path / "my.env"
+    path.write_text(text)
+    path.chmod(0o600)
+    if expected is None:
+        with pytest.raises(ag.ConfigError, match="is not NAME=value"):
+            ag.read_variables(str(path))
+    else:
+        assert ag.read_variables(str(path)) == expected
+
+
+def test_the_first_process_of_a_container_ends_in_order(keyed):
+    import shutil
+    words = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if os.name == "nt" or not shutil.which("unshare") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    code = ("import os, subprocess, sys, time\n"
+            "if os.fork() == 0:\n"
+            "    while not [n for n in os.listdir(sys.argv[2]) if n.endswith('.run')]: time.sleep(0.05)\n"
+            "    name = [n for n in os.listdir(sys.argv[2]) if n.endswith('.run')][0]\n"
+            "    port = name[:-4].rpartition('-')[2]\n"
+            "    for verb in ('status', 'stop'):\n"
+            "        done = subprocess.run([sys.executable, sys.argv[1], verb, '--port', port])\n"
+            "        print(verb, done.returncode, flush=True)\n"
+            "    os._exit(0)\n"
+            "os.execv(sys.executable, [sys.executable, sys.argv[1], 'serve', '--port', '0'])\n")
+    done = subprocess.run([*words, sys.executable, "-c", code, os.path.join(HERE, "agproxy.py"), os.path.dirname(keyed.path)],
+                          capture_output=True, text=True, env={**os.environ, **keyed.env}, timeout=300)
+    assert done.returncode == 0 and "process   1\n" in done.stdout and "status 0" in done.stdout, done.stdout + done.stderr
+    assert "stopping: running answers are finished first" in done.stdout
+
+
+# A Unix socket, and below a path
+
+
+class UnixClient(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("localhost")
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self.path)
+
+
+@needs_handover
+def test_a_unix_socket_serves_its_owner_and_is_handed_over(keyed):
+    path = os.path.join(os.path.dirname(keyed.path), "my s.sock")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(path)
+    stale.close()
+    key = "k3y-of-the-owner-0123"
+    keyed.env["PROXY_API_KEY"] = key
+
+    def server(*words):
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--socket", path, *words], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **keyed.env})
+        return process, [next(line for line in process.stdout if marker in line) for marker in ("listens on", "connect")]
+
+    def call(method, target, body=None, **headers):
+        client = UnixClient(path)
+        client.request(method, target, body and json.dumps(body), {"x-api-key": key, **headers})
+        response = client.getresponse()
+        raw = response.read()
+        client.close()
+        return response.status, raw
+    first, told = server()
+    assert path in told[0] and "curl --unix-socket" in told[1] and os.stat(path).st_mode & 0o777 == 0o600
+    assert b"message_stop" in call("POST", "/v1/messages", {**ASK, "stream": True})[1]
+    assert call("GET", "/stats")[0] == 200 and b'"log"' in call("GET", "/stats")[1]      # it is on this machine
+    assert call("GET", "/account-limits", host="evil.example", **{"x-api-key": "no"})[0] == 401
+    assert call("GET", "/", host="evil.example")[0] == 403 and call("GET", "/", host="127.0.0.1")[0] == 200
+    done = run_program("serve", "--socket", path, env=keyed.env)
+    assert done.returncode == 1 and "serve --replace takes its place" in done.stderr
+    assert run_program("status", "--socket", path, env=keyed.env).returncode == 0
+    second, _ = server("--replace", "--workers", "2")
+    assert first.wait() == 0 and os.path.exists(path)
+    first.stdout.close()
+    assert b"message_stop" in call("POST", "/v1/messages", {**ASK, "stream": True})[1]
+    done = run_program("stop", "--socket", path, env=keyed.env)
+    assert done.returncode == 0 and second.wait() == 0 and not os.path.exists(path), done.stderr
+    second.stdout.close()
+    with open(path, "w", encoding="utf-8"):
+        pass
+    for words, why in ((("--socket", path), "something else than a socket"), (("--socket", path, "--tls-cert", keyed.path), "tls"),
+                       (("--socket", path + "x" * 120), "too long")):
+        done = run_program("serve", *words, env=keyed.env)
+        assert done.returncode == 1 and why in done.stderr, done.stderr
+    assert os.path.exists(path)
+    done = run_program("env", env={**keyed.env, "AGPROXY_SOCKET": path})
+    assert done.returncode == 1 and "no client can be sent to" in done.stderr
+
+
+@contextlib.contextmanager
+def reverse_proxy(port):
+    """One that passes on what is below /agproxy as it is, under its own name; yields its port."""
+    class Passing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            client = http.client.HTTPConnection("127.0.0.1", port)
+            client.request(self.command, self.path, body, {**self.headers, "X-Forwarded-For": "203.0.113.9", "X-Forwarded-Host": "evil.example"})
+            response = client.getresponse()
+            raw = response.read()
+            self.send_response(response.status)
+            for name, value in response.getheaders():
+                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(raw)
+            client.close()
+        do_POST = do_GET
+
+        def log_message(self, *words):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Passing) as front:
+        thread = threading.Thread(target=front.serve_forever, args=(0.01,))
+        thread.start()
+        yield front.server_address[1]
+        front.shutdown()
+        thread.join()
+
+
+def test_behind_a_reverse_proxy_every_route_works_below_its_path(make_proxy):
+    proxy = make_proxy(base_path="/agproxy", hosts=["public.example"])
+    with reverse_proxy(proxy.port) as front:
+        def call(method, path, body=None, host="public.example", **headers):
+            client = http.client.HTTPConnection("127.0.0.1", front, timeout=60)
+            client.request(method, path, json.dumps(body) if body else None, {"Host": host, **headers})
+            response = client.getresponse()
+            raw = response.read()
+            client.close()
+            return response.status, response.headers, raw
+        ask = {"model": "gemini-3-flash", "messages": [U]}
+        for path, body, marker in (
+                ("/v1/messages", {**ASK, "stream": True}, b"message_stop"), ("/v1/chat/completions", ask, b"chat.completion"),
+                ("/v1/responses", {"model": "gemini-3-flash", "input": "hi"}, b'"response"'),
+                ("/v1beta/models/gemini-3-flash:generateContent", {"contents": [{"parts": [{"text": "hi"}]}]}, b"candidates")):
+            status, _, raw = call("POST", "/agproxy" + path, body)
+            assert status == 200 and marker in raw, raw
+        for path in ("/health", "/", "/v1/models", "/stats", "/metrics"):
+            assert call("GET", "/agproxy" + path)[0] == 200, path
+        status, headers, _ = call("GET", "/agproxy?x=1")
+        assert status == 308 and headers["location"] == "/agproxy/?x=1"
+        for path in ("/agproxyy/health", "/agproxy/agproxy/health", "/agproxy//health", "/other/health", "/AGPROXY/health"):
+            assert call("GET", path)[0] == 404, path
+        status, _, raw = call("POST", "/agproxy/v1/chat/completions", {"model": 5})     # an error in the path's language
+        assert status == 400 and json.loads(raw)["error"]["code"] != "error" and "type" not in json.loads(raw)
+        assert call("GET", "/agproxy/v1/models", host="evil.example")[0] == 403          # whatever is forwarded
+    assert proxy.call("GET", "/v1/models")[0] == 200
+    vars(proxy.services.config)["base_path"] = ""
+    assert proxy.call("GET", "/agproxy/health")[0] == 404
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("/a/b.c/", "/a/b.c"), ("/", ""), ("", ""), ("a", None), ("/a b", None), ("//x", None), ("/v1", None), ("/v1beta/x", None),
+    ("/admin", None), ("/../x", None), ("/a/%2e", None), ("/v10x", None), ("/é", None)])
+def test_a_base_path_is_a_path_of_its_own(value, expected):
+    if expected is None:
+        with pytest.raises(ag.ConfigError, match="settings.base_path: a path as /agproxy"):
+            ag.config_settings({"base_path": value}, {}, {})
+    else:
+        assert ag.config_settings({"base_path": value}, {}, {})["base_path"] == expected
+
+
+def test_a_port_on_the_command_line_comes_before_a_socket_of_the_file():
+    stored = {"socket": "/tmp/a.sock", "port": 1}
+    assert ag.config_settings(stored, {}, {})["socket"] == os.path.abspath("/tmp/a.sock")
+    assert ag.config_settings(stored, {"port": 9}, {})["socket"] == ""
+    assert ag.config_settings(stored, {"port": 9, "socket": "b"}, {})["socket"] == os.path.abspath("b")
+
+
 @pytest.fixture
 def two_states(tmp_path):
     """Two processes' views of one state.db, which know of each other."""
@@ -10350,6 +10825,7 @@ def test_a_key_is_shown_once_works_until_it_is_rotated_or_revoked_and_only_its_h
     assert keyring.users()[0]["keys"][1]["limits"] == {} and keyring.users()[0]["keys"][1]["expires_at"] == 32503680000
     code, text = keyring("keys", "revoke", rotated["key"][-4:])        # by its hint; a person says y
     assert code == 0 and "revoked: " + second["id"] in text and len(keyring.users()[0]["keys"]) == 1
+    assert keyring("keys", "list", "bob") == (1, "agproxy: no user bob; there are: ann\n")
     assert keyring("users", "disable", "ann")[0] == 0
     with pytest.raises(ag.ProxyError, match="disabled"):
         guard_of(keyring.users(), clock=ag.Clock()).check([key], 0)
@@ -10743,11 +11219,11 @@ def test_a_name_server_that_says_nothing_keeps_the_doctor_for_so_long_and_no_lon
 
 def test_who_listens_on_a_port_is_known_by_its_health(make_proxy):
     proxy = make_proxy()
-    assert ag.listener_at(f"http://127.0.0.1:{proxy.port}", ag.Config("", {})) == f"agproxy {ag.VERSION}"
-    assert ag.listener_at(proxy.sim.url, ag.Config("", {})) == "another program"
+    assert ag.listener_at(f"http://127.0.0.1:{proxy.port}") == f"agproxy {ag.VERSION}"
+    assert ag.listener_at(proxy.sim.url) == "another program"
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        assert ag.listener_at(f"http://127.0.0.1:{nobody.getsockname()[1]}", ag.Config("", {})) == ""
+        assert ag.listener_at(f"http://127.0.0.1:{nobody.getsockname()[1]}") == ""
 
 
 def test_the_doctor_knows_what_programs_print_and_that_some_do_not_run(tmp_path, monkeypatch):
@@ -13436,7 +13912,7 @@ def test_top_for_scripts_and_where_nothing_runs(make_proxy, tmp_path, monkeypatc
         nobody.bind(("127.0.0.1", 0))
         gone = str(nobody.getsockname()[1])
         assert [ag.main([name, "--port", gone]) for name in ("top", "metrics")] == [3, 3]
-    assert "cannot be reached" in capsys.readouterr().err
+    assert f"no agproxy answers at http://127.0.0.1:{gone} (127.0.0.1 cannot be reached" in capsys.readouterr().err
     proxy.services.config = ag.replace(proxy.services.config, api_key="the-owners-own-key-4711")
     assert [ag.main([name, "--port", str(proxy.port)]) for name in ("top", "metrics")] == [1, 1]
     assert capsys.readouterr().err.count("PROXY_API_KEY") == 2
@@ -13504,7 +13980,7 @@ class Managed:
         os.chmod(self.path, 0o600)
         monkeypatch.setenv("PROXY_API_KEY", OWNER_KEY)
         args = ag.build_parser().parse_args(["serve", "--accounts", self.path])
-        args.given, args.examine = [], ag.examine
+        args.given, args.hooks = [], ag.COMMAND_HOOKS
         self.server = stack.enter_context(ag.running_proxy(args, stack.enter_context(open(folder / "log.txt", "w", encoding="utf-8"))))
         self.port, self.answers, self.log = self.server.server_port, [], folder / "log.txt"
 
@@ -13708,6 +14184,7 @@ BAD_FIELDS = [      # method, path, body, what the sentence says
     ("PATCH", "settings", {"strategy": "best"}, "strategy: one of hybrid, sticky"),
     ("PATCH", "settings", {"cors_origins": ["*"]}, "cors_origins: whole origins are required"),
     ("PATCH", "settings", {"hosts": 7}, "hosts: a list of names is required"),
+    ("PATCH", "settings", {"prices": {"x": 1}}, 'prices: {"model pattern": [input, cached, output]} is required'),
     ("PATCH", "settings", {"background_model": 7}, "background_model: text is required"),
     ("PATCH", "settings", {"admin_password": "short"}, "admin_password: at least 8 characters are required"),
     ("PATCH", "settings", {"soft_limt": 0.1}, "soft_limt: is no field here; soft_limit?"),
@@ -13759,7 +14236,7 @@ def test_accounts_are_added_changed_and_removed_by_their_ids(managed):
     assert changed["settings"] == {"name": "new", "provider": "lab", "api_key": "set", "refresh_token": None, "access_token": None,
                                    "weight": 3, "tags": ["t"]}
     assert managed.do("POST", "/admin/accounts/new/disable")["state"] == "disabled"
-    assert managed.do("POST", "/admin/accounts/new/enable")["enabled"] is True       # at once, and in the file
+    assert managed.do("POST", "/admin/accounts/new/enable")["settings"]["enabled"] is True       # at once, and in the file
     assert managed.do("POST", "/admin/accounts/b/verify")["result"].startswith("works")
     assert managed.do("POST", "/admin/accounts/b/refresh")["quotas"]
     assert {row["account"] for row in managed.get("/admin/quota")["quota"]} >= {"b"}
@@ -13774,6 +14251,23 @@ def test_accounts_are_added_changed_and_removed_by_their_ids(managed):
     assert managed.do("DELETE", "/admin/accounts/new")["removed"] == "new"
     assert "new" not in [row["name"] for row in json_of(managed.path)["accounts"]]
     assert managed.call("GET", "/admin/accounts/new")[0] == 404
+
+
+def test_the_management_reads_no_file_and_a_user_who_manages_leads_no_secret_away(managed, tmp_path):
+    made, before = tmp_path / "made", bytes_of(managed.path)
+    anns = {"x-api-key": "anns-key"}
+    for secret in (f"cmd:touch {made}; echo abcdefgh", "env:PROXY_API_KEY", f"file:{managed.path}"):
+        for name in ag.CREDENTIALS:
+            for method, path, more in (("POST", "/admin/accounts", {"provider": "lab", "name": "new"}), ("PATCH", "/admin/accounts/k", {})):
+                status, told = managed.call(method, path, {**more, name: secret})
+                assert status == 400 and name in told["error"]["message"], (secret, name)
+    for name in ag.OWNERS_FIELDS:
+        status, told = managed.call("PATCH", "/admin/settings", {name: None}, anns, own=False)
+        assert status == 403 and "owner's key" in told["error"]["message"], name
+    assert managed.call("PATCH", "/admin/accounts/k", {"proxy": "http://127.0.0.1:1"}, anns, own=False)[0] == 403
+    assert bytes_of(managed.path) == before and not made.exists()
+    assert managed.call("PATCH", "/admin/settings", {"soft_limit": None}, anns, own=False)[0] == 200
+    assert managed.do("PATCH", "/admin/settings", {"proxy": None})["settings"][0]["id"] == "proxy"
 
 
 def test_two_addresses_of_one_label_have_an_id_each():
@@ -13876,6 +14370,40 @@ def test_settings_are_read_changed_and_rolled_back_without_losing_tokens(managed
     managed.do("DELETE", "/admin/aliases/secret-key")
 
 
+def test_a_rollback_brings_no_key_back_and_takes_none_away(managed):
+    managed.do("POST", "/admin/users", {"name": "ida", "models": ["gemini-*"]})
+    first, second = (managed.do("POST", "/admin/keys", {"user": "ida"}) for _ in range(2))
+    before = managed.get("/admin/settings/history")["versions"][0]["id"]
+    managed.do("DELETE", "/admin/keys/" + first["id"])
+    fresh = managed.do("POST", f"/admin/keys/{second['id']}/rotate")["key"]
+    third = managed.do("POST", "/admin/keys", {"user": "ida"})
+    managed.do("PATCH", "/admin/users/ida", {"models": ["claude*"]})
+    managed.do("POST", "/admin/settings/rollback", {"version": before})
+    assert managed.get("/admin/users/ida")["keys"][0]["models"] == ["gemini-*"]
+    keys = (first["key"], second["key"], fresh, third["key"])
+    found = [managed.call("GET", "/v1/models", None, {"x-api-key": key}, own=False)[0] for key in keys]
+    assert found[2:] == [200, 200] and set(found[:2]) <= {401, 429}     # after so many wrong keys
+    managed.do("DELETE", "/admin/users/ida")
+    managed.do("POST", "/admin/settings/rollback", {"version": before})
+    assert managed.get("/admin/users/ida")["keys"] == []
+    managed.server.services.state.flush()
+    assert "scrypt:" not in json.dumps([row[3] for row in managed.server.services.state.rows("versions")])
+    managed.do("DELETE", "/admin/users/ida")
+
+
+def test_a_small_ceiling_of_bodies_can_be_taken_back(managed):
+    managed.do("PATCH", "/admin/settings", {"max_body_bytes": 1})
+    assert managed.call("POST", "/v1/messages", {"model": "gemini-3-flash"})[0] == 413
+    assert managed.do("PATCH", "/admin/settings", {"max_body_bytes": None})["settings"][0]["source"] == "default"
+
+
+@pytest.mark.parametrize("name", ag.NEEDED)
+def test_no_setting_makes_a_server_that_can_take_no_request(name):
+    with pytest.raises(ag.ConfigError):
+        ag.setting_value(name, 0, name)
+    assert ag.setting_value(name, 1, name) == 1
+
+
 def test_an_edit_that_cannot_be_stored_is_a_507_and_changes_nothing(managed, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -13911,13 +14439,162 @@ def test_requests_usage_audit_and_events_tell_what_happened(managed):
     assert row["id"] == key and row["used"] == "gemini-3-flash" and "choices" not in row
     assert managed.get(f"/admin/requests/{key}")["total_ms"] >= 0 and managed.get(f"/admin/requests/{key}/why")["choices"][0]["sheet"]
     assert managed.get("/admin/requests?status=200&used=gemini-3-flash")["requests"] and not managed.get("/admin/requests?used=x")["requests"]
+    assert managed.get(f"/admin/requests/{key}/bodies") == {"id": key, "capture": "errors", "bodies": []}
     used = managed.get("/admin/usage?by=used&per=month")["usage"]
     assert used[-1]["used"] == "gemini-3-flash" and used[-1]["requests"] >= 1 and used[-1]["output_tokens"] > 0
-    assert managed.get("/admin/usage?format=csv").splitlines()[0] == "from,account," + ",".join(ag.USAGE_SUMS)
+    assert managed.get("/admin/usage?format=csv").splitlines()[0] == "from,account," + ",".join((*ag.USAGE_SUMS, "unpriced", "cost_usd"))
     assert ag.csv_of([{"a": '=1+"x"', "b": "-"}]) == b'a,b\r\n"\'=1+""x""",-\r\n'
+    assert managed.call("POST", "/v1/messages", {"model": "no-such", "max_tokens": 5, "messages": [{"role": "user", "content": "who?"}]})[0] == 403
+    path = f"/admin/requests/{managed.headers['request-id']}/bodies"
+    until(lambda: managed.call("GET", path)[0] == 200)      # it is written after its answer
+    kept = managed.get(path)["bodies"]
+    assert len(kept) == 1 and "who?" in kept[0]["request"] and "permission_error" in kept[0]["answer"]
     newest = managed.get("/admin/audit?limit=2")["audit"]
     assert [(row["who"], row["what"]) for row in newest] == [("owner", "POST /admin/accounts/a/enable"), ("owner", "POST /admin/accounts/a/disable")]
     assert any(line.startswith("-") and '"enabled": false' in line for line in newest[0]["changes"])
+
+
+def test_who_may_no_longer_manage_hears_no_more_events(managed, monkeypatch):
+    monkeypatch.setattr(ag, "PING_EVERY_S", 0.1)
+    cookie, csrf, _ = managed.log_in()
+    made = [managed.do("POST", "/admin/users", {"name": "zoe", "admin": True}), managed.do("POST", "/admin/keys", {"user": "zoe"})][1]
+    ends = ((cookie, lambda: managed.call("POST", "/admin/logout", {}, {**cookie, **csrf}, own=False)),
+            ({"x-api-key": made["key"]}, lambda: managed.do("PATCH", "/admin/users/zoe", {"admin": False})))
+    for headers, end in ends:
+        with socket.create_connection(("127.0.0.1", managed.port), timeout=60) as listener:
+            told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            listener.sendall(f"GET /admin/events HTTP/1.1\r\nHost: 127.0.0.1:{managed.port}\r\n{told}\r\n".encode())
+            heard = b""
+            while b"still here" not in heard:
+                heard += listener.recv(65536)
+            assert end()
+            while not heard.endswith(b"0\r\n\r\n"):
+                more = listener.recv(65536)
+                assert more
+                heard += more
+    managed.do("DELETE", "/admin/users/zoe")
+    until(lambda: managed.server.events._thread is None)
+
+
+def test_keys_tell_their_last_use_and_refused_log_ins_do_not_fill_the_audit(managed):
+    managed.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 50, "messages": [
+        {"role": "user", "content": '"key":"none"'}]}, {"x-api-key": "bobs-key"}, own=False)
+    path = "/admin/requests/" + managed.headers["request-id"]
+    until(lambda: managed.call("GET", path)[0] == 200)      # it is written after its answer
+    asked = managed.get(path)
+    used = {row["id"]: row["last_used_at"] for row in managed.get("/admin/keys")["keys"]}
+    assert used[asked["key"]] >= asked["at"]
+    for _ in range(5):
+        assert managed.call("POST", "/admin/login", {"token": "x"}, own=False)[0] == 401
+    rows = [row for row in managed.get("/admin/audit?limit=1000")["audit"] if row["what"] == "log-in refused"]
+    assert len(rows) == 1 and rows[0]["note"].startswith("authentication; ")
+
+
+def test_a_list_price_is_the_owners_the_vendors_or_unknown():
+    known = {name: ag.model_price(name, {}) for name in ("claude-opus-4-6-thinking", "claude-opus-4-1", "claude-fable-5-1", "gemini-pro-agent",
+                                                         "gemini-3.8-flash-low", "gpt-5.4", "gpt-5.4-pro", "gpt-oss-120b-medium", "", "-", "a-name")}
+    assert known == {"claude-opus-4-6-thinking": (5, 0.5, 25), "claude-opus-4-1": (15, 1.5, 75), "claude-fable-5-1": (10, 0.25, 50),
+                     "gemini-pro-agent": (2, 0.2, 12), "gemini-3.8-flash-low": (0.75, 0.075, 3.75), "gpt-5.4": (2.5, 0.25, 15),
+                     "gpt-5.4-pro": None, "gpt-oss-120b-medium": None, "": None, "-": None, "a-name": None}
+    own = ag.setting_value("prices", '{"A-*": [1, 0, 2], "gemini-3.1-pro*": [9, 9, 9]}', "prices")
+    assert ag.model_price("a-name", own) == (1, 0, 2) and ag.model_price("gemini-pro-agent", own) == (9, 9, 9)
+    assert all(0 <= cached <= fresh <= out for fresh, cached, out in ag.PRICES.values())
+    for wrong in ("x", "[1]", '{"a": 1}', '{"a": [1, 2]}', '{"a": [1, 2, -3]}', '{"a": [1, true, 3]}', '{"a": [1, 2, "3"]}', 7, None):
+        with pytest.raises(ag.ConfigError, match=r'prices: \{"model pattern"'):
+            ag.setting_value("prices", wrong, "prices")
+
+
+def test_usage_tells_what_it_would_have_cost_and_what_was_saved():
+    def row(used, told=(1000, 0, 100), **more):
+        return {"account": "a", "used": used, "asked": used, "status": 200, "session": "", "agent": "", "note": "",
+                **dict(zip(ag.USAGE_SUMS[2:], told)), **more}
+    usages, opus, at = ag.Usages("account", "day", {}), "claude-opus-4-6-thinking", 1_700_000_000
+    for step, told in enumerate((       # newest first
+            row(opus, (5000, 0, 100), session="s", account="b"), row(opus, (1000, 4000, 100), session="s"),       # 4000 are read anew
+            row(opus, (5000, 0, 100), session="old", account="b"), row(opus, (1000, 4000, 100), session="new"),
+            row("gemini-3-flash", (1_000_000, 0, 0), asked=opus, note="routed: background, title"),
+            row("gemini-3-flash", (10, 0, 0), asked=opus, note="routed: think"), row(opus, (0, 0, 0), note="answered locally: probe"),
+            row("nobody-knows", account="c"), row("-", (0, 0, 0), status=502, account="c"))):
+        usages.add(at - step, told)
+    rows = {found["account"]: found for found in usages.rows()}
+    assert rows["a"]["cost_usd"] == pytest.approx(2 * (0.005 + 0.002 + 0.0025) + 0.5 + 0.000005) and rows["a"]["requests"] == 5
+    assert rows["c"]["cost_usd"] is None and rows["c"]["unpriced"] == 1 and rows["c"]["errors"] == 1
+    totals, saved = usages.totals(), usages.savings()
+    assert totals["requests"] == 9 and totals["cost_usd"] == pytest.approx(sum(rows[name]["cost_usd"] for name in "ab"))
+    assert (saved["local"], saved["local_kinds"], saved["moved"], saved["switches"], saved["lost_tokens"]) == (1, {"probe": 1}, 1, 1, 4000)
+    assert saved["moved_usd"] == pytest.approx(4.5) and saved["cached_usd"] == pytest.approx(8000 * 4.5 / 1e6)
+    assert saved["lost_usd"] == pytest.approx(4000 * 4.5 / 1e6)
+
+
+def test_the_usage_of_a_server_has_prices_totals_and_all_its_times(managed):
+    managed.call("POST", "/v1/messages", {"model": "claude-opus-4-6", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]})
+    for per, least in (("hour", 24), ("day", 7), ("week", 1), ("month", 1)):
+        told = managed.get(f"/admin/usage?by=client&per={per}&since={int(time.time()) - 7 * 86400}")
+        assert len(told["times"]) >= least and told["times"] == sorted(told["times"]) and told["usage"][-1]["from"] in told["times"]
+    assert told["totals"]["cost_usd"] > 0 and told["savings"]["local"] >= 0
+    before = told["totals"]["cost_usd"]
+    managed.do("PATCH", "/admin/settings", {"prices": {"*": [1000, 1000, 1000]}})
+    assert managed.get("/admin/usage?per=month")["totals"]["cost_usd"] > before
+    managed.do("PATCH", "/admin/settings", {"prices": None})
+    assert managed.get("/admin/usage?per=month&since=0")["times"]
+
+
+def test_explain_takes_a_length_and_a_kind(managed):
+    managed.do("POST", "/admin/groups", {"name": "wide", "models": ["gemini-pro-agent", "claude-opus-4-6"]})
+    managed.do("POST", "/admin/routes", {"name": "long_context", "to": "wide", "over_tokens": 1000})
+    managed.do("POST", "/admin/routes", {"name": "web_search", "to": "gemini-3-flash"})
+    assert managed.get("/admin/explain?model=opus&tokens=1000")["routed_by"] == ""
+    told = managed.get("/admin/explain?model=opus&tokens=300000")
+    assert (told["routed_to"], told["routed_by"], told["group"]["models"]) == ("wide", "long_context", ["gemini-pro-agent", "claude-opus-4-6"])
+    assert [model["fits"] for model in told["models"]][:2] == [True, False] and told["model"] == "gemini-pro-agent"
+    assert managed.get("/admin/explain?model=opus&kind=web_search")["routed_by"] == "web_search"
+    assert managed.call("GET", "/admin/explain?model=opus&kind=x")[1]["error"]["message"].startswith("kind: one of plain, background")
+    for path in ("routes/long_context", "routes/web_search", "groups/wide"):
+        managed.do("DELETE", "/admin/" + path)
+
+
+def test_clients_are_shown_and_set_up_by_the_management_as_by_the_command(managed, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    for name in ("CODEX_HOME", "CLAUDE_CONFIG_DIR", "AGPROXY_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    told = managed.get("/admin/clients?url=http://box.lan:8080")
+    rows = {row["id"]: row for row in told["clients"]}
+    assert set(rows) == {*ag.CLIENTS, "sdk"} and told["needs_key"] and len(rows["sdk"]["steps"]) == len(ag.SDK_LINES)
+    for name, row in rows.items():
+        texts = "\n".join(step["text"] for step in row["steps"])
+        assert "http://box.lan:8080" in texts and OWNER_KEY not in texts and not row["is_set_up"], name
+    assert managed.call("GET", "/admin/clients?url=ftp://x")[0] == managed.call("GET", "/admin/clients?url=http://a:b@c")[0] == 400
+    own, body = f"http://127.0.0.1:{managed.port}", {"key": "agp-a-key-of-bob"}
+    rows = {row["id"]: row for row in managed.get("/admin/clients?url=" + own)["clients"]}
+    shown = managed.do("POST", "/admin/clients/claude/preview", body)["diff"]
+    settings = tmp_path / "home" / ".claude" / "settings.json"
+    assert any("ANTHROPIC_BASE_URL" in line for line in shown) and body["key"] not in str(shown) and not settings.exists()
+    assert f"speaks to {own} now" in str(managed.do("POST", "/admin/clients/claude/setup", body)["notes"])
+    env = json_of(settings)["env"]
+    assert env == {"ANTHROPIC_BASE_URL": own, "ANTHROPIC_AUTH_TOKEN": body["key"]}
+    step = next(step for step in rows["claude"]["steps"] if step["title"].endswith("settings.json"))
+    assert json.loads(step["text"].replace(ag.SHOWN_KEY, body["key"]).replace("http://box.lan:8080", own))["env"] == env
+    assert {row["id"]: row for row in managed.get("/admin/clients")["clients"]}["claude"]["is_set_up"]
+    assert any(line.startswith("-") for line in managed.do("POST", "/admin/clients/claude/preview", {"undo": True})["diff"])
+    managed.do("POST", "/admin/clients/claude/unsetup")
+    assert not settings.exists() and body["key"] not in str(managed.get("/admin/audit"))
+    for name, sent, status in (("nobody", {}, 404), ("openai", {}, 404), ("codex", {"key": "a b"}, 400),
+                               ("codex", {"url": "http://evil.example"}, 400)):     # it would get the owner's key
+        assert managed.call("POST", f"/admin/clients/{name}/setup", sent)[0] == status, (name, sent)
+    args = ag.build_parser().parse_args(["serve", "--demo"])
+    with pytest.raises(ag.ProxyError, match="a demo changes no client's settings"):
+        ag.client_changed(args, managed.server.services, "claude", "setup", {}, managed.port)
+
+
+def test_providers_and_models_are_listed_for_who_adds_an_account(managed):
+    rows = {row["id"]: row for row in managed.get("/admin/providers")["providers"]}
+    assert rows["antigravity"]["has_sign_in"] and rows["antigravity"]["terms"] and not rows["antigravity"]["takes_key"]
+    assert rows["gemini"] == {"id": "gemini", "takes_key": True, "has_sign_in": False, "needs_key": True, "terms": "",
+                              "variables": ["GEMINI_API_KEY", "GOOGLE_API_KEY"]}
+    assert rows["openrouter"]["has_sign_in"] and not rows["ollama"]["needs_key"] and "sim" not in rows
+    models = {row["id"]: row for row in managed.get("/admin/models")["models"]}
+    assert models["gemini-pro-agent"]["price_usd"] == [2, 0.2, 12] and models["gpt-oss-120b-medium"]["price_usd"] is None
 
 
 def test_a_backup_stays_on_the_disk_for_its_owner(managed):
@@ -13960,12 +14637,26 @@ def test_a_name_of_ones_own_may_manage_from_afar_where_allowed(guarded, monkeypa
             assert proxy.call("POST", "/admin/thing", b"{}", {**kind, **key, **here, **wrong})[0] == 403, wrong
 
 
+def test_what_answers_at_a_port_writes_nothing_but_text_on_the_terminal(monkeypatch):
+    told = {"streams": 0, "version": "1\x1b]0;x\x07\x1b[31m", "pid": "1\n2", "uptime_s": 1}
+    monkeypatch.setattr(ag, "simple_call", lambda *_, **__: (200, {}, json.dumps(told).encode()))
+    assert all(str(value).isprintable() for value in ag.health_at("http://127.0.0.1:1").values())
+    told["uptime_s"] = "long"
+    assert ag.health_at("http://127.0.0.1:1") == {}
+
+
 def test_ui_prints_a_link_that_opens_the_running_server(managed, capsys, monkeypatch):
     monkeypatch.delenv("PROXY_API_KEY")
+    run_file = ag.RunFile(ag.build_parser().parse_args(["serve", "--accounts", managed.path]))
+    monkeypatch.setattr(managed.server, "instance", run_file.instance)
+    run_file.write(managed.server)
     assert ag.main(["ui", "--accounts", managed.path, "--port", str(managed.port), "--no-browser"]) == 0
     url, _, token = capsys.readouterr().out.strip().partition("/#")
     assert url == f"http://127.0.0.1:{managed.port}"
     assert [managed.call("POST", "/admin/login", {"token": token}, own=False)[0] for _ in range(2)] == [200, 401]
+    before = "https://ai.example.org/agproxy"        # what is before it
+    assert ag.main(["ui", "--accounts", managed.path, "--port", str(managed.port), "--no-browser", "--url", before + "/"]) == 0
+    assert re.fullmatch(re.escape(before) + r"/#[\w-]{32}\n", capsys.readouterr().out)
     free = ag.shared_listener("127.0.0.1", 0)
     port = free.getsockname()[1]
     free.close()
@@ -13985,7 +14676,7 @@ def text_of(name):
 SOURCE, README = text_of("agproxy.py"), text_of("README.md")
 TREE = ast.parse(SOURCE)
 MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18), "select": (12, 17), "selectors": (12, 17, 18),
-           "threading": (3, 5, 12, 16, 13, 14, 17, 18, 19, 20), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
+           "threading": (3, 5, 12, 16, 13, 14, 17, 18, 19, 20, 21), "queue": (5, 12, 13, 14, 17, 18, 19, 20), "sqlite3": (5, 14),
            "subprocess": (4, 14, 20), "signal": (17, 20), "random": (3,), "argparse": (20,)}
 
 
@@ -14014,7 +14705,7 @@ def test_nothing_is_used_before_it_is_defined():
             lines.setdefault(node.targets[0].id, node.lineno)
     ahead = sorted({f"{getattr(node, 'name', node.lineno)} -> {used.id}" for node in TREE.body for used in ast.walk(node)
                     if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load) and lines.get(used.id, 0) > node.lineno})
-    assert ahead == []
+    assert ahead == ["page_answer -> PAGE"]     # it stands last, where nobody has to scroll past it
 
 
 MAY_USE = {1: "", 2: "1", 3: "1 2", 4: "1 2 3", 5: "1 2 3 4", 6: "1 2 3", 7: "1 2 3", 8: "1 2 3 7", 9: "1 2 3 6 7 8",
@@ -14130,6 +14821,234 @@ def test_the_readmes_commands_run():
     for name in ("map", "version"):
         assert run_program(name).returncode == 0
     assert "claude-opus" in run_program("models", "--demo").stdout
+
+
+# The page ------------------------------------------------------------------
+
+PAGE_SCRIPT = re.search("<script>(.*)</script>", ag.PAGE, re.S)[1]
+
+
+def test_the_page_is_one_document_that_loads_nothing_and_reads_no_markup():
+    assert len(ag.PAGE.encode()) <= 150_000 and "%%" not in ag.PAGE
+    links = set(re.findall(r"(?:https?:)?//[\w-]+\.[\w./-]+", ag.PAGE)) - {"http://www.w3.org/2000/svg"}
+    assert not links and not re.search(r"""url\(|@import|<(script|img|iframe)[^>]* src|href="(?!#|data:)""", ag.PAGE)
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "eval(", "new Function", "sessionStorage"):
+        assert word not in ag.PAGE, word
+    assert set(re.findall(r"localStorage\.\w+\((\"[^\"]+\")", ag.PAGE)) == {'"agproxy-hide"'}
+    body = ag.PAGE.partition("<body>")[2].partition("<script>")[0]
+    ids = re.findall(r'\bid="([\w-]+)"', body)
+    assert len(ids) == len(set(ids)) and not re.search(r"\b(on\w+|style)=", body)
+    assert set(re.findall(r'\$\("([\w-]+)"\)', PAGE_SCRIPT)) <= set(re.findall(r'\bid(?:=|: )"([\w-]+)"', ag.PAGE))
+    panels = re.findall(r'^panel\("(\w+)"', PAGE_SCRIPT, re.M)
+    order = re.search(r"const ORDER = \[(.*?)\]", PAGE_SCRIPT, re.S)[1]
+    assert panels and len(panels) == len(set(panels)) and set(panels) <= set(re.findall(r"\w+", order))
+
+
+def test_each_button_of_the_page_names_a_command_that_there_is():
+    named = re.findall(r"""(?<![\w.])button\((?:[^,"'`()]+|"[^"]*"|`[^`]*`),\s*(?:["'`]([\w-]+)|twin\b)""", PAGE_SCRIPT)
+    assert len(named) == len(re.findall(r"(?<!function )(?<![\w.])button\(", PAGE_SCRIPT)) and {*named} - {""} <= set(ag.COMMANDS)
+    forms = re.findall(r"""(?<![\w.])form\([^;]*?"[A-Z][\w' ]*",\s*["`]([a-z-]+)""", PAGE_SCRIPT)       # whose buttons are told by their callers
+    assert len(forms) > 4 and set(forms) | set(re.findall(r"twin = [`\"]([a-z]+)", PAGE_SCRIPT)) <= set(ag.COMMANDS)
+    told = re.findall(r"agproxy\.py ([\w-]+)", ag.PAGE)
+    assert told and set(told) <= set(ag.COMMANDS)
+
+
+def test_the_page_asks_for_routes_that_there_are():
+    known = {(row.method, re.sub(r"\{id\}", "x", row.path)) for row in ag.ADMIN}
+    asked = set(re.findall(r'api\("(\w+)", "(admin/[\w/]+)[?"]', PAGE_SCRIPT)) | {
+        (method, f"admin/{name}/x" + (f"/{action}" if action else "")) for method, name, action in re.findall(
+            r'api\("(\w+)", part\("(\w+)", [\w.]+(?:, "(\w+)")?\)', PAGE_SCRIPT)}
+    assert len(asked) > 25 and {(method, "/" + path) for method, path in asked} <= known
+
+
+def test_the_page_is_for_browsers_and_its_policy_names_what_it_runs(make_proxy):
+    proxy = make_proxy()
+    assert json.loads(proxy.call("GET", "/", headers={"Accept": "*/*"})[2])["name"] == "agproxy"
+    for mode, dest, wanted in (("navigate", "document", 200), ("navigate", "iframe", 403), ("no-cors", "script", 403)):     # of a link elsewhere
+        fetched = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": mode, "Sec-Fetch-Dest": dest, "Accept": "text/html"}
+        assert proxy.call("GET", "/", headers=fetched)[0] == wanted and proxy.call("GET", "/stats", headers=fetched)[0] == 403
+    status, headers, body = proxy.call("GET", "/", headers={"Accept": "text/html,*/*;q=0.8"})
+    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8" and body.decode() == ag.PAGE
+    policy = dict(part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";"))
+    for tag in ("script", "style"):
+        text = body.partition(b"<%s>" % tag.encode())[2].rpartition(b"</%s>" % tag.encode())[0]
+        assert policy.pop(tag + "-src") == "'sha256-%s'" % base64.b64encode(hashlib.sha256(text).digest()).decode()
+    assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "frame-ancestors": "'none'",
+                      "base-uri": "'none'", "form-action": "'none'"}
+    assert headers["referrer-policy"] == "no-referrer" and headers["x-content-type-options"] == "nosniff"
+
+
+CHROMIUM = os.environ.get("AGPROXY_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Browser:
+    """Chromium without a window, led by its DevTools over a pipe."""
+    START = ("import os, sys\nfds = [os.dup(int(a)) for a in sys.argv[1:3]]\nfor n in (0, 1):\n    os.dup2(os.dup(fds[n]), 60 + n)\n"
+             "for n in (0, 1):\n    os.dup2(60 + n, 3 + n)\nos.execvp(sys.argv[3], sys.argv[3:])")
+
+    def __init__(self, folder):
+        theirs, self.told = os.pipe()
+        self.heard, ours = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.START, str(theirs), str(ours), CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             f"--user-data-dir={folder}", "--window-size=1280,900", "--remote-debugging-pipe", "about:blank"],
+            pass_fds=(theirs, ours), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs)
+        os.close(ours)
+        self.rest, self.session, self.number, self.troubles = b"", None, 0, []
+        page = next(row for row in self.do("Target.getTargets")["targetInfos"] if row["type"] == "page")
+        self.session = self.do("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        for part in ("Page", "Runtime", "Log"):
+            self.do(part + ".enable")
+
+    def do(self, method, **params):
+        """What it answers; what goes wrong in the page meanwhile is collected."""
+        self.number += 1
+        os.write(self.told, json.dumps({"id": self.number, "method": method, "params": params,
+                                        **({"sessionId": self.session} if self.session else {})}).encode() + b"\0")
+        while True:
+            message, end, rest = self.rest.partition(b"\0")
+            if not end:
+                more = select.select([self.heard], [], [], 120)[0] and os.read(self.heard, 1 << 20)
+                assert more, "the browser is gone, or hangs"
+                self.rest += more
+                continue
+            self.rest, row = rest, json.loads(message)
+            if row.get("id") == self.number:
+                assert "error" not in row, row
+                return row["result"]
+            if row["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.troubles.append(row["params"])
+
+    def js(self, text):
+        told = self.do("Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    def until(self, text):
+        """Waits for what an expression says: a time-out of the whole run is the end of it."""
+        until(lambda: self.js(text))
+
+    def key(self, key):
+        for kind, text in (("keyDown", key), ("keyUp", "")):
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, text=text)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.told)
+        os.close(self.heard)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not CHROMIUM or os.name != "posix":
+        pytest.skip("no Chromium is installed")
+    browser = Browser(tmp_path / "browser")
+    yield browser
+    browser.stop()
+    assert browser.troubles == []       # neither a fault of the script nor one against the policy
+
+
+def test_a_browser_shows_accounts_and_requests_live_and_changes_what_it_is_told_to(managed, browser):
+    def ask(text):
+        managed.call("POST", "/v1/messages", {"model": "gemini-3-flash", "max_tokens": 9, "messages": [{"role": "user", "content": text}]})
+        return managed.headers["request-id"]
+    before, link = ask("before"), ag.new_login(managed.server.services.state, "link", time.time())
+    browser.do("Page.navigate", url=f"http://127.0.0.1:{managed.port}/#{link}")
+    browser.until(f"document.querySelectorAll('.quota .who').length > 3 && document.body.outerHTML.includes('why {before}')")
+    assert link not in browser.js("location.href") and "agproxy" in browser.js("document.title")
+    managed.do("POST", "/admin/accounts/a/refresh")
+    browser.until("document.querySelectorAll('.quota .bar').length >= 4")
+    browser.js("toast('b@home.example')")
+    browser.key("h")
+    browser.until("isHiding")
+    browser.js("toast('c@home.example', 'agp-0123456789abcdef')")
+    told = browser.js("$('toasts').innerText")
+    assert "•••@•••" in told and "@home" not in told and "0123456789" not in told
+    browser.key("g")
+    browser.key("s")
+    browser.until("location.hash === '#requests' && !!document.querySelector('#requests tr.link')")
+    after = ask("after")
+    browser.until(f"document.querySelector('#requests tr.link').innerHTML.includes('why {after}')")
+    browser.js("document.querySelector('#requests tr.link').click()")
+    browser.until("$('dialog').open && $('dialog').innerText.includes('Why this account')")
+    browser.js("closeDialog(); void openAccount('a')")
+    browser.until("!!$('dialog').querySelector('[title$=\"accounts disable a\"]')")
+    browser.js("$('dialog').querySelector('[title$=\"accounts disable a\"]').click()")
+    browser.until("status.accounts.some(row => row.id === 'a' && row.state === 'disabled')")
+    managed.do("POST", "/admin/accounts/a/enable")
+    browser.until("status.accounts.some(row => row.id === 'a' && row.state !== 'disabled')")
+    browser.js("logOut()")
+    browser.until("!!$('login')")
+    assert managed.call("GET", "/admin/status", own=False)[0] == 401
+
+
+def test_a_browser_signs_in_orders_a_group_connects_by_a_new_key_and_rolls_back(managed, browser):
+    def press(text, where="document"):
+        found = f"[...{where}.querySelectorAll('button')].find(b => b.textContent === {json.dumps(text)} && !b.disabled)"
+        browser.until(f"!!{found}")
+        browser.js(found + ".click()")
+
+    def show(panel):
+        browser.js(f"location.hash = '{panel}'")
+        browser.until(f"current === '{panel}' && !panels.{panel}.el.hasAttribute('aria-busy')")
+    link, inside = ag.new_login(managed.server.services.state, "link", time.time()), "$('dialog')"
+    browser.do("Page.navigate", url=f"http://127.0.0.1:{managed.port}/#{link}")
+    browser.until("document.querySelectorAll('.quota .who').length > 3")
+    browser.js("void flows.signIn()")
+    browser.until(f"!!{inside}.querySelector('select')")
+    browser.js(f"(box => {{ box.value = 'antigravity'; box.dispatchEvent(new Event('change')); }})({inside}.querySelector('select'))")
+    browser.js(f"{inside}.querySelector('[placeholder=\"found out\"]').value = 'near'; {inside}.querySelector('[type=checkbox]').click()")
+    press("Get the link", inside)
+    browser.until(f"!!{inside}.querySelector('a.main')")
+    consent = ag.urllib.parse.urlsplit(browser.js(f"{inside}.querySelector('a.main').href"))
+    other = http.client.HTTPConnection(consent.netloc, timeout=60)
+    other.request("GET", f"/sim/consent?{consent.query}&account=b")
+    answer = other.getresponse()
+    answer.read()
+    other.close()
+    browser.js(f"{inside}.querySelector('textarea').value = {json.dumps(answer.headers['location'])}")
+    press("Hand it in", inside)
+    browser.until("current === 'quota' && location.hash === '#quota' && $('toasts').innerText.includes('is signed in')")     # it was known by its credential
+
+    managed.do("POST", "/admin/groups", {"name": "drawn", "models": ["gemini-3-flash", "claude-sonnet-4-6"]})
+    show("routing")
+    browser.js("""(([first, second]) => {
+      const by = (el, kind) => el.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true,
+        clientY: first.getBoundingClientRect().top + 1, dataTransfer: new DataTransfer()}));
+      by(second, "dragstart"); by(first, "dragover"); by(first, "drop");
+    })(document.querySelectorAll(".items[data-group=drawn] li"))""")
+    until(lambda: managed.get("/admin/groups/drawn")["models"] == ["claude-sonnet-4-6", "gemini-3-flash"])
+
+    show("users")
+    press("New user", "$('users')")
+    browser.until(f"!!{inside}.querySelector('[placeholder=ann]')")
+    browser.js(f"{inside}.querySelector('[placeholder=ann]').value = 'cat'")
+    press("Create the key", inside)
+    browser.until(f"{inside}.textContent.includes('shown this once')")
+    key = browser.js(f"{inside}.querySelector('.command code').textContent")
+    browser.js("closeDialog()")
+    show("connect")
+    status, _ = managed.call("POST", "/v1/messages", {"model": "drawn", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+                             {"x-api-key": key, "user-agent": "claude-cli/2.1.329"}, own=False)
+    assert status == 200
+    browser.until("!!document.querySelector('.test.good') && document.querySelector('.test').innerText.includes('drawn')")
+
+    show("settings")
+    press("soft_limit", "$('settings')")
+    browser.until(f"{inside}.open && !!{inside}.querySelector('input')")
+    browser.js(f"{inside}.querySelector('input').value = '0.35'")
+    press("Save", inside)
+    until(lambda: managed.server.services.config.soft_limit == 0.35)
+    browser.until(f"!{inside}.open && !panels.settings.el.hasAttribute('aria-busy')")
+    press("Roll back", "$('settings')")
+    browser.until(f"{inside}.open")
+    press("Roll back", inside)
+    until(lambda: managed.server.services.config.soft_limit != 0.35)
+    browser.until(f"{inside}.textContent.includes('Rolled back')")
+    for path in ("groups/drawn", "users/cat"):
+        managed.do("DELETE", "/admin/" + path)
 
 
 # Clients' settings -----------------------------------------------------------
@@ -14320,16 +15239,17 @@ def status_of(*words, told, **env):
 
 def test_the_status_line_comes_from_the_server_by_the_command_that_setup_writes(make_proxy, tmp_path):
     key = "owners-key-" + os.urandom(6).hex()
-    proxy = make_proxy({"work": None}, env={"PROXY_API_KEY": key})
+    proxy = make_proxy({"work": None}, env={"PROXY_API_KEY": key}, base_path="/below")
     import shlex
     command = shlex.split(ag.status_command())[1:]
     told = json.dumps({"session_id": "s", "model": {"id": "claude-opus-4-8[1m]", "display_name": "Opus"}}).encode()
     env = {"ANTHROPIC_BASE_URL": f"http://127.0.0.1:{proxy.port}", "ANTHROPIC_AUTH_TOKEN": key,
            "ACCOUNTS_CONFIG_PATH": str(tmp_path / "none" / "accounts.json"), "PORT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    assert status_of(*command, told=told, **env) == "opus | work"
+    for path in ("", "/below", "/below/"):
+        assert status_of(*command, told=told, **{**env, "ANTHROPIC_BASE_URL": env["ANTHROPIC_BASE_URL"] + path}) == "opus | work"
     assert status_of(*command, told=b"\xff no json", **env) == "agproxy"
     # a wrong key, nobody there, no server named: what is on disk
-    for other in ({"ANTHROPIC_AUTH_TOKEN": "wrong"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, {"ANTHROPIC_BASE_URL": ""}):
+    for other in ({"ANTHROPIC_AUTH_TOKEN": "wrong"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, {"ANTHROPIC_BASE_URL": env["ANTHROPIC_BASE_URL"] + "/else"}, {"ANTHROPIC_BASE_URL": ""}):
         line = status_of(*command, told=told, **{**env, **other})
         assert line == "opus: no account can serve it | agproxy does not answer"
     assert proxy.call("GET", "/statusline", headers={})[0] == 401 and not (tmp_path / "none").exists()
