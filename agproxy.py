@@ -18575,12 +18575,13 @@ def write_backup(services: Services) -> str:
 
 def request_rows(state: State, since: float, until: float) -> Iterator[tuple[float, dict]]:
     """(when, row) of each request that ended in that time, newest first, a page at a time."""
-    for start in itertools.count(0, 500):
-        rows = state.rows("requests", "at >= ? AND at <= ? ORDER BY at DESC LIMIT 500 OFFSET ?",
-                          since, until, start)
-        yield from ((at, json_decode(text.encode())) for _, at, text in rows)
-        if len(rows) < 500:
-            return
+    rows, place = [None], (until, "\U0010ffff")     # after every id
+    while rows:     # from where the last page ended: an offset would be counted off each time
+        rows = state.rows("requests", "at >= ? AND at <= ? AND (at, id) < (?, ?) "
+                          "ORDER BY at DESC, id DESC LIMIT 500", since, place[0], *place)
+        for request_id, at, text in rows:
+            place = at, request_id
+            yield at, json_decode(text.encode())
 
 
 USAGE_BY = ("account", "used", "asked", "client", "agent", "session", "user", "key")
@@ -24014,7 +24015,7 @@ def begin_server(found: Running, words: list[str], log: str) -> dict:
     with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as out:
         began = out.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            [sys.executable, SOURCE, "serve", *words, "--log-file", log, "--background",
+            [sys.executable, program_file(), "serve", *words, "--log-file", log, "--background",
              "--instance", instance], stdin=subprocess.DEVNULL, stdout=out, stderr=out, **detached)
     while process.poll() is None and time.monotonic() < until:
         for row in written_down(found.folder).values():

@@ -70,6 +70,7 @@ import signal
 import socket
 import socketserver
 import struct
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -79,6 +80,18 @@ import agproxy as ag  # noqa: E402
 from agproxy import Kind, Stop  # noqa: E402
 
 # Tools ---------------------------------------------------------------------
+
+
+def program_of_bytecode():
+    """A copy of the program as its bytecode: each process of it begins half a second earlier."""
+    import atexit
+    import py_compile
+    folder = tempfile.mkdtemp(prefix="agproxy-tests-")
+    atexit.register(shutil.rmtree, folder, True)
+    return py_compile.compile(shutil.copy(os.path.join(HERE, "agproxy.py"), folder), doraise=True)
+
+
+PROGRAM = program_of_bytecode()
 
 
 class FakeClock(ag.Clock):
@@ -5409,7 +5422,7 @@ def planted(tmp_path):
            "PROXY_API_KEY": secrets["owner"], "HTTP_PROXY": "", "http_proxy": ""}
     log = tmp_path / "log.txt"
     with open(tmp_path / "out.txt", "wb") as out:
-        server = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--port", "0", "--debug", "--log-file", str(log)],
+        server = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0", "--debug", "--log-file", str(log)],
                                   stdout=out, stderr=out, env={**os.environ, **env})
     try:
         until(lambda: b"connect" in bytes_of(tmp_path / "out.txt") or server.poll() is not None)
@@ -9201,12 +9214,12 @@ def test_the_terminal_shows_bars_resets_burn_rates_and_what_is_unknown():
 # ── 20. Commands ──────────────────────────────────────────────────────────
 
 def run_program(*arguments, env=None, **options):
-    return subprocess.run([sys.executable, os.path.join(HERE, "agproxy.py"), *arguments], capture_output=True,
+    return subprocess.run([sys.executable, PROGRAM, *arguments], capture_output=True,
                           text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}, **options)
 
 
 def test_the_demo_serves_and_stops_on_a_signal():
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--demo", "--port", "0"],
+    process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--demo", "--port", "0"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         first = process.stdout.readline()
@@ -9456,7 +9469,6 @@ def clicks_through(url, account):
     debugging socket; returns the text of the last page."""
     import shutil
     import struct
-    import tempfile
     import urllib.request
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not program:
@@ -9509,7 +9521,7 @@ def clicks_through(url, account):
 
 @pytest.mark.parametrize("way", ["browser", "paste"])
 def test_a_sign_in_from_end_to_end(vendor, way):
-    command = [sys.executable, os.path.join(HERE, "agproxy.py"), "accounts", "add", "--no-browser"]
+    command = [sys.executable, PROGRAM, "accounts", "add", "--no-browser"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, **vendor.env, "OAUTH_CALLBACK_PORT": "0", "PYTHONIOENCODING": "utf-8"})
     try:
@@ -9542,7 +9554,7 @@ def test_a_sign_in_from_end_to_end(vendor, way):
 
 @contextlib.contextmanager
 def served(vendor, *arguments):
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--port", "0", *arguments],
+    process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0", *arguments],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
                                    **os.environ, **vendor.env, "PYTHONIOENCODING": "utf-8"})
     port = int(next(m[1] for line in process.stdout for m in [re.search(r"listens on http://[^:]+:(\d+)", line)] if m))
@@ -9635,7 +9647,7 @@ def lines_to(port, count):
 @contextlib.contextmanager
 def crew(*arguments, env=None, count=2):
     """A parent with workers: (port, its process, the lines it prints)."""
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--port", "0",
+    process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--port", "0",
                                 "--workers", str(count), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True,
                                env={**os.environ, **(env or {}), "PYTHONIOENCODING": "utf-8"})
@@ -9865,7 +9877,6 @@ needs_handover = pytest.mark.skipif(os.name == "nt", reason="no process hands it
 @pytest.fixture
 def keyed(vendor):
     """The vendor with an account, and a folder whose path fits into the name of a socket."""
-    import tempfile
     with tempfile.TemporaryDirectory(prefix="agp") as folder:
         stored = json_of(vendor.path)
         stored["accounts"] = [{"name": "ann", "provider": "gemini", "api_key": "sim-key-ann"}]
@@ -10201,7 +10212,7 @@ def test_where_there_are_no_signals_a_file_asks_the_server_to_end(tmp_path):
 
 def test_logs_follow_a_file_that_is_put_aside(tmp_path):
     (tmp_path / "127.0.0.1-8080.log").write_text("one\ntwo\nthree\n")
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "logs", "-f", "-n", "2"], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, PROGRAM, "logs", "-f", "-n", "2"], stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "ACCOUNTS_CONFIG_PATH": str(tmp_path / "accounts.json")})
     assert [process.stdout.readline() for _ in range(2)] == ["two\n", "three\n"]
     if os.name != "nt":
@@ -10377,7 +10388,7 @@ def test_a_unix_socket_serves_its_owner_and_is_handed_over(keyed):
     keyed.env["PROXY_API_KEY"] = key
 
     def server(*words):
-        process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "serve", "--socket", path, *words], text=True,
+        process = subprocess.Popen([sys.executable, PROGRAM, "serve", "--socket", path, *words], text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **keyed.env})
         return process, [next(line for line in process.stdout if marker in line) for marker in ("listens on", "connect")]
 
@@ -10893,7 +10904,7 @@ def test_a_shared_key_lives_as_long_as_its_tunnel_and_says_what_it_opens(vendor,
             found.read()
             client.close()
             return found.status
-        command = [sys.executable, os.path.join(HERE, "agproxy.py"), "share", "--port", str(port), "--models", "gemini-*"]
+        command = [sys.executable, PROGRAM, "share", "--port", str(port), "--models", "gemini-*"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
                 **os.environ, **vendor.env, "PATH": f"{programs}:/usr/bin:/bin"}) as process:
             out = ""
@@ -11540,7 +11551,7 @@ def test_a_bench_that_cannot_go_on_says_so_in_a_sentence_and_leaves_nothing(tiny
 @pytest.mark.skipif(os.name == "nt", reason="no signals")
 def test_a_bench_that_is_ended_ends_its_children(tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "bench"], env=environment, start_new_session=True,
+    process = subprocess.Popen([sys.executable, PROGRAM, "bench"], env=environment, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: any((folder / "requests.log").exists() for folder in tmp_path.iterdir()))
     process.send_signal(signal.SIGTERM)
@@ -13811,8 +13822,8 @@ def test_no_planted_secret_comes_out_anywhere(make_proxy):
             proxy.call("POST", "/v1/chat/completions", {"model": "gemini-3-flash", "messages": [{"role": "user", "content": secret}]})
         proxy.log.line("a line of %s", secret)
         proxy.log.fault("req", ValueError(secret))
+        text = proxy.log_text()         # all of it is written, before the form changes
         proxy.log.is_json = not proxy.log.is_json
-    text = proxy.log_text()
     proxy.memory.flush()
     bodies = [ag.unpacked_bodies(row[1]) for row in proxy.memory.rows("bodies")]
     sinks = {"log": text, "kept lines": str(list(proxy.log.lines)), "requests": str(proxy.memory.rows("requests")), "bodies": str(bodies),
@@ -13924,7 +13935,7 @@ def test_top_on_a_terminal_takes_keys_and_leaves_it_as_it_was(make_proxy, tmp_pa
     import termios
     master, slave = pty.openpty()
     before, seen = termios.tcgetattr(slave), bytearray()
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "agproxy.py"), "top", "--port", str(make_proxy().port)], stdin=slave,
+    process = subprocess.Popen([sys.executable, PROGRAM, "top", "--port", str(make_proxy().port)], stdin=slave,
                                stdout=slave, stderr=slave, env={**os.environ, "ACCOUNTS_CONFIG_PATH": str(tmp_path / "none" / "a.json"),
                                                                 "COLUMNS": "100", "LINES": "30", "PYTHONIOENCODING": "utf-8"})
     try:
@@ -14681,6 +14692,7 @@ MODULES = {"http.client": (12,), "ssl": (12, 15, 17), "socket": (12, 15, 17, 18)
 
 
 @functools.lru_cache(maxsize=None)
+@functools.lru_cache(None)
 def room_of(line):
     found = 0
     for at, number, _ in ag.rooms(os.path.join(HERE, "agproxy.py")):
