@@ -22032,6 +22032,15 @@ def flowed(parts: Iterable[str], width: int, gap: str = "   ") -> list[str]:
     return lines
 
 
+def fold_line(text: str, width: int) -> list[str]:
+    """A line on as many as it needs; where it is too long its columns move together first."""
+    if len(text) > width:
+        text = re.sub(r"(?<=\S) {3,}", "  ", text)
+    rest = max(1, width - 6)
+    return [text[:width], *(" " * 6 + text[at:at + rest]
+                            for at in range(width, len(text), rest))]
+
+
 def plain_text(text: str, is_ascii: bool) -> str:
     """`text` as any terminal takes it: an escape sequence in a name must not reach it."""
     if not text.isprintable():
@@ -22123,7 +22132,8 @@ class TopScreen:
         age = f"no connection for {human_s(now - status['at'])}: {lost}" if lost else ""
         head = [("bad", age)] if lost else []
         if self.pane:
-            body = self._pane_rows(status, now, is_ascii)
+            body = [(style, line) for style, text in self._pane_rows(status, now, is_ascii)
+                    for line in fold_line(text, width)]
             self.offset = min(self.offset, max(0, len(body) - 1))
             body = body[self.offset:]
         else:
@@ -27637,7 +27647,6 @@ const MOST_COLUMNS = 3;
 const quota = {filter: "", columns: [], soft: {}, softLimit: 0};
 
 const familyName = scope => FAMILIES[scope] || scope;
-const accountNamed = id => status.accounts.find(a => a.id === id);
 
 function freeAt(a) {
   const stated = a.limits.filter(x => x.until && (x.is_stated || a.state === "resting"));

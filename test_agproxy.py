@@ -13881,6 +13881,16 @@ def test_the_screen_fits_every_terminal(accounts):
     assert "next dry-out claude" in text and " 429 " in text and "\x1b" not in text and (accounts < 200 or "more: j and k" in text)
 
 
+def test_a_narrow_screen_hides_nothing_of_a_pane():
+    screen, status = ag.TopScreen(), a_status()
+    for key in ("a", "l"):
+        screen.press(key)
+        wide, narrow = ("".join("".join(text.split()) for _, text in screen.rows(status, width, 4000, True)[:-1]) for width in (400, 44))
+        assert wide == narrow and wide
+    screen.press("a")
+    assert any("%" in text for _, text in screen.rows(status, 44, 400, True))
+
+
 def test_the_keys_of_the_screen():
     screen, status = ag.TopScreen(), a_status()
 
